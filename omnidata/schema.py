@@ -1,0 +1,291 @@
+"""THE CONTRACT: what a built dataset holds, as code.
+
+The writer, the reader, ``inspect``, ``verify``, the planner and the loader all take the names below from
+here and from nowhere else. A dataset is a directory (or an fsspec URL)::
+
+    shards/train-00000.tar        plain USTAR WebDataset shard
+    shards/train-00000.tar.idx    Energon index: n+1 little-endian uint64
+    index.parquet                 one row a sample (INDEX_COLUMNS), one row group a shard
+    rejects.parquet               one row a refused record (REJECT_COLUMNS)
+    tokenizer/                    the exact tokenizer that was used
+    .nv-meta/                     .info.json, split.yaml, dataset.yaml (Megatron-Energon)
+    README.md                     dataset card
+    manifest.json                 written last: its existence means that the dataset is complete
+
+One sample is a run of consecutive tar members that share a key::
+
+    KEY.input_ids.npy   int32 [L]   each image is <im_start> + <im_patch> x num_query + <im_end>
+    KEY.labels.npy      int32 [L]   UNSHIFTED: the token id where supervised, else IGNORE_INDEX
+    KEY.jpg, KEY.1.png  the images, in placeholder order, after the arrays
+
+Nothing here imports more than the standard library, so that ``omnidata --help`` stays instant.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+IGNORE_INDEX = -100
+
+# --- files of a dataset, relative to its root -------------------------------------------------------------
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+REJECTS = "rejects.parquet"
+TOKENIZER_DIR = "tokenizer"
+SHARDS_DIR = "shards"
+CARD = "README.md"
+NV_META = ".nv-meta"
+
+# --- members of a sample ----------------------------------------------------------------------------------
+INPUT_IDS = "input_ids.npy"
+LABELS = "labels.npy"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+MAX_MEMBER_NAME = 100  # bytes; one more and tar needs a PAX header
+
+# --- special tokens ---------------------------------------------------------------------------------------
+IM_PATCH, IM_START, IM_END = "<im_patch>", "<im_start>", "<im_end>"
+IMAGE_TOKENS = (IM_PATCH, IM_START, IM_END)
+CONTENT_TOKENS = ("<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>")  # may be written in content
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+def shard_name(split: str, number: int) -> str:
+    """Path of a shard relative to the dataset root: ``shard_name("train", 7)`` -> ``shards/train-00007.tar``."""
+    return f"{SHARDS_DIR}/{split}-{number:05d}.tar"
+
+
+def image_member(position: int, extension: str) -> str:
+    """Member suffix of a sample's image: 0, "jpg" -> ``jpg``; 2, "png" -> ``2.png``."""
+    return extension if position == 0 else f"{position}.{extension}"
+
+
+# --- records, in the order in which they flow -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an image's bytes are: exactly one of the two is set."""
+
+    path: str | None = None  # path relative to --image-root, absolute path, or URL (also ``data:``)
+    data: bytes | None = None  # encoded image bytes that travelled inside the record
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One raw row of a source, before anything is validated."""
+
+    source: str  # the file's name as the user gave it
+    locator: str  # where in it: "line 41", "item 7", "row 3", "member 0001.json"
+    id: str  # the record's own id, or one made from its source and position
+    payload: dict[str, Any]  # the row as the corpus module parsed it; see omnidata.conversation for its keys
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Ordinary text: control tokens typed inside it never become control ids."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """The place of one image; ``image`` counts into ``Conversation.images``."""
+
+    image: int
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts joined, images left out."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A validated dialogue: an optional system turn, then turns that alternate and include an assistant's."""
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageRef, ...] = ()  # image parts refer to them by position, each exactly once, in order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rendered:
+    """Token ids and labels of one sample; both int32 ``[L]``, labels unshifted (IGNORE_INDEX or the id)."""
+
+    input_ids: Any
+    labels: Any
+    num_truncated_messages: int = 0  # turns cut from the end to fit max_length
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens in this sample."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image as it is stored."""
+
+    data: bytes
+    extension: str  # one of IMAGE_EXTENSIONS
+    width: int  # pixels, upright (EXIF orientation already applied)
+    height: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """The model-ready unit, as written to and read from a shard."""
+
+    key: str  # KEY_PATTERN, unique over the dataset
+    input_ids: Any  # int32 [L]
+    labels: Any  # int32 [L], unshifted
+    images: tuple[bytes, ...] = ()  # encoded, in placeholder order
+    image_extensions: tuple[str, ...] = ()  # parallel to images
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that was refused, and why."""
+
+    source: str
+    locator: str
+    id: str
+    reason: str  # a key of REASONS
+    detail: str  # for people: what, where, what to do
+    raw: str = ""  # the start of the raw record as JSON, binary left out, at most 2,000 characters
+
+
+class RejectError(ValueError):
+    """Raised by any stage to refuse one record. The build counts it and goes on."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+REASONS: dict[str, str] = {
+    # corpus
+    "bad_json": "the line or item is not valid JSON, or not an object",
+    "bad_record": "the record lacks a key that its format requires, or a value has the wrong type",
+    "duplicate_id": "another record of the build has the same id",
+    "duplicate_sample": "the same images and text were already built (--dedup exact)",
+    # conversation
+    "empty_conversation": "no messages",
+    "bad_role": "a role that is not system, user or assistant",
+    "role_order": "turns do not alternate, or a system turn is not the first",
+    "no_assistant": "no assistant turn, so nothing to learn",
+    "bad_content": "content is neither a string nor a list of known parts, or is empty where it may not be",
+    "placeholder_mismatch": "the number of image placeholders differs from the number of images",
+    # images
+    "image_missing": "the image file does not exist or cannot be read",
+    "image_format": "not a JPEG, PNG, WebP, GIF, BMP or TIFF, by its first bytes",
+    "image_corrupt": "the image does not decode",
+    "image_too_large": "over the limit of bytes or pixels",
+    "image_forbidden": "a URL that --allow-http does not permit",
+    # rendering
+    "mask_unproven": "the chat template's rendering does not show where the assistant's turns are",
+    "too_long": "longer than --max-length with no supervised token left after cutting at a turn boundary",
+    "no_supervision": "no supervised token",
+}
+
+# --- index.parquet and rejects.parquet --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A Parquet column; ``type`` is an Arrow type as omnidata.index spells it."""
+
+    name: str
+    type: str
+    doc: str
+
+
+INDEX_COLUMNS: tuple[Column, ...] = (
+    Column("key", "string", "member name without its suffix; unique"),
+    Column("split", "string", "train, val, …"),
+    Column("shard", "string", "path of the tar relative to the dataset root"),
+    Column("offset", "int64", "first byte of the sample's first tar header"),
+    Column("nbytes", "int64", "length of the sample's byte range, last member padded to 512"),
+    Column("n_tokens", "int32", "L, image blocks included"),
+    Column("n_supervised", "int32", "labels that are not IGNORE_INDEX"),
+    Column("n_images", "int32", "images = image blocks"),
+    Column("image_sizes", "list<list<int32>>", "[width, height] of each stored image, pixels"),
+    Column("id", "string", "the record's id"),
+    Column("source", "string", "the file's name as given to build-shards"),
+    Column("locator", "string", "where in it"),
+    Column("content_hash", "string", "hex blake2b-128 of ids, labels and image bytes"),
+)
+
+REJECT_COLUMNS: tuple[Column, ...] = (
+    Column("source", "string", "the file's name as given"),
+    Column("locator", "string", "line / item / row / member"),
+    Column("id", "string", "the record's id where it could be read"),
+    Column("reason", "string", "a key of REASONS"),
+    Column("detail", "string", "what, where, what to do"),
+    Column("raw", "string", "the start of the raw record"),
+)
+
+# --- manifest.json ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A shard's line in the manifest."""
+
+    path: str  # relative to the dataset root
+    split: str
+    num_samples: int
+    num_tokens: int
+    num_bytes: int  # of the tar file
+    sha256: str  # of the tar file
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """manifest.json. Unknown keys are an error; a newer ``schema_version`` is refused."""
+
+    schema_version: int
+    versions: dict[str, str]  # package -> version that shaped the bytes
+    settings: dict[str, Any]  # the resolved build settings
+    tokenizer_fingerprint: str  # omnidata.tokenizer.fingerprint: behaviour on a fixed probe text
+    chat_template_fingerprint: str  # sha256 of the template text
+    special_tokens: dict[str, int]  # "<im_patch>", … "bos", "eos", "pad" -> id
+    vocab_size: int  # len(tokenizer)
+    num_query: int  # <im_patch> tokens an image
+    image_policy: str  # keep | shrink
+    image_size: int  # pixels; the shorter side under "shrink"
+    resize_backend: str  # what decoded and resized, with version
+    inputs: list[dict[str, Any]]  # one an input file: source, format, num_bytes, digest, num_records
+    num_records: int  # samples + rejects = records
+    num_samples: int
+    num_rejects: int
+    num_truncated: int  # samples that lost turns to max_length
+    num_tokens: int
+    num_supervised: int
+    num_images: int
+    splits: dict[str, int]  # split -> samples
+    rejects: dict[str, int]  # reason -> count
+    shards: list[ShardInfo] = field(default_factory=list)
+
+
+class UserError(Exception):
+    """Bad input or settings: the command line prints the message (what, where, what to do) and exits 1."""
