@@ -1,4 +1,4 @@
-"""omnidata: raw conversations and images -> tokenized, label-masked WebDataset shards, and back into training.
+"""omnidata: raw conversations and images -> tokenized, label-masked shards, and back into training.
 
 Attributes are loaded when they are first used, so that importing the package (and ``omnidata --help``)
 costs nothing.

@@ -56,7 +56,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 def shard_name(split: str, number: int) -> str:
-    """Path of a shard relative to the dataset root: ``shard_name("train", 7)`` -> ``shards/train-00007.tar``."""
+    """A shard's path relative to the dataset root: "train", 7 -> ``shards/train-00007.tar``."""
     return f"{SHARDS_DIR}/{split}-{number:05d}.tar"
 
 

@@ -1,0 +1,108 @@
+"""Indexes: ``index.parquet`` and ``rejects.parquet`` (the dataset's tables), and Energon's ``.tar.idx``.
+
+The Arrow schemas are made from ``omnidata.schema``; one row group a shard lets a reader take one shard's
+rows, and lets the builder append shard after shard with flat memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from omnidata.schema import INDEX_COLUMNS, REJECT_COLUMNS, Column, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def _arrow_schema(columns: Sequence[Column]) -> pa.Schema:
+    import pyarrow as pa
+
+    types = {
+        "string": pa.string(),
+        "int32": pa.int32(),
+        "int64": pa.int64(),
+        "list<list<int32>>": pa.list_(pa.list_(pa.int32())),
+    }
+    return pa.schema([pa.field(column.name, types[column.type], nullable=False) for column in columns])
+
+
+def index_schema() -> pa.Schema:
+    """The Arrow schema of ``index.parquet``."""
+    return _arrow_schema(INDEX_COLUMNS)
+
+
+def reject_schema() -> pa.Schema:
+    """The Arrow schema of ``rejects.parquet``."""
+    return _arrow_schema(REJECT_COLUMNS)
+
+
+def index_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """Index rows (one dict a sample, keys as INDEX_COLUMNS) as a table."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(list(rows), schema=index_schema())
+
+
+def reject_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """Reject rows (one dict a record, keys as REJECT_COLUMNS) as a table."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(list(rows), schema=reject_schema())
+
+
+def write_tables(file: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Write ``tables`` to a Parquet file, one row group each (empty ones left out).
+
+    Returns:
+        The number of rows written.
+    """
+    import pyarrow.parquet as pq
+
+    num_rows = 0
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in tables:
+            if table.num_rows:
+                writer.write_table(table, row_group_size=table.num_rows)
+                num_rows += table.num_rows
+    return num_rows
+
+
+def read_table(file: BinaryIO, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file written by ``write_tables``.
+
+    Raises:
+        UserError: the file is no Parquet file, or lacks a column of the schema.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(file)
+        missing = [name for name in columns or schema.names if name not in parquet.schema_arrow.names]
+        if missing:
+            raise UserError(
+                f"the table lacks the columns {missing}: it was not written by this schema version"
+            )
+        return parquet.read(columns=list(columns) if columns else schema.names)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"not a readable Parquet file: {error}") from error
+
+
+# --- Energon's .idx ---------------------------------------------------------------------------------------
+
+
+def idx_bytes(spans: Sequence[tuple[int, int]]) -> bytes:
+    """Energon's ``.tar.idx`` for samples at (offset, nbytes): n+1 little-endian uint64.
+
+    Example: spans [(0, 2048), (2048, 1024)] -> 0, 2048, 3072.
+    """
+    ends = [offset + nbytes for offset, nbytes in spans[-1:]]
+    return np.array([offset for offset, _ in spans] + ends, dtype="<u8").tobytes()
+
+
+def read_idx(raw: bytes) -> np.ndarray:
+    """The uint64 ``[n+1]`` offsets of a ``.tar.idx``."""
+    return np.frombuffer(raw, dtype="<u8")

@@ -1,0 +1,208 @@
+"""Shards: ``write_shard`` and ``read_sample``, the two ends of the same bytes, side by side.
+
+A shard is a plain USTAR tar. Everything in a header that could differ between two builds (time, owner,
+mode) is fixed, so a shard's bytes are a function of its samples alone::
+
+    [header 512][KEY.input_ids.npy, padded to 512][header 512][KEY.labels.npy ...][header 512][KEY.jpg ...]
+    ^ offset of the sample                                                               offset + nbytes ^
+
+``write_shard`` returns the (offset, nbytes) of each sample; ``read_sample`` takes exactly those bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from omnidata.schema import (
+    IMAGE_EXTENSIONS,
+    INPUT_IDS,
+    KEY_PATTERN,
+    LABELS,
+    MAX_MEMBER_NAME,
+    Sample,
+    image_member,
+)
+
+BLOCK = tarfile.BLOCKSIZE
+_ZEROS = bytes(tarfile.RECORDSIZE)
+_MAX_SIZE = 8**11 - 1  # what eleven octal digits hold
+
+
+class CorruptSampleError(ValueError):
+    """The bytes are not one whole sample of this schema."""
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def _header_template() -> bytes:
+    """A USTAR header by the standard library for an empty name and size, everything else as we fix it."""
+    info = tarfile.TarInfo("")
+    info.mode, info.uid, info.gid, info.uname, info.gname, info.mtime = 0o644, 0, 0, "", "", 0
+    return info.tobuf(format=tarfile.USTAR_FORMAT)
+
+
+_TEMPLATE = _header_template()
+# The checksum counts its own field as eight blanks (POSIX.1-1988, ustar).
+_TEMPLATE_SUM = sum(_TEMPLATE[:124]) + sum(_TEMPLATE[136:148]) + 8 * 0x20 + sum(_TEMPLATE[156:])
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512-byte header of a regular file; equals ``TarInfo.tobuf(USTAR_FORMAT)``, several times faster.
+
+    Raises:
+        ValueError: the name is not ASCII, or over 100 bytes, or the size over 8 GiB - 1.
+    """
+    encoded = name.encode("ascii")
+    if not 0 < len(encoded) <= MAX_MEMBER_NAME or size > _MAX_SIZE:
+        raise ValueError(f"member {name!r} of {size} bytes does not fit a plain USTAR header")
+    octal = b"%011o\0" % size
+    checksum = _TEMPLATE_SUM + sum(encoded) + sum(octal)
+    return b"".join(
+        (
+            encoded.ljust(MAX_MEMBER_NAME, b"\0"),
+            _TEMPLATE[100:124],
+            octal,
+            _TEMPLATE[136:148],
+            b"%06o\0 " % checksum,
+            _TEMPLATE[156:],
+        )
+    )
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An int32 vector as the bytes of a ``.npy`` file (format 1.0).
+
+    Example: three ids become a 128-byte header and 12 bytes of data.
+    """
+    buffer = io.BytesIO()
+    np.lib.format.write_array(
+        buffer, np.ascontiguousarray(array, dtype="<i4"), version=(1, 0), allow_pickle=False
+    )
+    return buffer.getvalue()
+
+
+def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    """The (member name, content) pairs of a sample in the order in which they are written.
+
+    Raises:
+        ValueError: a key, an image extension, or the array shapes break the contract.
+    """
+    if not KEY_PATTERN.fullmatch(sample.key):
+        raise ValueError(f"key {sample.key!r} has characters outside [A-Za-z0-9_-]")
+    if len(sample.input_ids) != len(sample.labels):
+        raise ValueError(f"{sample.key}: {len(sample.input_ids)} input_ids but {len(sample.labels)} labels")
+    yield f"{sample.key}.{INPUT_IDS}", npy_bytes(sample.input_ids)
+    yield f"{sample.key}.{LABELS}", npy_bytes(sample.labels)
+    for position, (data, extension) in enumerate(zip(sample.images, sample.image_extensions, strict=True)):
+        if extension not in IMAGE_EXTENSIONS:
+            raise ValueError(f"{sample.key}: image extension {extension!r} is not one of {IMAGE_EXTENSIONS}")
+        yield f"{sample.key}.{image_member(position, extension)}", data
+
+
+def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[tuple[int, int]]:
+    """Write a whole shard; return each sample's (offset, nbytes).
+
+    The archive ends as ``tarfile`` ends it: two zero blocks, padded to 10,240 bytes.
+    """
+    spans: list[tuple[int, int]] = []
+    position = 0
+    for sample in samples:
+        start = position
+        for name, content in sample_members(sample):
+            padding = -len(content) % BLOCK
+            file.write(tar_header(name, len(content)))
+            file.write(content)
+            file.write(_ZEROS[:padding])
+            position += BLOCK + len(content) + padding
+        spans.append((start, position - start))
+    file.write(_ZEROS[: 2 * BLOCK])
+    file.write(_ZEROS[: -(position + 2 * BLOCK) % tarfile.RECORDSIZE])
+    return spans
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+# How write_array begins an int32 vector short enough for a 128-byte header: parsed without ``ast``.
+_NPY_PREFIX = npy_bytes(np.zeros(0, np.int32))[:10] + b"{'descr': '<i4', 'fortran_order': False, 'shape': ("
+_NPY_HEADER = 128
+
+
+def read_npy(raw: bytes | memoryview) -> np.ndarray:
+    """An int32 ``[L]`` view (no copy) of ``.npy`` bytes. Raises CorruptSampleError for anything else."""
+    prefix = bytes(raw[: len(_NPY_PREFIX)])
+    if prefix == _NPY_PREFIX:
+        length, _, rest = bytes(raw[len(_NPY_PREFIX) : _NPY_HEADER]).partition(b",")
+        if length.isdigit() and rest.startswith(b")") and len(raw) == _NPY_HEADER + 4 * int(length):
+            return np.frombuffer(raw, dtype="<i4", offset=_NPY_HEADER)
+    raise CorruptSampleError(f"not an int32 vector in .npy format ({len(raw)} bytes)")
+
+
+def iter_members(raw: bytes | memoryview, *, start: int = 0) -> Iterator[tuple[str, int, int]]:
+    """The (name, content offset, content size) of each member until a zero block or the end of ``raw``.
+
+    Raises:
+        CorruptSampleError: a header's checksum or type is wrong, or a member is cut short.
+    """
+    view = memoryview(raw)
+    position = start
+    while position < len(view):
+        header = bytes(view[position : position + BLOCK])
+        if not header.strip(b"\0"):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise CorruptSampleError(f"bad tar header at byte {position}: {error}") from error
+        content = position + BLOCK
+        position = content + info.size + -info.size % BLOCK
+        if not info.isreg() or position > len(view):
+            raise CorruptSampleError(f"member {info.name!r} at byte {content} is cut short or no file")
+        yield info.name, content, info.size
+
+
+def read_sample(raw: bytes | memoryview) -> Sample:
+    """Parse one sample from exactly its byte range in a shard.
+
+    Returns:
+        A Sample whose arrays are read-only views of ``raw``.
+
+    Raises:
+        CorruptSampleError: what is there is not one whole sample (says which member).
+    """
+    view = memoryview(raw)
+    members = [(name, view[at : at + size]) for name, at, size in iter_members(view)]
+    if len(members) < 2:
+        raise CorruptSampleError(f"{len(members)} members where a sample has at least two")
+    key = members[0][0].partition(".")[0]
+    if [name for name, _ in members[:2]] != [f"{key}.{INPUT_IDS}", f"{key}.{LABELS}"]:
+        raise CorruptSampleError(f"sample {key!r} begins with {[name for name, _ in members[:2]]}")
+    extensions = []
+    for position, (name, _) in enumerate(members[2:]):
+        extension = name.rpartition(".")[2]
+        if name != f"{key}.{image_member(position, extension)}" or extension not in IMAGE_EXTENSIONS:
+            raise CorruptSampleError(f"sample {key!r}: unexpected member {name!r} at image {position}")
+        extensions.append(extension)
+    return Sample(
+        key=key,
+        input_ids=read_npy(members[0][1]),
+        labels=read_npy(members[1][1]),
+        images=tuple(bytes(content) for _, content in members[2:]),
+        image_extensions=tuple(extensions),
+    )
+
+
+def content_hash(sample: Sample) -> str:
+    """Hex blake2b-128 of a sample's ids, labels and image bytes, each preceded by its length."""
+    digest = hashlib.blake2b(digest_size=16)
+    arrays = (np.ascontiguousarray(array, "<i4").data for array in (sample.input_ids, sample.labels))
+    for content in (*arrays, *(memoryview(image) for image in sample.images)):
+        digest.update(content.nbytes.to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
