@@ -1,0 +1,131 @@
+"""The shape of the code: who may import whom, what may never be written, how large things may grow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("omnidata", "omnimodel", "pipelines")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+# The flow of omnidata: a module imports only from its own stage or an earlier one.
+FLOW = [
+    ("schema",),
+    ("durable", "manifest", "index", "shards"),
+    ("tokenizer",),
+    ("image_store", "images"),
+    ("corpus",),
+    ("conversation",),
+    ("render",),
+    ("dataset",),
+    ("interop", "card"),
+    ("build", "executors"),
+]
+
+
+def names(path):
+    return str(path.relative_to(ROOT))
+
+
+def imports(path, *, top_level_only=False):
+    """(line, module) of the import statements in a file; ``if TYPE_CHECKING`` blocks do not count."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.lineno, node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_packages_keep_to_their_side(path):
+    package = path.relative_to(ROOT).parts[0]
+    forbidden = {
+        "omnidata": ("omnimodel", "pipelines"),
+        "omnimodel": ("omnidata", "pipelines"),
+        "pipelines": (),
+    }
+    for line, module in imports(path):
+        assert module.split(".")[0] not in forbidden[package], f"{path}:{line} imports {module}"
+        if module.split(".")[0] == "click":
+            assert path.name == "cli.py" or package == "pipelines", f"{path}:{line} imports click"
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_no_broad_except_goes_on_and_no_unsafe_load(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            raises = any(isinstance(child, ast.Raise) for child in ast.walk(node))
+            assert not broad or raises, f"{path}:{node.lineno} catches everything and goes on"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "torch.load",
+            "pickle.load",
+            "pickle.loads",
+        ):
+            safe = any(keyword.arg == "weights_only" and keyword.value.value for keyword in node.keywords)
+            assert safe, f"{path}:{node.lineno} unpickles what may be anybody's file"
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path} has {len(text.splitlines())} lines"
+    tree = ast.parse(text)
+    assert not tree.body or ast.get_docstring(tree), f"{path} does not say what it is for"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno
+            assert length <= 70, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_ignore_index_is_written_once_a_package():
+    places = [
+        names(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and ast.unparse(node) == "-100"
+    ]
+    assert places.count("omnidata/schema.py") == 1
+    assert len([place for place in places if place.startswith("omnidata/")]) == 1, places
+    assert len([place for place in places if place.startswith("omnimodel/")]) <= 1, places
+    assert not [place for place in places if place.startswith("pipelines/")], places
+
+
+def test_imports_point_backwards_along_the_flow():
+    stage = {name: number for number, group in enumerate(FLOW) for name in group}
+    for path in (ROOT / "omnidata").rglob("*.py"):
+        own = path.relative_to(ROOT / "omnidata").parts[0].removesuffix(".py")
+        if own not in stage:
+            continue
+        for line, module in imports(path, top_level_only=True):
+            parts = module.split(".")
+            if parts[0] == "omnidata" and len(parts) > 1 and parts[1] in stage:
+                assert stage[parts[1]] <= stage[own], f"{path}:{line} imports {module}, a later stage"
+
+
+def test_importing_omnidata_loads_neither_torch_nor_transformers():
+    modules = [
+        "omnidata." + ".".join(path.relative_to(ROOT / "omnidata").with_suffix("").parts)
+        for path in (ROOT / "omnidata").rglob("*.py")
+        if path.name != "__init__.py"
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "loaded = {'torch', 'transformers', 'timm'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
