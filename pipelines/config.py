@@ -1,0 +1,310 @@
+"""A recipe: everything that configures a run, as one strict tree of dataclasses.
+
+    recipes/tiny_cpu.yaml ──load──▶ Recipe ──save──▶ RUN/recipe.yaml (resolved, also inside every checkpoint)
+             ▲
+    optim.lr=3e-4 run.dir=runs/second     dotted overrides from the command line, parsed as YAML
+
+A key that no dataclass below has is an error, and so is a value of the wrong type; all errors of a recipe
+come in one message. Sections stand in the order in which train.py uses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from omnidata.schema import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and on what the run happens."""
+
+    dir: str  # metrics.jsonl, tensorboard/, checkpoints/, final/ go here
+    seed: int = 0  # weights, data order and dropout
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # compute; master weights are always float32
+    threads: int | None = None  # CPU threads of torch; null: torch's own choice
+    resume: bool = True  # go on from the newest verified checkpoint of `dir`
+    stop_after: int | None = None  # pause (save, exit 0) after this step; the schedule is not shortened
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One built dataset."""
+
+    path: str  # folder or fsspec URL made by `omnidata build-shards`
+    split: str = "train"
+    weight: float = 1.0  # relative to the other datasets of the list
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how it becomes microbatches and steps."""
+
+    train: list[DatasetConfig]
+    val: list[DatasetConfig] = field(default_factory=list)
+    max_tokens: int = 4096  # tokens of a pack = of a microbatch
+    max_images: int | None = None  # images of a pack; null: only max_tokens limits it
+    global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
+    packed: bool = True  # false: one sample a microbatch (to measure what packing gains)
+    num_workers: int = 1  # loader threads or processes a rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (extra: peft) instead of training the matrices themselves."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights to start from and which of them learn."""
+
+    path: str | None = None  # folder of save_pretrained or of the original checkpoint
+    config: dict[str, Any] | None = None  # or: OmniLMMConfig fields of a model with random weights
+    freeze: list[str] = field(
+        default_factory=list
+    )  # vision_tower resampler language_model embeddings lm_head
+    train_only_new_tokens: bool = False  # of embeddings and lm_head, update the special tokens' rows only
+    lora: LoraConfig | None = None
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # torch.compile of each transformer block
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4  # peak
+    component_lr: dict[str, float] = field(default_factory=dict)  # peak by component, else `lr`
+    weight_decay: float = 0.0  # on matrices; never on embeddings, norms and biases
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    clip: float = 1.0  # global gradient norm
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0  # wsd: length of the final linear decay
+    min_lr: float = 0.0  # end of the schedule, as a fraction of the peak
+    steps: int | None = None  # exactly one of steps and epochs
+    epochs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How torchrun's ranks share the work."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = (
+        "auto"  # auto: single, or fsdp under torchrun
+    )
+    shard_size: int | None = None  # hsdp: ranks that share one copy of the model, usually those of a node
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradients on the wire (fsdp, hsdp)
+    reshard_after_forward: bool = True  # fsdp: false keeps gathered weights until the backward pass
+    sync_every_microbatch: bool = False  # true: less memory, more traffic under accumulation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What survives."""
+
+    every: int = 500  # steps; 0: only at the end and on a signal
+    keep_last: int = 2  # besides the best one
+    asynchronous: bool = True  # write behind the training
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Looking at the validation data while training."""
+
+    every: int = 500  # steps; 0: only at the end
+    num_batches: int = 32  # packs of validation loss; 0: none
+    num_questions: int = 0  # answers generated and compared exactly; 0: none
+    keep_best: bool = True  # keep the checkpoint of the lowest validation loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is told, and where."""
+
+    every: int = 10  # steps between progress lines; metrics.jsonl has every step
+    tensorboard: bool = True
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    project: str = "omnilmm"  # of the tracker
+    plot: bool = True  # loss.svg at the end
+    profile_steps: int = 0  # torch profiler trace of this many steps, after three
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When to stop rather than go on."""
+
+    max_nonfinite: int = 5  # steps in a row with a non-finite gradient
+    spike_factor: float = 2.0  # warn when the loss is this many times its running mean; 0: never
+    first_step_timeout: float = 1800.0  # seconds; compilation and first collectives are slow
+    step_timeout: float = 600.0  # seconds without a finished step until the rank dumps its stacks and exits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply ``dotted.key=value`` overrides; every mistake in one UserError."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; see pipelines/recipes/ for examples") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse_recipe(tree, name=str(path))
+
+
+def parse_recipe(tree: dict[str, Any], *, name: str = "recipe") -> Recipe:
+    """``{"run": {...}, ...}`` -> Recipe."""
+    problems: list[str] = []
+    recipe = _build(Recipe, tree, "", problems)
+    if not problems:
+        problems = list(_contradictions(recipe))
+    if problems:
+        raise UserError(f"{name}:\n  " + "\n  ".join(problems))
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain data; ``parse_recipe(to_dict(r)) == r``."""
+    return dataclasses.asdict(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as it is saved with the run and with every checkpoint."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
+    """What each value alone cannot show."""
+    model, optim, parallel = recipe.model, recipe.optim, recipe.parallel
+    if (model.path is None) == (model.config is None):
+        yield "model: give exactly one of path (start from weights) and config (random weights)"
+    if (optim.steps is None) == (optim.epochs is None):
+        yield "optim: give exactly one of steps and epochs"
+    if not recipe.data.train:
+        yield "data.train: at least one dataset is needed"
+    if len(optim.betas) != 2:
+        yield f"optim.betas: two numbers are needed, not {optim.betas}"
+    if optim.schedule == "wsd" and optim.decay_steps <= 0:
+        yield "optim.decay_steps: the wsd schedule needs the length of its final decay"
+    if (parallel.strategy == "hsdp") != (parallel.shard_size is not None):
+        yield "parallel.shard_size: goes with strategy hsdp, and only with it"
+    unknown = set(model.freeze) | set(optim.component_lr)
+    unknown -= {"vision_tower", "resampler", "language_model", "embeddings", "lm_head"}
+    if unknown:
+        yield (
+            f"model.freeze / optim.component_lr: unknown component {sorted(unknown)}; there are "
+            "vision_tower, resampler, language_model, embeddings, lm_head"
+        )
+    if model.train_only_new_tokens and {"embeddings", "lm_head"} <= set(model.freeze):
+        yield "model.train_only_new_tokens: embeddings and lm_head are both frozen"
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """``optim.lr=1e-3`` sets tree["optim"]["lr"]; list items are numbers: ``data.train.0.path=x``."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like section.key=value, e.g. optim.lr=1e-4")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+            continue
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent!r} is no place inside the recipe")
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+    value = yaml.safe_load(text)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {override!r}: {last!r} is no place inside the recipe")
+
+
+def _build(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """Turn plain YAML data into ``kind``; add a line to ``problems`` for everything that does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):  # X | None is the only union that recipes use
+        return None if value is None else _build(arguments[0], value, where, problems)
+    if dataclasses.is_dataclass(kind):
+        return _build_section(kind, value, where, problems)
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is list and isinstance(value, list):
+        return [_build(arguments[0], item, f"{where}.{i}", problems) for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {
+            str(key): _build(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()
+        }
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 (no dot) as a string
+        except (TypeError, ValueError):
+            pass
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    expected = " | ".join(map(repr, arguments)) if origin is Literal else str(getattr(kind, "__name__", kind))
+    problems.append(f"{where}: expected {expected}, got {value!r}")
+    return None
+
+
+def _build_section(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """One dataclass: unknown keys and missing required keys are problems."""
+    if not isinstance(value, dict):
+        problems.append(f"{where or 'recipe'}: expected a mapping, got {value!r}")
+        return None
+    hints = typing.get_type_hints(kind)
+    dot = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(hints)}"
+            problems.append(f"{dot}{key}: unknown key{hint}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    for name, spec in fields.items():
+        if name not in value and (spec.default, spec.default_factory) == required:
+            problems.append(f"{dot}{name}: required")
+    values = {k: _build(hints[k], v, f"{dot}{k}", problems) for k, v in value.items() if k in hints}
+    return None if problems else kind(**values)
