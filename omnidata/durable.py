@@ -1,0 +1,311 @@
+"""Durable files: whatever this module writes is there whole, or not at all, whenever the power goes.
+
+A local file takes four steps, and a crash between any two of them leaves the final name untouched::
+
+    open   .build/tmp/shards_train-00007.tar.4711-9f2c    a name that nobody else uses
+    sync   its bytes reach the disk
+    rename it gets its final name, at once
+    settle the folder's new entry reaches the disk
+
+A file of a remote store is spooled to local disk and put in one call, which object stores make visible at
+once. The build writes everything through ``Store``, so that a test can stop it at every one of the steps
+(``on_step``) and look at what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omnidata.schema import UserError
+
+SCRATCH = ".build"  # the builder's own folder inside a dataset; gone when the dataset is complete
+TEMP = f"{SCRATCH}/tmp"
+BUFFER = 1 << 20
+# A full disk, a quota, a limit on file size, a read-only or forbidden folder: trying again cannot help.
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+on_step: Callable[[str, str], None] | None = None  # called as (step, path) before each step; for tests
+
+
+def _step(name: str, path: str) -> None:
+    if on_step is not None:
+        on_step(name, path)
+
+
+class Store:
+    """A local folder, or any fsspec URL, that files are written to durably.
+
+    Args:
+        url: ``data/mix``, ``s3://bucket/mix``, ``memory://mix`` …
+
+    Every path below is relative to it and uses forward slashes.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.url = os.fspath(url).rstrip("/") or "/"
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"cannot open {self.url}: {error}") from error
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        # What one process writes to memory:// no other process can see.
+        self.is_private = "memory" in _protocols(self._fs)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def full(self, path: str) -> str:
+        """The path as the file system underneath takes it."""
+        return f"{self._root}/{path}" if path else self._root
+
+    # --- writing ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def write(self, path: str) -> Iterator[BinaryIO]:
+        """A binary file that appears under ``path`` when the block ends, and not at all if it raises."""
+        with (self._write_local if self.is_local else self._write_remote)(path) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _write_local(self, path: str) -> Iterator[BinaryIO]:
+        final = Path(self.full(path))
+        temporary = Path(self.full(f"{TEMP}/{temp_name(path)}"))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _step("open", path)
+        try:
+            with open(temporary, "xb", buffering=BUFFER) as file:
+                yield file
+                _step("sync", path)
+                file.flush()
+                os.fsync(file.fileno())
+            _step("rename", path)
+            os.replace(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _step("settle", path)
+        _sync_folder(final.parent)
+
+    @contextlib.contextmanager
+    def _write_remote(self, path: str) -> Iterator[BinaryIO]:
+        with tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
+            spool = os.path.join(folder, "spool")
+            _step("open", path)
+            with open(spool, "xb", buffering=BUFFER) as file:
+                yield file
+            _step("put", path)
+            self._fs.put_file(spool, self.full(path))
+            written, size = os.path.getsize(spool), self.size(path)
+            if written != size:
+                raise OSError(errno.EIO, f"{written} bytes were put but {size} arrived", self.full(path))
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a whole small file."""
+        with self.write(path) as file:
+            file.write(data)
+
+    def write_folder(self, path: str, folder: str) -> None:
+        """Write each file of a local folder under ``path``."""
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                self.write_bytes(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def open(self, path: str) -> BinaryIO:
+        """The file, opened for reading with seeks."""
+        return self._fs.open(self.full(path), "rb")
+
+    def read_bytes(self, path: str) -> bytes:
+        """A whole small file."""
+        return self._fs.cat_file(self.full(path))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of the file, or None if there is none."""
+        try:
+            return self._fs.info(self.full(path))["size"]
+        except FileNotFoundError:
+            return None
+
+    def exists(self, path: str) -> bool:
+        """Whether a file (or, locally, a folder) of that name is there."""
+        return self._fs.exists(self.full(path))
+
+    def names(self, path: str = "") -> list[str]:
+        """Names right under a folder, sorted; none if it does not exist."""
+        self._fs.invalidate_cache()  # another builder may have added some
+        try:
+            entries = self._fs.ls(self.full(path), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted({entry.rstrip("/").rpartition("/")[2] for entry in entries} - {""})
+
+    def local_copy(self, path: str) -> str:
+        """The folder ``path`` as a local folder: itself, or a copy in the temporary directory."""
+        if self.is_local:
+            return self.full(path)
+        folder = tempfile.mkdtemp(prefix="omnidata-")
+        for entry in self._fs.find(self.full(path)):
+            target = Path(folder, entry.rpartition(f"{self.full(path).lstrip('/')}/")[2])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self._fs.cat_file(entry))
+        return folder
+
+    # --- removing -----------------------------------------------------------------------------------------
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a folder with all that is in it; fine if it is not there."""
+        _step("remove", path)
+        if self.is_local and os.path.isdir(self.full(path)):
+            shutil.rmtree(self.full(path), ignore_errors=False)
+        elif self._fs.exists(self.full(path)):
+            self._fs.rm(self.full(path), recursive=True)
+
+    def remove_temps(self, path: str) -> None:
+        """Remove what writers of ``path`` left behind when they were killed."""
+        if self.is_local:
+            for file in Path(self.full(TEMP)).glob(f"{temp_stem(path)}.*"):
+                file.unlink(missing_ok=True)
+
+
+def temp_stem(path: str) -> str:
+    """The part of a temporary name that tells whose it is: ``shards/a.tar`` -> ``shards_a.tar``."""
+    return path.replace("/", "_")
+
+
+def temp_name(path: str) -> str:
+    """A temporary name for ``path`` that no other writer will ever use."""
+    return f"{temp_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- one builder at a time --------------------------------------------------------------------------------
+
+
+class LockedError(UserError):
+    """Somebody else holds the lock."""
+
+
+@contextlib.contextmanager
+def locked(store: Store, name: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock ``.build/NAME.lock``; ``shared`` holders exclude only exclusive ones.
+
+    Locally the kernel keeps it (flock), so it ends with its process however that dies. In a remote store it
+    is an object that its holder refreshes; one that was not refreshed for five minutes is void.
+
+    Raises:
+        LockedError: somebody else holds it.
+    """
+    path = f"{SCRATCH}/{name}.lock"
+    with _flock(store, path, shared=shared) if store.is_local else _lease(store, path, shared=shared):
+        yield
+
+
+def _holder() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+
+
+@contextlib.contextmanager
+def _flock(store: Store, path: str, *, shared: bool) -> Iterator[None]:
+    import fcntl
+
+    final = store.full(path)
+    os.makedirs(os.path.dirname(final), exist_ok=True)
+    while True:
+        file = open(final, "a+")  # noqa: SIM115  closed below; closing it releases the lock
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise LockedError(_busy(store, holder)) from None
+        # The holder before us may have removed the finished build's folder between our open and our lock.
+        if os.path.exists(final) and os.fstat(file.fileno()).st_ino == os.stat(final).st_ino:
+            break
+        file.close()
+        os.makedirs(os.path.dirname(final), exist_ok=True)
+    try:
+        if not shared:
+            file.truncate(0)
+            file.write(json.dumps(_holder()))
+            file.flush()
+        yield
+    finally:
+        file.close()
+
+
+LEASE_SECONDS = 300.0
+
+
+@contextlib.contextmanager
+def _lease(store: Store, path: str, *, shared: bool) -> Iterator[None]:
+    if shared:  # tasks of a distributed build hold one lease each; see build.hold_locks
+        yield
+        return
+    if store.exists(path):
+        holder = json.loads(store.read_bytes(path))
+        if time.time() - holder["time"] < LEASE_SECONDS and not _is_dead_here(holder):
+            raise LockedError(_busy(store, json.dumps(holder)))
+    token = secrets.token_hex(8)
+    mine = _holder() | {"token": token}
+    store.write_bytes(path, json.dumps(mine).encode())
+    if json.loads(store.read_bytes(path)).get("token") != token:
+        raise LockedError(_busy(store, "another builder that started at the same time"))
+    stop = threading.Event()
+
+    def refresh() -> None:
+        while not stop.wait(LEASE_SECONDS / 5):
+            store.write_bytes(path, json.dumps(mine | {"time": time.time()}).encode())
+
+    threading.Thread(target=refresh, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+        store.remove(path)
+
+
+def _is_dead_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is gone."""
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _busy(store: Store, holder: str) -> str:
+    return (
+        f"another builder is at work on {store.url} ({holder or 'unknown'}). "
+        "Wait for it, stop it, or choose another --out."
+    )

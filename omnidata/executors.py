@@ -1,0 +1,385 @@
+"""Executors: where tasks run. In this process, in worker processes, or on a Ray cluster.
+
+An executor takes ``work``, a picklable function of (task, report), and deals tasks to its workers::
+
+    submit(task)   start one; at most ``capacity`` may be running
+    wait()         block until something happened: Progress, Done, Failed or Died events
+    close()        stop everything at once
+
+``run_tasks`` on top of it is what the build calls. It keeps the workers busy, and a task whose worker died
+is tried twice more. ``concurrent.futures`` is not used since it breaks the whole pool when one worker dies
+and cannot tell whose task was the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import Any, Protocol
+
+from omnidata.durable import HOPELESS
+from omnidata.schema import UserError
+
+Work = Callable[[Any, Callable[[Any], None]], Any]  # (task, report) -> result
+ATTEMPTS = 3  # one, and two more
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The worker reported on its way."""
+
+    task: Any
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The task's result."""
+
+    task: Any
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The task raised."""
+
+    task: Any
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The worker ended without an answer; ``how`` says by what."""
+
+    task: Any
+    how: str
+
+
+Event = Progress | Done | Failed | Died
+
+
+class Executor(Protocol):
+    """What ``run_tasks`` needs."""
+
+    capacity: int
+
+    def submit(self, task: Any) -> None:
+        """Start a task."""
+
+    def wait(self) -> list[Event]:
+        """Block until something happened."""
+
+    def close(self) -> None:
+        """Stop everything at once."""
+
+
+class WorkerDiedError(UserError):
+    """A task's workers died again and again."""
+
+
+def run_tasks(
+    executor: Executor,
+    tasks: Iterable[Any],
+    *,
+    on_progress: Callable[[Any, Any], None] = lambda task, data: None,
+    last_words: Callable[[Any], str] = lambda task: "",
+) -> Iterator[tuple[Any, Any]]:
+    """Run every task; yield (task, result) as they finish.
+
+    Args:
+        on_progress: called as (task, data) with what workers report on their way.
+        last_words: called with a task that died; says what it was doing, for the message.
+
+    Raises:
+        WorkerDiedError: a task's worker died ``ATTEMPTS`` times.
+        Exception: whatever a task raised. An OSError is tried again first, unless that cannot help.
+    """
+    waiting, retries, running = iter(tasks), deque[Any](), 0
+    failures: Counter[Any] = Counter()
+    while True:
+        while running < executor.capacity:
+            task = retries.popleft() if retries else next(waiting, None)
+            if task is None:
+                break
+            executor.submit(task)
+            running += 1
+        if not running:
+            return
+        for event in executor.wait():
+            if isinstance(event, Progress):
+                on_progress(event.task, event.data)
+                continue
+            running -= 1
+            if isinstance(event, Done):
+                yield event.task, event.result
+                continue
+            failures[event.task] += 1
+            if failures[event.task] >= ATTEMPTS or not _worth_retrying(event):
+                raise _final_error(event, last_words(event.task)) from None
+            retries.append(event.task)
+
+
+def _worth_retrying(event: Failed | Died) -> bool:
+    if isinstance(event, Died):
+        return True
+    return isinstance(event.error, OSError) and event.error.errno not in HOPELESS
+
+
+def _final_error(event: Failed | Died, words: str) -> BaseException:
+    if isinstance(event, Failed):
+        return event.error
+    reading = f" while reading {words}" if words else ""
+    return WorkerDiedError(
+        f"the worker of {event.task} died ({event.how}){reading}, {ATTEMPTS} times in a row. "
+        "If the kernel killed it for memory, use fewer --workers; "
+        "if one record does it, take that record out of the corpus."
+    )
+
+
+# --- in this process --------------------------------------------------------------------------------------
+
+
+class InlineExecutor:
+    """One task at a time, here: for memory:// and for tests that look inside."""
+
+    capacity = 1
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._tasks: deque[Any] = deque()
+
+    def submit(self, task: Any) -> None:
+        """Remember the task; ``wait`` runs it."""
+        self._tasks.append(task)
+
+    def wait(self) -> list[Event]:
+        """Run the next task to its end."""
+        task = self._tasks.popleft()
+        events: list[Event] = []
+        try:
+            result = self._work(task, lambda data: events.append(Progress(task, data)))
+        except OSError as error:  # every other error is best seen with its own traceback
+            return [*events, Failed(task, error)]
+        return [*events, Done(task, result)]
+
+    def close(self) -> None:
+        """Nothing runs between calls."""
+
+
+# --- worker processes -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: Any
+    pipe: connection.Connection
+    task: Any = None
+
+
+class ProcessExecutor:
+    """Worker processes of this machine, forked from a clean server that has imported ``preload`` once.
+
+    A worker that dies is noticed at once, by its sentinel; only its own task is affected.
+    """
+
+    def __init__(self, work: Work, *, num_workers: int, preload: Sequence[str] = ()) -> None:
+        self.capacity = num_workers
+        self._work = work
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        # Workers wait for the end of this pipe, so that none outlives a parent that was killed.
+        self._lifeline_end, self._lifeline = self._context.Pipe(duplex=False)
+        self._workers: list[_Worker] = []
+
+    def submit(self, task: Any) -> None:
+        """Give the task to an idle worker, starting one where there is none."""
+        worker = next((worker for worker in self._workers if worker.task is None), None)
+        if worker is None:
+            worker = self._start()
+        worker.task = task
+        with contextlib.suppress(BrokenPipeError):  # dead already: wait() sees its sentinel
+            worker.pipe.send(task)
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_serve, args=(self._work, theirs, self._lifeline_end), daemon=True
+        )
+        with one_thread():
+            process.start()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self._workers.append(worker)
+        return worker
+
+    def wait(self) -> list[Event]:
+        """Block until a worker sent something or died."""
+        busy = [worker for worker in self._workers if worker.task is not None]
+        ready = connection.wait(
+            [handle for worker in busy for handle in (worker.pipe, worker.process.sentinel)]
+        )
+        events = []
+        for worker in busy:
+            if worker.pipe in ready or worker.process.sentinel in ready:
+                events.append(self._event(worker))
+        return events
+
+    def _event(self, worker: _Worker) -> Event:
+        task = worker.task
+        try:
+            kind, content = worker.pipe.recv()  # what it sent before it died still counts
+        except (EOFError, OSError):
+            worker.process.join()
+            self._workers.remove(worker)
+            return Died(task, _how(worker.process.exitcode))
+        if kind == "progress":
+            return Progress(task, content)
+        if kind == "failed":  # its process ends too
+            worker.process.join()
+            self._workers.remove(worker)
+            return Failed(task, content)
+        worker.task = None
+        return Done(task, content)
+
+    def close(self) -> None:
+        """End all workers; they hold nothing that is not on disk or to be done again."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+        self._lifeline.close()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Environment in which libraries that are imported use one thread: the workers are the parallelism."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+    wanted = dict.fromkeys(names, "1") | {"TOKENIZERS_PARALLELISM": "false"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"killed by {signal.Signals(-exitcode).name}"
+    return f"exit code {exitcode}"
+
+
+def _serve(work: Work, pipe: connection.Connection, lifeline: connection.Connection) -> None:
+    """A worker's life: take a task, send what happens, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = work(task, lambda data: pipe.send(("progress", data)))
+        except MemoryError:
+            os._exit(137)  # as if the kernel had done it: a fresh process gets the memory back
+        except Exception as error:
+            pipe.send(("failed", portable(error)))
+            raise SystemExit(1) from error
+        pipe.send(("done", result))
+
+
+def _end_with_parent(lifeline: connection.Connection) -> None:
+    connection.wait([lifeline])
+    os._exit(1)
+
+
+def portable(error: Exception) -> Exception:
+    """The error in a form that any process can unpickle: its kind where the build tells kinds apart."""
+    text = "".join(traceback.format_exception(error))
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if isinstance(error, OSError):
+        copy = OSError(error.errno, error.strerror or str(error), error.filename)
+        copy.add_note(f"in a worker:\n{text}")
+        return copy
+    return RuntimeError(f"in a worker:\n{text}")
+
+
+# --- Ray --------------------------------------------------------------------------------------------------
+
+
+class RayExecutor:
+    """Tasks of a Ray cluster: the one RAY_ADDRESS names, else one started on this machine.
+
+    The output, the corpus and the images must be at paths or URLs that every node can open.
+    """
+
+    def __init__(self, work: Work, *, num_workers: int | None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--executor ray needs Ray: pip install 'omnilmm-toolkit[ray]'") from None
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            address = os.environ.get("RAY_ADDRESS")
+            size = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
+            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **size)
+        self.capacity = num_workers or int(ray.cluster_resources().get("CPU", 1))
+        # Ray's own retries are off: run_tasks counts them, and names the record.
+        self._remote = ray.remote(max_retries=0, num_cpus=1)(_ray_task)
+        self._work = ray.put(work)
+        self._running: dict[Any, Any] = {}
+
+    def submit(self, task: Any) -> None:
+        """Start a Ray task."""
+        self._running[self._remote.remote(self._work, task)] = task
+
+    def wait(self) -> list[Event]:
+        """Block until a Ray task ended."""
+        ready, _ = self._ray.wait(list(self._running), num_returns=1)
+        return [self._event(reference) for reference in ready]
+
+    def _event(self, reference: Any) -> Event:
+        task, errors = self._running.pop(reference), self._ray.exceptions
+        try:
+            return Done(task, self._ray.get(reference))
+        except errors.RayTaskError as error:
+            return Failed(task, error.cause)
+        except errors.RayError as error:
+            return Died(task, f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def close(self) -> None:
+        """Cancel what runs; leave a cluster that was there before us as it was."""
+        for reference in self._running:
+            self._ray.cancel(reference, force=True)
+        self._running.clear()
+        if self._started:
+            self._ray.shutdown()
+
+
+def _ray_task(work: Work, task: Any) -> Any:
+    """Runs on a Ray worker. Nothing is reported on the way: the result says it all."""
+    try:
+        return work(task, lambda data: None)
+    except Exception as error:
+        raise portable(error) from error
