@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from omnidata.index import index_schema, read_table, reject_schema
+from omnidata.index import index_schema, read_rows, read_table, reject_schema
 from omnidata.manifest import manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
 from omnidata.shards import CorruptSampleError, read_sample
@@ -110,6 +111,14 @@ class Dataset:
         if not -len(self) <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
         return self.index.slice(position % len(self), 1).to_pylist()[0]
+
+    def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Index rows at these positions (>= 0), without reading the whole index."""
+        if self.split is not None:
+            splits = Dataset(self.path).index_columns(["split"])["split"].to_numpy()
+            positions = (splits == self.split).nonzero()[0][list(positions)].tolist()
+        with self._fs.open(f"{self._root}/{INDEX}", "rb") as file:
+            return read_rows(file, positions)
 
     def __getitem__(self, position: int) -> Sample:
         """Sample ``position`` by one ranged read."""

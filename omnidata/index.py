@@ -91,6 +91,28 @@ def read_table(file: BinaryIO, schema: pa.Schema, *, columns: Sequence[str] | No
         raise UserError(f"not a readable Parquet file: {error}") from error
 
 
+def read_rows(file: BinaryIO, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows at ``positions``, in that order; only the row groups that hold them are read.
+
+    Raises:
+        IndexError: the table is shorter than a position.
+    """
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file)
+    metadata = parquet.metadata
+    ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+    groups = np.searchsorted(ends, np.asarray(positions, np.int64), side="right").tolist()
+    if groups and max(groups) == len(ends):
+        raise IndexError(f"row {max(positions)} of a table of {metadata.num_rows}")
+    tables = {group: parquet.read_row_group(group) for group in sorted(set(groups))}
+    firsts = [ends[group] - tables[group].num_rows for group in groups]
+    return [
+        tables[group].slice(position - first, 1).to_pylist()[0]
+        for position, group, first in zip(positions, groups, firsts, strict=True)
+    ]
+
+
 # --- Energon's .idx ---------------------------------------------------------------------------------------
 
 

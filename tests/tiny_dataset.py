@@ -121,7 +121,7 @@ def make_jpeg(number: int, width: int, height: int) -> bytes:
 
 
 def write_tokenizer(folder: Path) -> Any:
-    """Train and save a small byte-level BPE as a Hugging Face tokenizer folder; return ``tokenizers``' object."""
+    """Train and save a small byte-level BPE as a Hugging Face folder; return the ``tokenizers`` object."""
     import json
 
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -129,9 +129,10 @@ def write_tokenizer(folder: Path) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(["<|user|>\nQuestion: what is this?", "<|assistant|>\n", *ANSWERS], trainer)
     tokenizer.add_special_tokens(
