@@ -1,0 +1,24 @@
+"""OmniLMM in torch, transformers and timm: a vision tower, a resampler and a Mistral language model.
+
+config      the shape of a model
+vision      any timm ViT: pixels -> patch features
+resampler   patch features -> num_query image tokens
+attention   packed documents stay apart
+loss        cross-entropy on supervised positions only
+modeling    all of it as one transformers model
+processing  PIL images and arrays -> pixels for the model
+freezing    which parts train
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from omnimodel.config import OmniLMMConfig
+from omnimodel.modeling import OmniLMMForCausalLM, OmniLMMModel
+from omnimodel.processing import ImageProcessor
+from omnimodel.resampler import Resampler
+
+AutoConfig.register(OmniLMMConfig.model_type, OmniLMMConfig)
+AutoModel.register(OmniLMMConfig, OmniLMMModel)
+AutoModelForCausalLM.register(OmniLMMConfig, OmniLMMForCausalLM)
+
+__all__ = ["ImageProcessor", "OmniLMMConfig", "OmniLMMForCausalLM", "OmniLMMModel", "Resampler"]

@@ -1,0 +1,161 @@
+"""Attention that keeps packed documents apart, registered with transformers as ``omnilmm``.
+
+A pack joins documents in one row: ``[a a a b b c]`` with ``cu_seqlens = [0, 3, 5, 6]``. A token may see
+only earlier tokens of its own document. transformers can infer that from position ids, but silently does
+not when a cache or an attention mask is about; here the boundaries go down to the kernel as they are.
+
+    cu_seq_lens given, GPU, half precision   torch's variable-length flash attention: no mask, no padding
+    cu_seq_lens given, GPU, float32          one masked call (exact, quadratic memory: for tests)
+    cu_seq_lens given, CPU                   one causal call a document
+    otherwise                                transformers' own SDPA and mask (padded batches, cache)
+
+None of these copies anything from the GPU to the host.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "omnilmm"
+
+
+def omnilmm_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: ``[B, H, T, d]`` in, ``[B, T, H, d]`` and no weights out."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError(
+            f"attention_dropout={dropout} is not supported for packed documents; set it to 0 in the config"
+        )
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"packed attention takes one row without a cache, got {query.shape[0]} rows with "
+            f"{query.shape[2]} queries and {key.shape[2]} keys"
+        )
+    window = sliding_window if sliding_window and sliding_window < (max_length_q or query.shape[2]) else None
+    attend = _choose(query)
+    output_THd = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
+    return output_THd[None], None
+
+
+def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
+    if query.device.type == "cpu":
+        return per_document_attention
+    return varlen_attention if query.dtype in (torch.float16, torch.bfloat16) else masked_attention
+
+
+@torch.compiler.disable(recursive=False)
+def per_document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One causal SDPA call a document. Reads ``cu_seqlens`` on the host, so only for the CPU."""
+    bounds = cu_seqlens.tolist()
+    outputs = []
+    for start, end in itertools.pairwise(bounds):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        mask = None
+        if window is not None and end - start > window:
+            mask = _causal_window(torch.arange(end - start, device=q.device), window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+        )
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One SDPA call with a ``[T, T]`` mask: any device, any dtype, exact, quadratic memory."""
+    positions = torch.arange(query.shape[2], device=query.device)
+    document = torch.bucketize(positions, cu_seqlens[1:], right=True)
+    mask = _causal_window(positions, window) & (document[:, None] == document[None])
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return output[0].transpose(0, 1)
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """torch's variable-length flash attention: CUDA, half precision."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if max_seqlen is None:
+        raise ValueError("cu_seqlens on a GPU needs max_seqlen: the kernel is launched from the host")
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    options = varlen_options(window, inspect.signature(varlen_attn).parameters)
+    if "enable_gqa" not in options:  # torch 2.11
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **options)
+
+
+def varlen_options(window: int | None, parameters: object) -> dict[str, object]:
+    """Causality, window and grouped heads as this torch's ``varlen_attn`` spells them.
+
+    The kernel's window counts the tokens to the left, transformers' also the token itself.
+    """
+    options: dict[str, object] = {}
+    if "window_size" in parameters:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is not None:
+        raise ValueError(
+            f"this torch ({torch.__version__}) has no sliding window in varlen_attn; use 2.12 or newer"
+        )
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+    return options
+
+
+def _causal_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """``[T, T]``, True where the row may see the column: itself and the ``window - 1`` before it."""
+    distance = positions[:, None] - positions[None]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+AttentionInterface.register(NAME, omnilmm_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # for padded batches and the cache

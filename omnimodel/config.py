@@ -1,0 +1,58 @@
+"""The model's configuration: Mistral's, plus what the vision side needs.
+
+The field names are those of the published OmniLMM-12B ``config.json`` (``mm_vision_tower``, ``num_query``,
+``image_size``), so that file loads as it is; unknown keys of it are kept and ignored. The ids of the image
+tokens are not in that file and default to the published vocabulary's.
+
+>>> OmniLMMConfig(vocab_size=32009, num_query=64).query_grid
+8
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import MistralConfig
+
+EVA02_E = "eva02_enormous_patch14_clip_224.laion2b_plus"
+
+
+class OmniLMMConfig(MistralConfig):
+    """Everything that fixes the shape of an OmniLMM and where its images go."""
+
+    model_type = "omnilmm"
+
+    mm_vision_tower: str = EVA02_E  # a timm ViT; its ``.tag`` names weights, otherwise inert
+    vision_kwargs: dict[str, Any] | None = None  # passed on to timm.create_model
+    num_query: int = 64  # features, and so <im_patch> tokens, an image; a square number
+    image_size: int = 448  # pixels a side: images are squashed to this square
+    im_patch_token: int = 32000
+    im_start_token: int = 32001
+    im_end_token: int = 32002
+    frozen: list[str] | None = None  # omnimodel.freezing components, frozen again after every load
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_kwargs = dict(self.vision_kwargs or {})
+        self.frozen = list(self.frozen or [])
+        super().__post_init__(**kwargs)
+        if math.isqrt(self.num_query) ** 2 != self.num_query or self.num_query < 1:
+            raise ValueError(
+                f"num_query={self.num_query} is not a square number, and the Resampler's queries form a "
+                "square grid; use 1, 4, 9, 16, … 64"
+            )
+
+    @property
+    def query_grid(self) -> int:
+        """Queries a side of the Resampler's grid."""
+        return math.isqrt(self.num_query)
+
+    @property
+    def resampler_heads(self) -> int:
+        """Attention heads of the Resampler: one a 128 channels, at least one."""
+        return max(1, self.hidden_size // 128)
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Ids that only an image block may hold; generation never emits them."""
+        return [self.im_patch_token, self.im_start_token, self.im_end_token]
