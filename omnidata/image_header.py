@@ -1,0 +1,290 @@
+"""What an image says about itself, read from its first bytes, before anything is decoded.
+
+    data ──sniff──▶ "jpeg" ──read_header──▶ ImageHeader(width, height, orientation, icc, plain, …)
+                                   └──▶ RejectError: unknown format, over a limit, no header
+
+A file of ten kilobytes can claim a hundred thousand by a hundred thousand pixels, so the limits are
+applied here: a decoder only ever sees what has passed. Magic bytes decide the format, never a file's name.
+
+JPEG and PNG, nearly all of any corpus, are read by the few lines below (about 10 µs an image); the
+others by Pillow, which reads no pixels when it opens a file.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from omnidata.schema import RejectError
+
+MAX_BYTES = 50_000_000
+MAX_PIXELS = 64_000_000
+MAX_SCANS = 100  # a progressive JPEG has about ten; each one costs a pass over the whole picture
+
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15; the three are tables
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """One image's own account of itself. Width and height are as stored: orientation not yet applied."""
+
+    format: str  # jpeg | png | webp | gif | bmp | tiff
+    width: int
+    height: int
+    orientation: int = 1  # EXIF, 1..8
+    icc: bytes | None = None
+    plain: bool = False  # 8-bit RGB, opaque, one frame: no reader needs to convert it
+    lossless: bool = True  # a re-encoded copy must be lossless too
+    num_channels: int = 3
+    inverted_cmyk: bool = False  # Adobe writes CMYK upside down, and says so by its marker
+    data_offset: int = 0  # where compressed pixels start (JPEG: the first scan)
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(width, height) as a person sees it."""
+        swapped = self.orientation >= 5
+        return (self.height, self.width) if swapped else (self.width, self.height)
+
+
+def sniff(data: bytes) -> str | None:
+    """Format by magic bytes: ``sniff(b"GIF89a...")`` -> ``"gif"``; None when it is none of the six."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpeg"
+    if data[:8] == _PNG_SIGNATURE:
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tiff"
+    return "bmp" if data[:2] == b"BM" else None
+
+
+def read_header(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Parse the header and apply the limits; raises RejectError and decodes nothing."""
+    if len(data) > max_bytes:
+        raise RejectError("image_too_large", f"{len(data):,} bytes; the limit is {max_bytes:,}")
+    kind = sniff(data)
+    if kind is None:
+        raise RejectError("image_format", f"starts with {data[:12]!r}: not JPEG, PNG, WebP, GIF, BMP or TIFF")
+    try:
+        header = _READERS[kind](data)
+    except (struct.error, IndexError):
+        raise RejectError("image_corrupt", f"{kind}: the file ends inside its header") from None
+    if header.width < 1 or header.height < 1:
+        raise RejectError("image_corrupt", f"{kind}: the header says {header.width}×{header.height} pixels")
+    if header.width * header.height > max_pixels:
+        size = f"{header.width}×{header.height}"
+        raise RejectError("image_too_large", f"{size} pixels; the limit is {max_pixels:,} in all")
+    return header
+
+
+# --- JPEG: a chain of segments, marker + length, up to the first scan ---------------------------------------
+
+
+def _jpeg_header(data: bytes) -> ImageHeader:
+    frame: tuple[int, int, int] | None = None
+    orientation, adobe, profile = 0, False, {}
+    position = 2
+    while True:
+        marker, position = _next_marker(data, position)
+        if marker == 0xDA:
+            break
+        length = int.from_bytes(data[position : position + 2], "big")
+        if length < 2 or position + length > len(data):
+            raise RejectError("image_corrupt", f"jpeg: the segment at byte {position} runs past the end")
+        body = data[position + 2 : position + length]
+        if marker in _JPEG_FRAMES:
+            frame = _jpeg_frame(body)
+        elif marker == 0xE1 and body[:6] == b"Exif\0\0":
+            orientation = orientation or exif_orientation(body[6:])
+        elif marker == 0xE2 and body[:12] == b"ICC_PROFILE\0":
+            profile[body[12]] = body[14:]
+        elif marker == 0xEE and body[:5] == b"Adobe":
+            adobe = True
+        position += length
+    if frame is None:
+        raise RejectError("image_corrupt", "jpeg: pixels before the frame header")
+    height, width, channels = frame
+    _refuse_scan_bomb(data)
+    return ImageHeader(
+        "jpeg",
+        width,
+        height,
+        orientation=orientation or 1,
+        icc=b"".join(profile[number] for number in sorted(profile)) or None,
+        plain=channels == 3,
+        lossless=False,
+        num_channels=channels,
+        inverted_cmyk=adobe and channels == 4,
+        data_offset=position,
+    )
+
+
+def _next_marker(data: bytes, position: int) -> tuple[int, int]:
+    """The marker at ``position``, and where its segment starts; fill bytes (0xFF) may come first."""
+    if position >= len(data):
+        raise RejectError("image_corrupt", "jpeg: the file ends inside its header")
+    if data[position] != 0xFF:
+        raise RejectError("image_corrupt", f"jpeg: no marker at byte {position}")
+    while data[position] == 0xFF:
+        position += 1
+    marker = data[position]
+    if marker == 0xD9:
+        raise RejectError("image_corrupt", "jpeg: ends before any pixels")
+    return marker, position + 1
+
+
+def _jpeg_frame(body: bytes) -> tuple[int, int, int]:
+    precision, height, width, channels = struct.unpack(">BHHB", body[:6])
+    if precision != 8:
+        raise RejectError("image_format", f"jpeg: {precision} bits a channel; convert it to 8 bits")
+    return height, width, channels
+
+
+def _refuse_scan_bomb(data: bytes) -> None:
+    """A small progressive file with thousands of scans keeps a decoder busy for hours."""
+    scans = data.count(b"\xff\xda")  # inside pixel data 0xFF is always followed by 0x00 or a restart marker
+    if scans > MAX_SCANS:
+        raise RejectError("image_too_large", f"jpeg: {scans} scans; the limit is {MAX_SCANS}")
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """Orientation (1..8) in an EXIF block; 1 where it is absent or unreadable, as viewers do."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 10:
+        return 1
+    (start,) = struct.unpack(order + "I", tiff[4:8])
+    if start + 2 > len(tiff):
+        return 1
+    (count,) = struct.unpack(order + "H", tiff[start : start + 2])
+    for entry in range(start + 2, min(start + 2 + 12 * count, len(tiff) - 11), 12):
+        tag, kind, _, value = struct.unpack(order + "HHIH", tiff[entry : entry + 10])
+        if tag == 0x0112 and kind == 3:
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
+# --- PNG: a chain of chunks, length + name + body + CRC -----------------------------------------------------
+
+
+def png_chunks(data: bytes, *, check_crc: bool) -> list[tuple[bytes, int, int]]:
+    """Every chunk as (name, start, end) of its body, IEND included; RejectError where the chain breaks."""
+    chunks, position, view = [], 8, memoryview(data)
+    while True:
+        if position + 12 > len(data):
+            raise RejectError("image_corrupt", f"png: no end marker in {len(data):,} bytes: truncated")
+        length = int.from_bytes(data[position : position + 4], "big")
+        name, start, end = data[position + 4 : position + 8], position + 8, position + 8 + length
+        if end + 4 > len(data):
+            raise RejectError("image_corrupt", f"png: chunk {name!r} at byte {position} runs past the end")
+        if check_crc and zlib.crc32(view[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise RejectError("image_corrupt", f"png: checksum of chunk {name!r} at byte {position} is wrong")
+        chunks.append((name, start, end))
+        if name == b"IEND":
+            return chunks
+        position = end + 4
+
+
+def _png_header(data: bytes) -> ImageHeader:
+    width, height, depth, color = struct.unpack(">IIBB", data[16:26])
+    if data[12:16] != b"IHDR":
+        raise RejectError("image_corrupt", "png: the first chunk is not IHDR")
+    chunks = {
+        name: data[start:end] for name, start, end in png_chunks(data, check_crc=False) if name in _PNG_NOTES
+    }
+    return ImageHeader(
+        "png",
+        width,
+        height,
+        orientation=exif_orientation(chunks.get(b"eXIf", b"")),
+        icc=_png_profile(chunks.get(b"iCCP")),
+        plain=depth == 8 and color == 2 and not chunks.keys() & {b"tRNS", b"acTL"},
+    )
+
+
+_PNG_NOTES = frozenset((b"eXIf", b"iCCP", b"tRNS", b"acTL"))
+
+
+def _png_profile(chunk: bytes | None) -> bytes | None:
+    """The ICC profile of an iCCP chunk: name, NUL, method, zlib stream; None where it does not unpack."""
+    if chunk is None:
+        return None
+    try:
+        return zlib.decompressobj().decompress(chunk[chunk.index(b"\0") + 2 :], 4_000_000) or None
+    except (ValueError, zlib.error):
+        return None
+
+
+# --- the other formats, opened by Pillow --------------------------------------------------------------------
+
+
+def open_with_pillow(data: bytes, kind: str) -> Any:
+    """A lazy ``PIL.Image`` of exactly this format (Pillow would otherwise try its forty others)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_header has its own limit
+            return Image.open(io.BytesIO(data), formats=[kind.upper()])
+    except Image.DecompressionBombError as error:
+        raise RejectError("image_too_large", f"{kind}: {error}") from None
+    except (UnidentifiedImageError, *PILLOW_ERRORS) as error:
+        raise RejectError("image_corrupt", f"{kind}: {error}") from None
+
+
+# What Pillow's parsers raise on damaged input, found by flipping bits: they were not written with it in mind.
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def _pillow_header(data: bytes) -> ImageHeader:
+    kind = sniff(data)
+    assert kind is not None
+    image = open_with_pillow(data, kind)
+    num_frames = getattr(image, "is_animated", False)
+    return ImageHeader(
+        kind,
+        image.width,
+        image.height,
+        orientation=exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0")),
+        icc=image.info.get("icc_profile"),
+        plain=kind == "webp" and image.mode == "RGB" and not num_frames,
+        lossless=not _is_lossy(data, kind, image),
+    )
+
+
+def _is_lossy(data: bytes, kind: str, image: Any) -> bool:
+    if kind == "webp":
+        return b"VP8L" not in data[12:64] and data.find(b"VP8 ", 12) != -1
+    return kind == "tiff" and image.info.get("compression") in ("jpeg", "webp", "tiff_jpeg")
+
+
+_READERS = {
+    "jpeg": _jpeg_header,
+    "png": _png_header,
+    "webp": _pillow_header,
+    "gif": _pillow_header,
+    "bmp": _pillow_header,
+    "tiff": _pillow_header,
+}
