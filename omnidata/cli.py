@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -49,6 +50,111 @@ def prepare_tokenizer(source: str, out: str, chat_template: str | None) -> None:
 
     tokenizer.prepare_tokenizer(source, out, chat_template=chat_template)
     click.echo(f"Tokenizer written to {out}")
+
+
+def _cost_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The assumptions of a cost estimate, the same for every command that makes one."""
+    for option in (
+        click.option("--freeze", "frozen", multiple=True, help="Part not trained; repeatable, or 'none'."),
+        click.option("--mfu", default=0.4, show_default=True, help="Assumed share of the peak FLOP/s."),
+        click.option("--gpus", "num_gpus", default=1, show_default=True, help="GPUs of the estimate."),
+        click.option(
+            "--gpu", default="h100", show_default=True, help="b200, h200, h100, a100, l40s, rtx4090."
+        ),
+        click.option("--model", default="omnilmm-12b", show_default=True, help="Or so400m-7b, vitl-7b."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option("--key", help="Show the sample with this key.")
+@click.option("--sample", type=int, help="Show the sample at this position, from 0; negative from the end.")
+@click.option("--limit", type=click.IntRange(0), help="Samples (or rejects) to show: 3 (20), 1000 in HTML.")
+@click.option("--split", help="Only this split.")
+@click.option("--source", help="Only samples (or rejects) of this source.")
+@click.option("--rejects", is_flag=True, help="Show the refused records instead of samples.")
+@click.option("--html", metavar="FILE", help="Write one self-contained HTML report.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON; its keys: omnidata/summary.py.")
+@_cost_options
+def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **options: Any) -> None:
+    """See what a model would learn from DATASET, a folder or URL: totals, then samples in colour.
+
+    Green is supervised, dim is a special token, a chip is an image. Only the index and the samples shown are
+    read. Colour goes away with NO_COLOR=1 or in a pipe, where «» mark what is supervised.
+
+    \b
+    omnidata inspect data
+    omnidata inspect data --sample 12
+    omnidata inspect data --rejects --limit 100
+    omnidata inspect data --html report.html
+    omnidata inspect s3://bucket/data --json | jq .supervised_share
+    """
+    from omnidata import reports
+    from omnidata.dataset import Dataset
+
+    opened = Dataset(dataset, split)
+    choice = reports.Choice(**{name: options.pop(name) for name in reports.Choice.names()})
+    assume = reports.assumptions(**options)
+    if html:
+        click.echo(reports.inspect_html(opened, html, choice=choice, assume=assume))
+    elif as_json:
+        click.echo(reports.inspect_json(opened, choice=choice, assume=assume))
+    else:
+        reports.inspect_terminal(opened, choice=choice, assume=assume)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option(
+    "--deep", is_flag=True, help="Also read every byte: checksums, ids, labels, image blocks, images."
+)
+@click.option(
+    "--repair", is_flag=True, help="Rebuild a lost or damaged index, .idx or .nv-meta from the shards."
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes for --deep; by default one a core.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Findings as JSON; its keys: omnidata/verify.py.")
+def verify(dataset: str, **options: Any) -> int:
+    """Prove that DATASET is what its manifest says. Exit 1 with every finding (what, where) if it is not.
+
+    The quick check takes seconds: files, sizes, index, offsets, totals, tokenizer, and that
+    samples + rejects = records. --deep reads every sample in parallel.
+
+    \b
+    omnidata verify data
+    omnidata verify data --deep --workers 8
+    omnidata verify data --repair
+    """
+    from omnidata import reports
+
+    return reports.verify(dataset, **options)
+
+
+@cli.command()
+@click.argument("datasets", metavar="DATASET...", nargs=-1, required=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens a pack.")
+@click.option("--max-images", type=click.IntRange(0), help="Images a pack; by default no limit.")
+@click.option("--global-batch", type=click.IntRange(1), help="Packs a step; by default one a rank.")
+@click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
+@click.option("--split", help="Plan this split; by default train, where there is one.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--epoch", default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The forecast as JSON; its keys: omnidata/forecast.py.")
+@_cost_options
+def plan(datasets: tuple[str, ...], **options: Any) -> None:
+    """Foresee an epoch on DATASET...: packs, steps, padding, balance over ranks, FLOPs and hours.
+
+    Everything comes from the index. No shard is opened and no GPU is needed.
+
+    \b
+    omnidata plan data --max-tokens 4096 --global-batch 64 --world-size 8 --gpus 8
+    omnidata plan data more-data --max-tokens 8192 --json
+    """
+    from omnidata import reports
+
+    click.echo(reports.plan(datasets, **options), nl=False)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -42,7 +42,7 @@ def write_report(
     summary = summarize(dataset, assume=assume)
     edges = {ref.position for refs in summary.extremes.values() for ref in refs}
     views = read_views(dataset, sorted(edges.union(positions)))
-    page = render_page(report_data(summary, views, list(rejects_of(dataset, limit=MAX_REJECTS))))
+    page = render_page(report_data(summary, views, rejects_of(dataset)[:MAX_REJECTS]))
     try:
         return Path(path).write_bytes(page)
     except OSError as error:

@@ -13,7 +13,7 @@ A run is text, special tokens or one image block, all of it supervised or none o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -203,13 +203,11 @@ def printable(text: str) -> str:
     return text.translate(_visible_controls())
 
 
-def rejects_of(
-    dataset: Dataset, *, source: str | None = None, limit: int | None = None
-) -> Iterable[dict[str, str]]:
-    """The refused records, in the order of the sources; all of them unless a limit is given."""
+def rejects_of(dataset: Dataset, *, source: str | None = None) -> list[dict[str, str]]:
+    """The refused records, in the order of the sources."""
     import pyarrow.compute as pc
 
     table = dataset.rejects
     if source is not None:
         table = table.filter(pc.equal(table["source"], source))
-    return table.slice(0, limit).to_pylist()
+    return table.to_pylist()

@@ -170,6 +170,13 @@ def human_hours(hours: float) -> str:
 # --- samples ----------------------------------------------------------------------------------------------
 
 
+def print_samples(console: Console, views: Iterable[SampleView]) -> None:
+    """What the colours mean, then each sample."""
+    print_legend(console)
+    for view in views:
+        print_sample(console, view)
+
+
 def print_legend(console: Console) -> None:
     """What the colours of the samples mean."""
     legend = Text("\n")
@@ -218,11 +225,15 @@ def chip(run: Run, sizes: Sequence[Sequence[int]]) -> str:
 # --- rejects ----------------------------------------------------------------------------------------------
 
 
-def print_rejects(console: Console, rejects: Iterable[dict[str, str]]) -> None:
-    """Each refused record: where, why, and how it began."""
-    for reject in rejects:
+def print_rejects(console: Console, rejects: Sequence[dict[str, str]], *, limit: int) -> None:
+    """Each refused record: where, why, and how it began; says so when there are more than ``limit``."""
+    for reject in rejects[:limit]:
         line = Text(f"\n{printable(reject['source'])}, {printable(reject['locator'])} ", style=HEADING)
         line.append(reject["reason"], style="yellow").append(f" {printable(reject['detail'])}")
         console.print(line)
         if reject["raw"]:
             console.print(Text(printable(reject["raw"]), style=MUTED))
+    if len(rejects) > limit:
+        console.print(f"\n{limit:,} of {len(rejects):,} rejects shown: --limit shows more")
+    elif not rejects:
+        console.print("no rejects")

@@ -84,7 +84,7 @@ function drawOverview() {
     drawChart("Tokens a sample", summary.tokens_per_sample, short),
     drawChart("Supervised share of a sample", summary.supervised_per_sample, percent),
     drawChart("Images a sample", summary.images_per_sample, short),
-    drawChart("Longer side of an image, pixels", summary.longer_side, short));
+    drawChart("Longer side of an image, px", summary.longer_side, short));
   const head = ["Source", "Samples", "Tokens", "Supervised", "Images", "Rejected"];
   find("sources").append(
     make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col", textContent: name })))),
