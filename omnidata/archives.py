@@ -1,7 +1,7 @@
 """Random access into a zip or a tar, by member name.
 
-An archive is indexed once, when it is opened; a read is then one ranged read of that member's bytes. Processes
-share no seek position, so a forked or unpickled archive works as it is.
+An archive is indexed once, when it is opened; a read is then one ranged read of that member's bytes.
+Processes share no seek position, so a forked or unpickled archive works as it is.
 
     archive = open_archive("images.zip")
     archive.read("coco/000000000139.jpg")  # bytes; KeyError where there is no such member

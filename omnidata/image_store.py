@@ -32,7 +32,7 @@ from omnidata.web import Permit, fetch, is_public
 # Protocols that a record (not the user) may name. Others reach hosts of the record's choosing (ssh, ftp, smb,
 # webhdfs, git), start processes, or chain ("zip::http://…").
 RECORD_PROTOCOLS = frozenset(
-    ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "r2", "hf")
+    ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "r2", "hf")
 )
 _NO_SUCH_FILE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
@@ -54,7 +54,7 @@ class ImageStore:
         max_bytes: int = MAX_BYTES,
         permit: Permit = is_public,  # which addresses allow_http may reach
     ) -> None:
-        self.root = None if root is None else os.fspath(root)
+        self.root = None if root is None else _strip_file(os.fspath(root))
         self.allow_http = allow_http
         self.max_bytes = max_bytes
         self._permit = permit
@@ -85,11 +85,12 @@ class ImageStore:
             return _unpack_data_uri(ref.path)
         if "\0" in ref.path or not ref.path:
             raise RejectError("image_missing", f"{ref.path[:200]!r} is no path")
-        if _protocol(ref.path):
-            return self._read_url(ref.path, chosen_by_user=False)
+        path = _strip_file(ref.path)
+        if _protocol(path):
+            return self._read_url(path, chosen_by_user=False)
         if self.root is None:
-            return self._read_unrooted(ref.path)
-        return self._read_rooted(self.root, ref.path)
+            return self._read_unrooted(path)
+        return self._read_rooted(self.root, path)
 
     def _read_unrooted(self, path: str) -> bytes:
         if not os.path.isabs(path):
@@ -129,6 +130,11 @@ def _protocol(path: str) -> str:
     return head.lower() if separator and "/" not in head else ""
 
 
+def _strip_file(path: str) -> str:
+    """``file:///data/x`` -> ``/data/x``: the same rules as for a plain path."""
+    return path.partition("://")[2] if _protocol(path) in ("file", "local") else path
+
+
 def _inside(root: str, path: str) -> str:
     """``path`` normalised and relative; RejectError where it leads out of the root."""
     inside = posixpath.normpath(path)
@@ -158,12 +164,15 @@ def _read_file(path: str, max_bytes: int) -> bytes:
         if error.errno not in _NO_SUCH_FILE:
             raise
         raise RejectError("image_missing", f"{path}: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RejectError("image_missing", f"{path}: not a regular file")
         _check_size(path, status.st_size, max_bytes)
-        return file.read()
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def _read_remote(url: str, max_bytes: int) -> bytes:

@@ -200,7 +200,7 @@ REASONS: dict[str, str] = {
     "image_format": "not a JPEG, PNG, WebP, GIF, BMP or TIFF, by its first bytes",
     "image_corrupt": "the image does not decode",
     "image_too_large": "over the limit of bytes or pixels",
-    "image_forbidden": "a URL that --allow-http does not permit",
+    "image_forbidden": "a URL that --allow-http does not permit, or a path that leads out of the image root",
     # rendering
     "mask_unproven": "the chat template's rendering does not show where the assistant's turns are",
     "too_long": "longer than --max-length with no supervised token left after cutting at a turn boundary",

@@ -3,7 +3,7 @@
 A record's URL is somebody else's word: ``http://169.254.169.254/…`` or ``http://localhost:8080/`` would make
 the build fetch secrets of the network that it runs in. So every address a host resolves to must be public,
 the connection goes to the very address that was checked (a second look-up could answer differently), and
-each redirect is checked again. Proxies from the environment are not used: they would resolve the name themselves.
+each redirect is checked again. Proxies of the environment are not used: they resolve names themselves.
 """
 
 from __future__ import annotations
