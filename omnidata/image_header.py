@@ -12,10 +12,11 @@ others by Pillow, which reads no pixels when it opens a file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
-import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,32 +228,37 @@ def _png_profile(chunk: bytes | None) -> bytes | None:
 
 def open_with_pillow(data: bytes, kind: str) -> Any:
     """A lazy ``PIL.Image`` of exactly this format (Pillow would otherwise try its forty others)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    with refusing_damage(kind):
+        return Image.open(io.BytesIO(data), formats=[kind.upper()])
+
+
+@contextlib.contextmanager
+def refusing_damage(kind: str) -> Iterator[None]:
+    """Turn what Pillow raises on a damaged file into a RejectError."""
+    from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_header has its own limit
-            return Image.open(io.BytesIO(data), formats=[kind.upper()])
-    except Image.DecompressionBombError as error:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise RejectError("image_too_large", f"{kind}: {error}") from None
-    except (UnidentifiedImageError, *PILLOW_ERRORS) as error:
-        raise RejectError("image_corrupt", f"{kind}: {error}") from None
+    except PILLOW_ERRORS as error:
+        raise RejectError("image_corrupt", f"{kind}: {str(error) or type(error).__name__}") from None
 
 
-# What Pillow's parsers raise on damaged input, found by flipping bits: they were not written with it in mind.
+# What its parsers were seen to raise when bits were flipped: they were not written with damage in mind.
 PILLOW_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
-    KeyError,
-    IndexError,
+    LookupError,
     TypeError,
     AttributeError,
-    OverflowError,
-    ZeroDivisionError,
-    MemoryError,
+    ArithmeticError,
     RuntimeError,
+    Warning,
     struct.error,
     zlib.error,
 )
@@ -262,14 +268,14 @@ def _pillow_header(data: bytes) -> ImageHeader:
     kind = sniff(data)
     assert kind is not None
     image = open_with_pillow(data, kind)
-    num_frames = getattr(image, "is_animated", False)
+    animated = getattr(image, "is_animated", False)
     return ImageHeader(
         kind,
         image.width,
         image.height,
         orientation=exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0")),
         icc=image.info.get("icc_profile"),
-        plain=kind == "webp" and image.mode == "RGB" and not num_frames,
+        plain=kind == "webp" and image.mode == "RGB" and not animated,
         lossless=not _is_lossy(data, kind, image),
     )
 

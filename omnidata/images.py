@@ -34,11 +34,11 @@ import numpy as np
 from omnidata.image_header import (
     MAX_BYTES,
     MAX_PIXELS,
-    PILLOW_ERRORS,
     ImageHeader,
     open_with_pillow,
     png_chunks,
     read_header,
+    refusing_damage,
 )
 from omnidata.schema import EncodedImage, RejectError
 
@@ -150,13 +150,20 @@ def _check_riff(data: bytes) -> None:
 
 def _decode(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.ndarray:
     """Upright sRGB at ``size`` (width, height)."""
-    if header.format != "jpeg":
-        return resize_rgb(_pillow_rgb(_open_whole(data, header), header), *size)
     stored_size = size if header.orientation < 5 else size[::-1]
-    pixels = _decode_jpeg(data, header, min_size=_dct_size(header, stored_size))
+    if header.format == "jpeg":
+        rgb = _jpeg_rgb(data, header, size=stored_size)
+    else:
+        rgb = _pillow_rgb(_open_whole(data, header), header)
+    return _upright(resize_rgb(rgb, *stored_size), header.orientation)
+
+
+def _jpeg_rgb(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.ndarray:
+    """sRGB at ``size`` or larger."""
+    pixels = _decode_jpeg(data, header, min_size=_dct_size(header, size))
     if header.num_channels == 4 or _to_srgb(header.icc, "RGB") is not None:
-        pixels = _jpeg_to_srgb(pixels, header)
-    return _upright(resize_rgb(pixels, *stored_size), header.orientation)
+        return _jpeg_to_srgb(pixels, header)
+    return pixels
 
 
 def _dct_size(header: ImageHeader, size: tuple[int, int]) -> tuple[int, int]:
@@ -216,18 +223,15 @@ def _open_whole(data: bytes, header: ImageHeader) -> Any:
     elif header.format == "webp":
         _check_riff(data)
     image = open_with_pillow(data, header.format)
-    try:
+    with refusing_damage(header.format):
         image.load()
-    except PILLOW_ERRORS as error:
-        raise RejectError("image_corrupt", f"{header.format}: {error}") from None
     return image
 
 
 def _pillow_rgb(image: Any, header: ImageHeader) -> np.ndarray:
-    """8 bits a channel, opaque, sRGB, upright."""
-    from PIL import Image, ImageOps
+    """8 bits a channel, opaque, sRGB."""
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = _scale_16_bits(image)
     if image.mode in ("I", "F", "LAB", "HSV"):
