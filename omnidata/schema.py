@@ -132,6 +132,7 @@ class Rendered:
     input_ids: Any
     labels: Any
     num_truncated_messages: int = 0  # turns cut from the end to fit max_length
+    num_images: int = 0  # image blocks = the conversation's first images; those of cut turns are gone
 
     @property
     def num_supervised(self) -> int:
@@ -202,6 +203,7 @@ REASONS: dict[str, str] = {
     "image_too_large": "over the limit of bytes or pixels",
     "image_forbidden": "a URL that --allow-http does not permit, or a path that leads out of the image root",
     # rendering
+    "template_refused": "the chat template raises an error on the conversation (say, on a system turn)",
     "mask_unproven": "the chat template's rendering does not show where the assistant's turns are",
     "too_long": "longer than --max-length with no supervised token left after cutting at a turn boundary",
     "no_supervision": "no supervised token",

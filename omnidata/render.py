@@ -1,0 +1,326 @@
+"""Conversation -> input_ids + labels: what the model reads, and what it learns to write.
+
+Supervised are each assistant turn's content and the control token that closes it (``</s>``), and nothing
+else::
+
+    <|user|>\\nHi</s>\\n<|assistant|>\\nHello</s>        (Zephyr)
+                                       ^^^^^^^^^ supervised
+
+Step (1) ``_Plan``: what the chat template prints around contents of these roles (omnidata.chat_template),
+         with its control tokens guarded (omnidata.encoder), so that contents are inert text.
+Step (2) ``_draft``: the guarded text of one conversation, and where in it, in characters, each assistant
+         turn starts and ends.
+Step (3) one ``encode_batch`` for all drafts.
+Step (4) ``_finish``: characters -> tokens by the tokenizer's offsets; images widened to their block; too long
+         ones cut after an assistant turn.
+
+OmniLMM's format differs from what ``apply_chat_template`` gives in three ways: a default system turn unless
+one is given, BOS in front, and no newline after the last ``</s>``. It is used where the template prints
+Zephyr's turns and the tokenizer has the image tokens (``Renderer.is_omnilmm``). For every other tokenizer the
+ids are exactly those of ``apply_chat_template(messages)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from omnidata.chat_template import ChatTemplate, Shape
+from omnidata.encoder import IMAGE_GUARD, Encoder
+from omnidata.schema import (
+    CONTENT_TOKENS,
+    IGNORE_INDEX,
+    Conversation,
+    ImagePart,
+    Message,
+    RejectError,
+    Rendered,
+    TextPart,
+    UserError,
+)
+from omnidata.tokenizer import template_text
+
+DEFAULT_SYSTEM = (
+    "You are an artificial intelligence assistant, which gives helpful, detailed, "
+    "and polite answers to the human's questions."
+)
+ZEPHYR_PROBE = "<|system|>\na{eos}\n<|user|>\nb{eos}\n<|assistant|>\nc{eos}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How conversations of one sequence of roles are written: guarded pieces and the turns to supervise."""
+
+    shape: Shape  # as the template prints it, for the proof
+    pieces: tuple[str, ...]  # guarded, one before each content and one after the last
+    turns: tuple[_Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An assistant turn to supervise."""
+
+    message: int  # position in the conversation
+    closing: int  # characters of the piece after the content up to and including the closing control token
+    slack: int  # blanks before the content that the model writes, because the generation prompt lacks them
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """One conversation before it is encoded."""
+
+    text: str  # guarded
+    spans: tuple[
+        tuple[int, int, int], ...
+    ]  # characters: first of the content, after the closing token, slack
+    num_images: int
+
+
+class Renderer:
+    """Renders conversations for one tokenizer; see the module's docstring for what is supervised.
+
+    ``default_system`` is put in front of a conversation that has no system turn: None for none, "auto" for
+    OmniLMM's where the tokenizer is OmniLMM's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        num_query: int = 64,
+        max_length: int | None = 2048,
+        content_tokens: Sequence[str] = CONTENT_TOKENS,
+        *,
+        default_system: str | None = "auto",
+    ) -> None:
+        text = template_text(tokenizer)
+        if not text:
+            raise UserError("the tokenizer has no chat template; omnidata prepare-tokenizer adds one")
+        self.tokenizer = tokenizer
+        self.num_query = num_query
+        self.max_length = max_length
+        self._template = ChatTemplate(text, tokenizer.special_tokens_map)
+        self._encoder = Encoder(tokenizer, content_tokens=content_tokens)
+        self.is_omnilmm = self._encoder.image_ids is not None and self._prints_zephyr()
+        self.default_system = (
+            (DEFAULT_SYSTEM if self.is_omnilmm else None) if default_system == "auto" else default_system
+        )
+        self._bos = self._find_bos()
+        self._plan = lru_cache(maxsize=4096)(self._make_plan)
+
+    # --- what users call ----------------------------------------------------------------------------------
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Ids and labels of one conversation; RejectError where that is not possible."""
+        [result] = self.render_batch([conversation])
+        if isinstance(result, RejectError):
+            raise result
+        return result
+
+    def render_batch(self, conversations: Iterable[Conversation]) -> list[Rendered | RejectError]:
+        """The same for many, with one call of the tokenizer; a refused one is a RejectError in its place."""
+        conversations = list(conversations)
+        drafts = [_caught(self._draft, conversation) for conversation in conversations]
+        texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
+        encodings = iter(self._encoder.encode_batch(texts))
+        return [
+            _caught(self._finish, conversation, draft, next(encodings))
+            if isinstance(draft, _Draft)
+            else draft
+            for conversation, draft in zip(conversations, drafts, strict=True)
+        ]
+
+    def render_prompt(self, conversation: Conversation) -> np.ndarray:
+        """Ids int32 [L] of a conversation that ends with a user turn, and of the prompt for the reply."""
+        draft = self._draft(conversation, generation_prompt=True)
+        [encoding] = self._encoder.encode_batch([draft.text])
+        ids = np.array(encoding.ids, dtype=np.int32)
+        return self._widen(ids, np.full_like(ids, IGNORE_INDEX))[0]
+
+    # --- step 1: roles -> pieces ----------------------------------------------------------------------------
+
+    def _make_plan(self, roles: tuple[str, ...], generation_prompt: bool) -> _Plan:
+        shape = self._template.shape(roles, generation_prompt)
+        pieces = [self._encoder.guard(piece) for piece in shape.pieces]
+        if self.is_omnilmm:
+            pieces[0] = self._bos + pieces[0]
+            pieces[-1] = pieces[-1] if generation_prompt else pieces[-1].removesuffix("\n")
+        turns = (
+            _Turn(i, self._closing(pieces[i + 1]), self._slack(roles[:i], shape.pieces[i]))
+            for i, role in enumerate(roles)
+            if role == "assistant" and shape.marked[i]
+        )
+        return _Plan(shape, tuple(pieces), tuple(turns))
+
+    def _closing(self, piece: str) -> int:
+        """Length of ``</s>`` (and blanks before it) at the start of the piece that follows a reply."""
+        match = self._encoder.control_guard.search(piece)
+        if match is None or piece[: match.start()].strip():
+            raise RejectError(
+                "mask_unproven",
+                "the chat template prints no control token right after the assistant's content",
+            )
+        return match.end()
+
+    def _slack(self, roles: tuple[str, ...], header: str) -> int:
+        """Blanks that the template prints between the generation prompt and the content.
+
+        Mistral's ``[/INST] Hello``: the prompt ends at ``[/INST]``, so the model writes ``▁Hello``.
+        """
+        blanks = len(header) - len(header.rstrip())
+        if not (roles and blanks):
+            return 0
+        prompt = self._template.shape(roles, True).pieces[-1]
+        rest = header.removeprefix(prompt) if header.startswith(prompt) else ""
+        return len(rest) if not rest.strip() else 0
+
+    # --- step 2: conversation -> guarded text -----------------------------------------------------------------
+
+    def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
+        messages = self._with_system(conversation.messages)
+        contents = [_content(message) for message in messages]
+        plan = self._plan(tuple(message.role for message in messages), generation_prompt)
+        printed = plan.shape.contents(contents)
+        self._prove(plan.shape, printed, messages, contents, generation_prompt)
+        num_images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
+        if num_images and self._encoder.image_ids is None:
+            raise UserError(
+                "the tokenizer lacks <im_patch>, <im_start> or <im_end>; run omnidata prepare-tokenizer"
+            )
+        starts, text = _interleave(plan.pieces, printed)
+        spans = tuple(
+            (
+                starts[turn.message],
+                starts[turn.message] + len(printed[turn.message]) + turn.closing,
+                turn.slack,
+            )
+            for turn in plan.turns
+        )
+        return _Draft(text, spans, num_images)
+
+    def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        if self.default_system is None or (messages and messages[0].role == "system"):
+            return tuple(messages)
+        return (Message("system", (TextPart(self.default_system),)), *messages)
+
+    def _prove(
+        self, shape: Shape, printed: list[str], messages: Sequence[Message], contents: list[str], prompt: bool
+    ) -> None:
+        """The template's own rendering of this very record is what the pieces and contents give."""
+        raw = [
+            {"role": message.role, "content": text} for message, text in zip(messages, contents, strict=True)
+        ]
+        if self._template.render(raw, generation_prompt=prompt) != shape.text(printed):
+            raise RejectError(
+                "mask_unproven",
+                "the chat template changes a content (or reacts to one), so its place is unknown",
+            )
+
+    # --- step 4: encoding -> ids and labels -------------------------------------------------------------------
+
+    def _finish(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Rendered:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        length = len(ids) + draft.num_images * (self.num_query + 1)
+        if self.max_length is not None and length > self.max_length:
+            return self._truncate(conversation, length)
+        labels = np.full_like(ids, IGNORE_INDEX)
+        for span in draft.spans:
+            first, end = _tokens(encoding, span)
+            labels[first:end] = ids[first:end]
+        if draft.num_images:
+            ids, labels = self._widen(ids, labels)
+        if not (labels != IGNORE_INDEX).any():
+            raise RejectError(
+                "no_supervision", "no assistant turn is supervised, so there is nothing to learn"
+            )
+        return Rendered(ids, labels, num_images=draft.num_images)
+
+    def _widen(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each image's one token becomes its block, which is never supervised."""
+        places = np.flatnonzero(ids == self._encoder.image_id)
+        if len(places) == 0:
+            return ids, labels
+        start, patch, end = self._encoder.image_ids
+        counts = np.ones(len(ids), dtype=np.intp)
+        counts[places] = self.num_query + 2
+        labels[places] = IGNORE_INDEX
+        wide_labels = np.repeat(labels, counts)
+        ids[places] = patch
+        wide = np.repeat(ids, counts)
+        first = places + np.arange(len(places)) * (self.num_query + 1)
+        wide[first], wide[first + self.num_query + 1] = start, end
+        return wide, wide_labels
+
+    def _truncate(self, conversation: Conversation, length: int) -> Rendered:
+        """Cut whole turns from the end, down to an assistant turn after which everything fits."""
+        total = len(conversation.messages)
+        for keep in range(total - 1, 0, -1):
+            if conversation.messages[keep - 1].role != "assistant":
+                continue
+            shorter = replace(conversation, messages=conversation.messages[:keep])
+            draft = self._draft(shorter)
+            [encoding] = self._encoder.encode_batch([draft.text])
+            if len(encoding) + draft.num_images * (self.num_query + 1) <= self.max_length:
+                return replace(self._finish(shorter, draft, encoding), num_truncated_messages=total - keep)
+        raise RejectError(
+            "too_long",
+            f"{length} tokens, over max_length {self.max_length}, and no assistant turn ends before that",
+        )
+
+    # --- what kind of tokenizer -------------------------------------------------------------------------------
+
+    def _prints_zephyr(self) -> bool:
+        messages = [
+            {"role": role, "content": text}
+            for role, text in (("system", "a"), ("user", "b"), ("assistant", "c"))
+        ]
+        try:
+            printed = self._template.render(messages)
+        except RejectError:  # a template without system turns
+            return False
+        return printed == ZEPHYR_PROBE.format(eos=self.tokenizer.eos_token)
+
+    def _find_bos(self) -> str:
+        """The guard of BOS where the tokenizer itself puts BOS in front, else nothing."""
+        bos = self.tokenizer.bos_token
+        ids = self.tokenizer.backend_tokenizer.encode("a").ids
+        return self._encoder.guard(bos) if bos and ids[:1] == [self.tokenizer.bos_token_id] else ""
+
+
+def _caught(function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except RejectError as error:
+        return error
+
+
+def _content(message: Message) -> str:
+    return "".join(part.text if isinstance(part, TextPart) else IMAGE_GUARD for part in message.parts)
+
+
+def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[int], str]:
+    """Where each content starts, in characters, and the whole text."""
+    texts, starts, position = [pieces[0]], [], len(pieces[0])
+    for content, piece in zip(contents, pieces[1:], strict=True):
+        starts.append(position)
+        texts += (content, piece)
+        position += len(content) + len(piece)
+    return starts, "".join(texts)
+
+
+def _tokens(encoding: Any, span: tuple[int, int, int]) -> tuple[int, int]:
+    """The range of tokens that cover the span of characters, if its borders are borders of tokens."""
+    start, end, slack = span
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is None or last is None:
+        raise RejectError("mask_unproven", "the tokenizer gives no token for the start or end of a reply")
+    if encoding.token_to_chars(first)[0] < start - slack:
+        raise RejectError(
+            "mask_unproven",
+            "the tokenizer joins the start of a reply with the template's text before it; "
+            "remove the blanks or line ends that the reply starts with",
+        )
+    return first, last + 1
