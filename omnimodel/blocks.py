@@ -1,12 +1,11 @@
 """The repeated blocks of tower and language model: recomputed in the backward pass, compiled, or both.
 
-    checkpoint_blocks(model, "selective")   keep matrix products and attention, recompute the rest: ~2/5 less memory
+    checkpoint_blocks(model, "selective")   keep matrix products and attention, recompute the rest
     checkpoint_blocks(model, "full")        keep a block's input only: least memory, one more forward
     compile_blocks(model)                   torch.compile, one block at a time: the blocks share one graph
 
-Both act on ``block.forward``, so parameter names and hooks (FSDP's) stay as they are. Call compile_blocks first:
-what is recomputed is then the compiled block. The numbers are those of the plain model, to the bit for
-checkpointing.
+Both act on ``block.forward``, so parameter names and hooks (FSDP's) stay as they are. Call compile_blocks
+first: what is recomputed is then the compiled block. Checkpointing changes no bit of loss or gradients.
 """
 
 from __future__ import annotations
