@@ -54,8 +54,7 @@ class DataConfig:
     max_tokens: int = 4096  # tokens of a pack = of a microbatch
     max_images: int | None = None  # images of a pack; null: only max_tokens limits it
     global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
-    packed: bool = True  # false: one sample a microbatch (to measure what packing gains)
-    num_workers: int = 1  # loader threads or processes a rank
+    num_workers: int = 1  # of the loader, a rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from types import FrameType
 
 from omnidata.schema import UserError
 from pipelines.config import GuardConfig
+from pipelines.parallel import shorten_timeout
 
 
 class StopSignal:
@@ -41,17 +42,18 @@ class LossGuard:
         self.in_a_row = 0
         self.mean: float | None = None  # exponential running mean of the loss
 
-    def nonfinite(self, step: int, keys: Sequence[str]) -> None:
+    def nonfinite(self, step: int, keys: Sequence[str]) -> str:
         """Count one skipped step; after ``max_nonfinite`` in a row, stop the run on all ranks alike."""
         self.num_nonfinite += 1
         self.in_a_row += 1
         self._write(step, "non-finite gradient", keys)
         if self.in_a_row >= self.config.max_nonfinite:
             raise UserError(
-                f"step {step}: the gradient was not finite {self.in_a_row} steps in a row. Samples of these steps: "
-                f"{self.path.parent}/suspicious-samples-rank*.jsonl (omnidata inspect --key shows one). Lower optim.lr, "
-                "lengthen optim.warmup_steps, or remove the samples"
+                f"step {step}: the gradient was not finite {self.in_a_row} steps in a row. The samples are "
+                f"in {self.path.parent}/suspicious-samples-rank*.jsonl (omnidata inspect --key shows one). "
+                "Lower optim.lr, lengthen optim.warmup_steps, or remove the samples"
             )
+        return f"step {step}: gradient not finite, no update ({self.num_nonfinite} so far); see {self.path}"
 
     def finite(self, step: int, loss: float, keys: Sequence[str]) -> str | None:
         """Note a sound step; returns a warning when its loss spikes."""
@@ -86,30 +88,34 @@ class LossGuard:
 class Watchdog:
     """Ends a process whose loop has not come round for a while, after dumping all its stacks.
 
-    Python's faulthandler runs it on a C thread: it works while a collective holds the interpreter lock. The exit
-    code is 1, so torchrun ends the other ranks, and the next start resumes from the last checkpoint.
+    Python's faulthandler runs it on a C thread: it works while a collective holds the interpreter lock. The
+    exit code is 1, so torchrun ends the other ranks, and the next start resumes from the last checkpoint.
     """
 
     def __init__(self, config: GuardConfig, run_dir: Path, *, rank: int) -> None:
         self.config = config
         self.path = run_dir / f"stalled-rank{rank}.txt"
         self.file = self.path.open("w")
+        self.first_step_done = False
         self._arm(config.first_step_timeout)
 
     def _arm(self, seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=self.file)
 
     def step_finished(self) -> None:
-        """Start counting again; from the second step on with the short timeout."""
+        """Start counting again; from the second step on with the short timeout, which collectives get too."""
+        if not self.first_step_done:
+            shorten_timeout(self.config.step_timeout)
+        self.first_step_done = True
         self._arm(self.config.step_timeout)
 
-    def allow(self, seconds: float) -> None:
-        """Something slow comes (evaluation, the last checkpoint)."""
-        self._arm(seconds)
+    def pause(self) -> None:
+        """Stop counting."""
+        faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
         """The loop is over; leave no empty file."""
-        faulthandler.cancel_dump_traceback_later()
+        self.pause()
         self.file.close()
         if not self.path.stat().st_size:
             self.path.unlink()

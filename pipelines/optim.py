@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with one peak learning rate a component, and the schedule as a pure function of the step.
+"""The optimizer: AdamW with a peak learning rate for each component, and a schedule that is a pure function.
 
 Because ``lr_factor`` depends on the step alone, a resumed run has nothing to restore but the step.
 
@@ -16,21 +16,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from omnimodel.freezing import component
 from pipelines.config import OptimConfig
 
-COMPONENTS = ("vision_tower", "resampler", "embeddings", "language_model", "lm_head")
 UNDECAYED = ("query", "pos_embed", "cls_token", "reg_token")  # raw parameters that are no matrices of a layer
-
-
-def component_of(name: str) -> str:
-    """``model.resampler.attn.out_proj.weight`` -> ``resampler``."""
-    if "vision_tower." in name:
-        return "vision_tower"
-    if "resampler." in name:
-        return "resampler"
-    if "embed_tokens." in name:
-        return "embeddings"
-    return "lm_head" if "lm_head." in name else "language_model"
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -39,17 +28,17 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        component, decayed = component_of(name), _is_decayed(name, parameter)
-        peak = optim.component_lr.get(component, optim.lr)
+        part, decayed = component(name), _is_decayed(name, parameter)
+        peak = optim.component_lr.get(part, optim.lr)
         settings = {"weight_decay": optim.weight_decay if decayed else 0.0, "lr": peak, "peak_lr": peak}
-        group = groups.setdefault((component, decayed), {"component": component, "params": [], **settings})
+        group = groups.setdefault((part, decayed), {"component": part, "params": [], **settings})
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Matrices decay; norms, biases, embeddings, queries and position tables do not."""
-    return parameter.ndim >= 2 and component_of(name) != "embeddings" and name.split(".")[-1] not in UNDECAYED
+    return parameter.ndim >= 2 and component(name) != "embeddings" and name.split(".")[-1] not in UNDECAYED
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -87,8 +76,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 class NewTokenRows:
     """Lets only some rows of the embedding and of lm_head learn, by zeroing the gradient of all others.
 
-    A row whose gradient has always been zero has zero Adam moments and does not move, and neither group decays
-    (lm_head would, so its decay is switched off here).
+    A row whose gradient has always been zero has zero Adam moments and does not move, provided that it does
+    not decay either: the embedding never does, and lm_head's decay is switched off here.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rows: Iterable[int]) -> None:
@@ -96,7 +85,7 @@ class NewTokenRows:
         self.parameters = [
             parameter
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and component_of(name) in ("embeddings", "lm_head")
+            if parameter.requires_grad and component(name) in ("embeddings", "lm_head")
         ]
         for group in optimizer.param_groups:
             if group["component"] == "lm_head":
@@ -114,7 +103,7 @@ class NewTokenRows:
 
 
 def _local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a tensor that may be sharded on dimension 0, and the number of the first of them."""
+    """This rank's rows of a tensor that may be sharded on dimension 0, and the first row's number."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -1,0 +1,278 @@
+"""Checkpoints: written behind the training, whole or not at all, verified before they are used.
+
+    RUN/checkpoints/step-00000040/
+        __0_0.distcp … .metadata   torch.distributed.checkpoint: weights, Adam moments, RNG states
+        trainer.json               step, loader state, counters
+        recipe.yaml                the resolved recipe
+        sha256sums                 a line for every file above, as `sha256sum -c` reads it
+        COMPLETE                   the sha256 of sha256sums: written last
+
+A checkpoint is written under ``.tmp-step-…`` and renamed when it is complete, so a killed process leaves
+either all of it or a leftover that the next start removes. ``newest`` recomputes all checksums and passes
+over a checkpoint that does not match, with a warning: a flipped bit would otherwise load without a word.
+
+Weights that are frozen and come from ``model.path`` are not written: resuming reads them from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from omnidata.schema import UserError
+from pipelines.config import CheckpointConfig, Recipe, to_dict
+from pipelines.parallel import World
+
+TRAINER, RECIPE, SUMS, COMPLETE = "trainer.json", "recipe.yaml", "sha256sums", "COMPLETE"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, world: World, *, config: CheckpointConfig) -> None:
+        self.directory, self.world, self.config = directory, world, config
+        # Its own group: the writer's collectives must not meet those of the training.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._writing: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if world.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in directory.glob(".tmp-*"):
+                shutil.rmtree(leftover)
+        world.barrier()
+
+    def save(self, tensors: dict[str, Any], trainer: dict[str, Any], *, recipe: str) -> None:
+        """Stage ``tensors`` in memory and write them; returns at once if asynchronous.
+
+        ``trainer`` must have "step" and "best", a (loss, step) whose checkpoint is never pruned, or None.
+        """
+        self.wait()
+        temporary = self.directory / f".tmp-{_name(trainer['step'])}"
+        if self.world.is_main:
+            temporary.mkdir()
+            (temporary / TRAINER).write_text(json.dumps(trainer, indent=1))
+            (temporary / RECIPE).write_text(recipe)
+        self.world.barrier()
+        writer = dcp.FileSystemWriter(temporary)
+        future = dcp.async_save(
+            tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
+        )
+        self._writing = threading.Thread(target=self._finish, args=(future, temporary, trainer), daemon=True)
+        self._writing.start()
+        if not self.config.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint being written is complete; raises what went wrong there."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._error is not None:
+            raise self._error
+
+    def _finish(self, future: Future[Any], temporary: Path, trainer: dict[str, Any]) -> None:
+        """In a thread. DCP's future ends on rank 0 after all ranks have written, so rank 0 completes it."""
+        try:
+            future.result()
+            if self.world.is_main:
+                complete(temporary)
+                os.replace(temporary, self.directory / _name(trainer["step"]))
+                _sync(self.directory)
+                self._prune(trainer["best"])
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _prune(self, best: tuple[float, int] | None) -> None:
+        names = self._names()
+        kept = {*names[-self.config.keep_last :], _name(best[1] if best else 0)}
+        for name in names:
+            if name not in kept:
+                # Renamed first: a half-removed checkpoint must not be taken for a damaged one.
+                doomed = self.directory / f".tmp-removed-{name}"
+                os.replace(self.directory / name, doomed)
+                shutil.rmtree(doomed)
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob("step-*"))
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose every file has its checksum; the same answer on every rank."""
+        found = None
+        if self.world.is_main:
+            for name in reversed(self._names()):
+                problem = verify(self.directory / name)
+                if problem is None:
+                    found = self.directory / name
+                    break
+                print(f"warning: checkpoint {self.directory / name} is not used: {problem}", file=sys.stderr)
+        return self.world.share(found)
+
+    def load(self, path: Path, tensors: dict[str, Any], *, recipe: Recipe) -> dict[str, Any]:
+        """Fill ``tensors`` in place from ``path``; returns what ``save`` was given as ``trainer``."""
+        refuse_other_recipe(path, recipe)
+        trainer = json.loads((path / TRAINER).read_text())
+        if trainer["world_size"] != self.world.size:  # other ranks, other random numbers
+            tensors.pop(f"rng-{self.world.rank}")
+        dcp.load(tensors, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        return trainer
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written end; used on the way out, so it raises nothing."""
+        if self._writing is not None:
+            self._writing.join(timeout=600)
+
+
+def refuse_other_recipe(path: Path, recipe: Recipe) -> None:
+    """UserError if the checkpoint was made by a recipe whose weights mean something else.
+
+    The loader compares the data; speed, logging, schedule and the number of ranks may change.
+    """
+    saved, current = yaml.safe_load((path / RECIPE).read_text()), to_dict(recipe)
+    free = ("activation_checkpointing", "compile")
+    changed = [
+        f"model.{key}: {saved['model'].get(key)} in the checkpoint, now {value}"
+        for key, value in current["model"].items()
+        if key not in free and saved["model"].get(key) != value
+    ]
+    if saved["run"]["seed"] != recipe.run.seed:
+        changed.append(f"run.seed: {saved['run']['seed']} in the checkpoint, now {recipe.run.seed}")
+    if changed:
+        raise UserError(
+            f"{path} cannot be resumed with this recipe; use another run.dir or run.resume=false:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# --- completeness -----------------------------------------------------------------------------------------
+
+
+def complete(folder: Path) -> None:
+    """Write the checksums of all files, make everything durable, then write the completion marker."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = "".join(
+        f"{digest}  {path.relative_to(folder)}\n" for digest, path in zip(_sha256s(files), files, strict=True)
+    )
+    (folder / SUMS).write_text(sums)
+    for path in (*files, folder / SUMS):
+        _sync(path)
+    (folder / COMPLETE).write_text(hashlib.sha256(sums.encode()).hexdigest() + "\n")
+    _sync(folder / COMPLETE)
+    _sync(folder)
+
+
+def verify(folder: Path) -> str | None:
+    """None if ``folder`` is complete and undamaged, else what is wrong with it."""
+    try:
+        sums = (folder / SUMS).read_text()
+        marker = (folder / COMPLETE).read_text().strip()
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    if hashlib.sha256(sums.encode()).hexdigest() != marker:
+        return f"{SUMS} does not match {COMPLETE}"
+    expected = dict(reversed(line.split("  ", 1)) for line in sums.splitlines())
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    for digest, name in zip(_sha256s(folder / name for name in expected), expected, strict=True):
+        if digest != expected[name]:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def _sha256s(paths: Iterable[Path]) -> list[str]:
+    def one(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
+        return list(pool.map(one, paths))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- what is inside ---------------------------------------------------------------------------------------
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int, skip_frozen: bool
+) -> dict[str, Any]:
+    """Everything that DCP saves, and the tensors that it loads into."""
+    options = StateDictOptions(ignore_frozen_params=skip_frozen)
+    return {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
+        f"rng-{rank}": rng_state(),
+    }
+
+
+def restore_training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, rank: int
+) -> None:
+    """Put a loaded ``training_state`` to work. Learning rates and decay stay the recipe's."""
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+    full = get_optimizer_state_dict(model, optimizer)
+    settings = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    set_optimizer_state_dict(model, optimizer, full | {"state": state["optimizer"]})
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+    if f"rng-{rank}" in state:
+        set_rng_state(state[f"rng-{rank}"])
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """This process's random generators, as tensors."""
+    words = np.random.get_state(legacy=True)
+    version, inner, gauss = random.getstate()
+    assert version == 3 and gauss is None, "nothing here draws with random.gauss"
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.append(words[1].astype(np.int64), words[2])),
+        "python": torch.tensor(inner, dtype=torch.int64),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Inverse of rng_state."""
+    torch.set_rng_state(state["torch"])
+    numbers = state["numpy"].numpy()
+    np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1])))
+    random.setstate((3, tuple(state["python"].tolist()), None))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,167 @@
+"""Datasets for a recipe: opened, checked against each other and the model, and fed to a device.
+
+recipe.data ──open_datasets──▶ Dataset … ──mismatches──▶ one message, before any model work
+Microbatch (CPU) ──model_inputs──▶ keyword arguments of OmniLMMForCausalLM.forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omnidata import Dataset
+from omnidata.loader import PackLoader
+from omnidata.microbatch import Microbatch
+from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, Manifest, UserError
+from omnidata.tokenizer import fingerprint, load_tokenizer
+from omnimodel import OmniLMMConfig
+from pipelines.config import DatasetConfig, Recipe
+from pipelines.parallel import World
+
+IMAGE_TOKEN_FIELDS = {"im_patch_token": IM_PATCH, "im_start_token": IM_START, "im_end_token": IM_END}
+SENTENCE_TOKEN_FIELDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad"}
+
+
+def open_datasets(configs: Sequence[DatasetConfig]) -> list[Dataset]:
+    """Open each; UserError for one that is missing or unfinished."""
+    return [Dataset(config.path, config.split) for config in configs]
+
+
+def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
+    """The configuration of the model to train.
+
+    A model with random weights takes from the dataset what its recipe leaves open: the vocabulary, the ids of
+    the special tokens and num_query.
+    """
+    if recipe.model.path is not None:
+        return OmniLMMConfig.from_pretrained(recipe.model.path)
+    ids = manifest.special_tokens
+    from_data = {field: ids[name] for field, name in IMAGE_TOKEN_FIELDS.items()}
+    from_data |= {
+        field: ids[name] for field, name in SENTENCE_TOKEN_FIELDS.items() if ids.get(name) is not None
+    }
+    from_data |= {"vocab_size": manifest.vocab_size, "num_query": manifest.num_query}
+    return OmniLMMConfig(**(from_data | recipe.model.config))
+
+
+def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: OmniLMMConfig) -> None:
+    """UserError that lists everything in which datasets, model and recipe do not fit."""
+    problems = [line for dataset in datasets for line in _dataset_mismatches(dataset, datasets[0], config)]
+    if recipe.model.path is not None:
+        problems += _tokenizer_mismatches(recipe.model.path, datasets[0])
+    if recipe.model.config is not None:
+        unknown = set(recipe.model.config) - set(OmniLMMConfig().to_dict())
+        problems += [f"model.config.{key}: OmniLMMConfig has no such field" for key in sorted(unknown)]
+    if problems:
+        raise UserError(
+            "the recipe, its datasets and its model do not fit:\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+            + "\nBuild the dataset with the model's tokenizer and num_query, or train another model on it."
+        )
+
+
+def _dataset_mismatches(dataset: Dataset, first: Dataset, config: OmniLMMConfig) -> Iterator[str]:
+    name, manifest = dataset.path, dataset.manifest
+    measured = fingerprint(load_tokenizer(dataset.tokenizer_dir))
+    if measured != manifest.tokenizer_fingerprint:
+        yield (
+            f"{name}: its tokenizer folder now tokenizes differently ({measured[:12]}) from when the dataset "
+            f"was built ({manifest.tokenizer_fingerprint[:12]}); this transformers may load it differently"
+        )
+    for field in ("tokenizer_fingerprint", "chat_template_fingerprint"):
+        mine, other = getattr(manifest, field), getattr(first.manifest, field)
+        if mine != other:
+            yield f"{name}: {field} {mine[:12]}, but {first.path} has {other[:12]}"
+    if manifest.num_query != config.num_query:
+        yield f"{name}: num_query {manifest.num_query}, but the model has {config.num_query}"
+    if manifest.vocab_size > config.vocab_size:
+        yield f"{name}: vocabulary {manifest.vocab_size}, but the model's is {config.vocab_size}"
+    for field, token in IMAGE_TOKEN_FIELDS.items():
+        if manifest.special_tokens.get(token) != getattr(config, field):
+            yield (
+                f"{name}: {token} is {manifest.special_tokens.get(token)}, but the model's {field} is "
+                f"{getattr(config, field)}"
+            )
+    if manifest.image_policy == "shrink" and manifest.image_size < config.image_size:
+        yield (
+            f"{name}: images were shrunk to {manifest.image_size} pixels, but the model's image_size is "
+            f"{config.image_size}"
+        )
+
+
+def _tokenizer_mismatches(model_path: str, dataset: Dataset) -> list[str]:
+    """A model folder that carries a tokenizer must carry the dataset's."""
+    if not (Path(model_path) / "tokenizer_config.json").exists():
+        return []
+    mine, other = fingerprint(load_tokenizer(model_path)), dataset.manifest.tokenizer_fingerprint
+    return (
+        [] if mine == other else [f"{model_path}: tokenizer {mine[:12]}, but {dataset.path} has {other[:12]}"]
+    )
+
+
+def new_token_ids(manifest: Manifest) -> list[int]:
+    """Ids of the tokens that the toolkit added: image and grounding tokens."""
+    known = set(SENTENCE_TOKEN_FIELDS.values()) | {"unk"}
+    return sorted({token for name, token in manifest.special_tokens.items() if name not in known})
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+
+def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader:
+    """Microbatches of this rank, for as many epochs as the recipe asks."""
+    return PackLoader(
+        [{"path": c.path, "split": c.split, "weight": c.weight} for c in recipe.data.train],
+        num_epochs=recipe.optim.epochs,
+        num_workers=recipe.data.num_workers,
+        **_shared_settings(recipe, world, image_size),
+    )
+
+
+def val_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader:
+    """One pass over the validation data, the same at every evaluation."""
+    return PackLoader(
+        [{"path": c.path, "split": c.split, "weight": c.weight} for c in recipe.data.val],
+        num_epochs=1,
+        tail="pad",
+        **_shared_settings(recipe, world, image_size),
+    )
+
+
+def _shared_settings(recipe: Recipe, world: World, image_size: int) -> dict[str, Any]:
+    return {
+        "global_batch": recipe.data.global_batch,
+        "max_tokens": recipe.data.max_tokens,
+        "max_images": recipe.data.max_images,
+        "seed": recipe.run.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "image_size": image_size,
+        "pin_memory": world.device.type == "cuda",
+    }
+
+
+def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the model's forward; the copies to a GPU do not wait."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return {
+        "input_ids": move(microbatch.input_ids)[None],
+        "position_ids": move(microbatch.position_ids)[None],
+        "shift_labels": move(microbatch.labels)[None],
+        "cu_seqlens": move(microbatch.cu_seqlens),
+        "max_seqlen": microbatch.max_seqlen,
+        "pixel_values": move(microbatch.images) if len(microbatch.images) else None,
+        "num_supervised_tokens": microbatch.num_supervised_tokens,
+        "num_supervised_rows": num_supervised(microbatch),
+    }
+
+
+def num_supervised(microbatch: Microbatch) -> int:
+    """Supervised tokens of this microbatch alone."""
+    return int((microbatch.labels != IGNORE_INDEX).sum())

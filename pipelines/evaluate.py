@@ -1,0 +1,198 @@
+"""Evaluate: validation loss while training, and answers by generation.
+
+    python pipelines/evaluate.py --model runs/demo/final --data data/shapes --split val --swap-images \\
+        --out runs/demo/eval.json
+
+asks the model every question of a built dataset (see pipelines.questions) that has a picture before it,
+compares the answers exactly, and writes
+
+    {"accuracy": 0.94, "accuracy_swapped": 0.21, "num_questions": 412}
+
+``--swap-images`` asks everything again with every picture replaced by another one: a model that looks falls
+to chance, one that guesses from the text alone does not fall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from omnidata import Dataset
+from omnidata.schema import UserError
+from omnidata.tokenizer import fingerprint, load_tokenizer
+from omnimodel import OmniLMMForCausalLM
+from pipelines.config import Recipe
+from pipelines.data import model_inputs, open_datasets, val_loader
+from pipelines.model import BuiltModel
+from pipelines.parallel import World, compute_dtype
+from pipelines.questions import Answer, Question, answer_questions, questions_of, with_swapped_images
+
+
+class Evaluation:
+    """The validation data of a recipe, looked at again and again while training."""
+
+    def __init__(self, recipe: Recipe, world: World, built: BuiltModel) -> None:
+        self.recipe, self.world, self.model = recipe, world, built.model
+        self._questions: list[Question] | None = None
+
+    def run(self) -> dict[str, float]:
+        """Validation figures; none without validation data. A collective of all ranks."""
+        figures: dict[str, float] = {}
+        if self.recipe.data.val and self.recipe.eval.num_batches:
+            figures["val_loss"] = self.loss()
+        if self.recipe.data.val and self.recipe.eval.num_questions:
+            figures |= self.answers()
+        return figures
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean loss over the supervised tokens of the first ``num_batches`` packs."""
+        loader = val_loader(self.recipe, self.world, image_size=self.model.config.image_size)
+        num_steps = math.ceil(self.recipe.eval.num_batches / self.recipe.data.global_batch)
+        total, tokens, seen = 0.0, 0, set()
+        self.model.eval()
+        for microbatch in itertools.islice(loader, num_steps * loader.microbatches_per_step):
+            with compute_dtype(self.recipe, self.world):
+                loss = self.model(**model_inputs(microbatch, self.world.device)).loss
+            # Every microbatch was divided by its step's number of tokens: undo that, divide by all of them.
+            total += loss.item() * microbatch.num_supervised_tokens
+            if microbatch.step not in seen:
+                seen.add(microbatch.step)
+                tokens += microbatch.num_supervised_tokens
+        self.model.train()
+        return self.world.sum([total])[0] / max(1, tokens)
+
+    def answers(self) -> dict[str, float]:
+        """Exact match and F1 of generated answers. Sharded ranks answer together, others share the work."""
+        if self._questions is None:
+            self._questions, self._tokenizer = self._read_questions()
+        world = self.world
+        mine = self._questions if world.is_sharded else self._questions[world.rank :: world.size]
+        with compute_dtype(self.recipe, world):
+            answers = answer_questions(self.model, self._tokenizer, mine)
+        exact, f1, count = world.sum(
+            [sum(answer.is_exact for answer in answers), sum(answer.f1 for answer in answers), len(answers)]
+        )
+        return {"val_accuracy": exact / count, "val_f1": f1 / count} if count else {}
+
+    def _read_questions(self) -> tuple[list[Question], Any]:
+        datasets = open_datasets(self.recipe.data.val)
+        config = self.model.config
+        questions = itertools.chain.from_iterable(
+            questions_of(dataset, end_token=config.eos_token_id, start_token=config.im_start_token)
+            for dataset in datasets
+        )
+        limit = self.recipe.eval.num_questions
+        return list(itertools.islice(questions, limit)), load_tokenizer(datasets[0].tokenizer_dir)
+
+
+# --- the script -------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    options = _parser().parse_args(arguments)
+    try:
+        report = evaluate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    text = json.dumps(report)
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(text + "\n")
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of save_pretrained")
+    parser.add_argument("--data", required=True, metavar="DATASET", help="built dataset")
+    parser.add_argument("--split", help="only this split of it")
+    parser.add_argument("--out", metavar="FILE", help="write the figures to this JSON file")
+    parser.add_argument(
+        "--answers", metavar="FILE", help="write every question and answer to this JSONL file"
+    )
+    parser.add_argument("--swap-images", action="store_true", help="also measure with every picture swapped")
+    parser.add_argument("--text-only", action="store_true", help="also ask questions that have no picture")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most this many questions")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    return parser
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, float | int]:
+    """The figures of one model on one dataset."""
+    dataset = Dataset(options.data, options.split)
+    model, tokenizer = load_for_answers(options.model, device=options.device, dtype=options.dtype)
+    if fingerprint(tokenizer) != dataset.manifest.tokenizer_fingerprint:
+        raise UserError(f"{options.model} and {dataset.path} have tokenizers that tokenize differently")
+    config = model.config
+    found = questions_of(
+        dataset,
+        end_token=config.eos_token_id,
+        start_token=config.im_start_token,
+        with_text_only=options.text_only,
+    )
+    questions = list(itertools.islice(found, options.limit))
+    if not questions:
+        raise UserError(
+            f"{dataset.path} has no question with a picture before it; --text-only asks the others"
+        )
+    report: dict[str, float | int] = {}
+    with _answers_file(options.answers) as file:
+        passes = {"accuracy": questions}
+        if options.swap_images:
+            passes["accuracy_swapped"] = with_swapped_images(questions)
+        for name, asked in passes.items():
+            answers = answer_questions(model, tokenizer, asked, batch_size=options.batch_size)
+            report[name] = round(sum(answer.is_exact for answer in answers) / len(answers), 4)
+            f1 = sum(answer.f1 for answer in answers) / len(answers)
+            print(f"{name} {report[name]:.1%} of {len(answers)} questions, word F1 {f1:.1%}", file=sys.stderr)
+            for answer in answers if file else ():
+                file.write(json.dumps(_line(answer, name), ensure_ascii=False) + "\n")
+    return report | {"num_questions": len(questions)}
+
+
+def _answers_file(path: str | None) -> contextlib.AbstractContextManager[Any]:
+    return open(path, "w") if path else contextlib.nullcontext()
+
+
+def _line(answer: Answer, figure: str) -> dict[str, Any]:
+    return {
+        "figure": figure,
+        "key": answer.question.key,
+        "answer": answer.text,
+        "truth": answer.truth,
+        "exact": answer.is_exact,
+    }
+
+
+def load_for_answers(folder: str, *, device: str, dtype: str) -> tuple[OmniLMMForCausalLM, Any]:
+    """A trained model and its tokenizer, ready to generate."""
+    if not (Path(folder) / "config.json").exists():
+        raise UserError(
+            f"{folder} is no model folder: it has no config.json (a finished run writes RUN/final)"
+        )
+    tokenizer = load_tokenizer(folder)
+    model = OmniLMMForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), tokenizer
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""Model FLOPs of a microbatch: what the mathematics needs, whatever the program recomputes or pads.
+
+    forward     vision tower + resampler, an image;  language model, a document;  lm_head, a supervised token
+    training    x 1 frozen with nothing trained before it, x 2 frozen on the gradient's way, x 3 trained
+
+MFU = model FLOPs / (seconds x peak of all devices). Tower and language model: omnidata.cost's formulas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from omnidata.cost import GPUS, ModelShape, image_flops, token_flops
+from omnidata.microbatch import Microbatch
+from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
+from omnimodel.freezing import component
+from pipelines.data import num_supervised
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Training FLOPs of one model under one choice of what is trained."""
+
+    shape: ModelShape
+    image_flops: float  # tower and resampler, forward and backward, one image
+    token_multiplier: int
+    head_flops: float  # lm_head, one supervised token
+
+    def microbatch(self, microbatch: Microbatch) -> float:
+        """FLOPs of one forward and backward."""
+        lengths = np.diff(microbatch.cu_seqlens.numpy())
+        tokens = float(token_flops(self.shape, lengths).sum()) * self.token_multiplier
+        head = self.head_flops * num_supervised(microbatch)
+        return tokens + head + self.image_flops * len(microbatch.images)
+
+
+def count_flops(model: OmniLMMForCausalLM) -> FlopCount:
+    """Read shapes and ``requires_grad`` off a model, before anything is wrapped or sharded."""
+    config, tower = model.config, model.model.vision_tower
+    trained = {component(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shape = model_shape(config, tower)
+    resampler = _resampler_flops(config, shape)
+    passes = _passes(trained)
+    one_image = (
+        image_flops(shape, config.image_size) * passes["vision_tower"] + resampler * passes["resampler"]
+    )
+    return FlopCount(
+        shape=shape,
+        image_flops=one_image,
+        token_multiplier=passes["language_model"],
+        head_flops=2 * config.vocab_size * config.hidden_size * passes["lm_head"],
+    )
+
+
+def _passes(trained: set[str]) -> dict[str, int]:
+    """1, 2 or 3 for each component, in the order of the forward pass."""
+    passes, upstream = {}, False
+    for name in ("vision_tower", "resampler", "embeddings", "language_model", "lm_head"):
+        passes[name] = 3 if name in trained else 2 if upstream else 1
+        upstream = upstream or name in trained
+    return passes
+
+
+def model_shape(config: OmniLMMConfig, tower: torch.nn.Module) -> ModelShape:
+    """What omnidata.cost's formulas need, from a real model."""
+    blocks = [block for block in tower.blocks if not isinstance(block, torch.nn.Identity)]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size * head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    return ModelShape(
+        name="recipe",
+        doc="",
+        tower_params=float(sum(p.numel() for block in blocks for p in block.parameters())),
+        tower_layers=len(blocks),
+        tower_width=tower.embed_dim,
+        patch_size=tower.patch_embed.patch_size[0],
+        lm_params=float(
+            config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+        ),
+        lm_layers=config.num_hidden_layers,
+        lm_width=config.num_attention_heads * head_dim,
+    )
+
+
+def _resampler_flops(config: OmniLMMConfig, shape: ModelShape) -> float:
+    """Forward FLOPs of one image: keys and values of its patches, attention, two projections of queries."""
+    width, queries = config.hidden_size, config.num_query
+    patches = shape.num_patches(config.image_size) - 1
+    kv_proj = 0 if shape.tower_width == width else patches * shape.tower_width * width
+    return 2.0 * (kv_proj + 2 * patches * width**2 + 2 * queries * patches * width + 2 * queries * width**2)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The data sheet's dense bf16 peak of this device; None where it is not known (a CPU, say)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return next((peak for gpu, peak in GPUS.items() if gpu in name), None)

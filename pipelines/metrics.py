@@ -1,0 +1,235 @@
+"""What a run tells: every step as a line of metrics.jsonl, now and then a line for people, and viewers.
+
+    {"step": 40, "loss": 1.92, "grad_norm": 0.8, "lr": 0.0003, "tokens": 8110, "tokens_per_s": 5231.0, ...}
+
+    step   40/400  loss 1.9203  norm 0.80  lr 3.0e-04  5.2k tok/s  41 img/s  900 sup/s  wait 0.4%  …
+
+All figures are of all ranks together. MFU is counted from the model's FLOPs, without recomputation, against
+the data sheet's peak; it is left out where no peak is known (on a CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from omnidata.microbatch import Microbatch
+from omnidata.schema import UserError
+from omnimodel.freezing import COMPONENTS, component
+from pipelines.config import Recipe
+from pipelines.data import num_supervised
+from pipelines.flops import FlopCount, peak_flops
+from pipelines.parallel import World
+
+COUNTS = ("tokens", "supervised_tokens", "images", "samples", "flops")  # summed over ranks
+
+
+@dataclass
+class StepCounts:
+    """What this rank did in one step."""
+
+    flop_count: FlopCount
+    started: float = field(default_factory=time.perf_counter)
+    wait: float = 0.0  # seconds in which the loader had nothing ready
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
+    keys: list[str] = field(default_factory=list)  # samples of the step on this rank
+
+    def add(self, microbatch: Microbatch) -> None:
+        """Count one microbatch."""
+        self.keys += microbatch.keys
+        self.totals["tokens"] += microbatch.num_tokens
+        self.totals["supervised_tokens"] += num_supervised(microbatch)
+        self.totals["images"] += len(microbatch.images)
+        self.totals["samples"] += len(microbatch.keys)
+        self.totals["flops"] += self.flop_count.microbatch(microbatch)
+
+    def line(self, world: World) -> dict[str, float]:
+        """Counts and rates over all ranks. Call on every rank once the step's work is done."""
+        seconds = time.perf_counter() - self.started
+        sums = world.sum([*self.totals.values(), self.wait / seconds])
+        line: dict[str, float] = dict(zip(COUNTS, sums, strict=False))
+        flops, wait = line.pop("flops"), sums[-1] / world.size
+        for name in ("tokens", "images", "supervised_tokens", "samples"):
+            line[f"{name}_per_s"] = line[name] / seconds
+        line |= {"seconds": seconds, "data_wait": wait, "memory_gb": memory_gb(world.device)}
+        peak = peak_flops(world.device)
+        if peak:
+            line["mfu"] = flops / (seconds * peak * world.size)
+        return line
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory held so far: of the GPU's allocator, or of this process on a CPU; decimal GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class MetricsLog:
+    """metrics.jsonl, the terminal, TensorBoard and a tracker; silent on all ranks but the first."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, world: World, *, step: int, total_steps: int) -> None:
+        self.recipe, self.world, self.total_steps = recipe, world, total_steps
+        self._window: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        self._sinks: list[Any] = []
+        if world.is_main:
+            path = run_dir / "metrics.jsonl"
+            forget_after(path, step)
+            self._file = path.open("a", buffering=1)
+            self._sinks = list(_open_sinks(recipe, run_dir))
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def warn(self, text: str | None) -> None:
+        """Something that a person should look at."""
+        if text:
+            self.say(f"warning: {text}")
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """One training step."""
+        self.write(line)
+        self._window.append(dict(line))
+        every = self.recipe.log.every
+        if line["step"] % every == 0 or line["step"] in (1, self.total_steps):
+            self.say(progress(self._window, self.total_steps))
+            self._window = []
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One line of figures, "step" among them."""
+        if self._file is not None:
+            self._file.write(json.dumps(_rounded(line)) + "\n")
+            for sink in self._sinks:
+                sink(line)
+
+    def close(self) -> None:
+        """No more lines."""
+        if self._file is not None:
+            self._file.close()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run is about to repeat, so that every step has one line."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def progress(window: list[dict[str, Any]], total_steps: int) -> str:
+    """The line for people: the last step's loss, rates over all steps since the last such line."""
+    last = window[-1]
+    seconds = sum(line["seconds"] for line in window)
+
+    def rate(name: str) -> str:
+        return _short(sum(line[name] for line in window) / seconds)
+
+    wait = sum(line["data_wait"] * line["seconds"] for line in window) / seconds
+    eta = (total_steps - last["step"]) * seconds / len(window)
+    mfu = f"  mfu {last['mfu']:.1%}" if "mfu" in last else ""
+    return (
+        f"step {last['step']:>{len(str(total_steps))}}/{total_steps}  loss {last['loss']:.4f}  "
+        f"norm {last['grad_norm']:.2f}  lr {last['lr']:.1e}  "
+        f"{rate('tokens')} tok/s  {rate('images')} img/s  {rate('supervised_tokens')} sup/s"
+        f"{mfu}  wait {wait:.1%}  {last['memory_gb']:.1f} GB  eta {_duration(eta)}"
+    )
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
+
+
+def _rounded(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Rates lose digits that are noise; losses and norms keep all, so that runs can be compared exactly."""
+
+    def one(name: str, value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        if not math.isfinite(value):
+            return None  # JSON has no NaN
+        return value if name in ("loss", "grad_norm", "lr", "val_loss") else round(value, 4)
+
+    return {name: one(name, value) for name, value in line.items()}
+
+
+def _open_sinks(recipe: Recipe, run_dir: Path) -> list[Any]:
+    """Functions that take a line each."""
+    sinks = []
+    if recipe.log.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+        def to_tensorboard(line: Mapping[str, Any]) -> None:
+            for name, value in line.items():
+                if name != "step":
+                    writer.add_scalar(name, value, line["step"])
+
+        sinks.append(to_tensorboard)
+    if recipe.log.tracker != "none":
+        sinks.append(_open_tracker(recipe))
+    return sinks
+
+
+def _open_tracker(recipe: Recipe) -> Any:
+    """wandb and trackio share these two calls."""
+    import importlib
+
+    name = recipe.log.tracker
+    try:
+        tracker = importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"log.tracker={name}: install it (pip install {name}) or use log.tracker=none"
+        ) from None
+    tracker.init(project=recipe.log.project, name=Path(recipe.run.dir).name)
+    return lambda line: tracker.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+# --- told once, at the start ------------------------------------------------------------------------------
+
+
+def batch_arithmetic(recipe: Recipe, world: World, *, microbatches: int, total_steps: int) -> str:
+    """How packs become steps, in one line."""
+    data = recipe.data
+    return (
+        f"{data.global_batch} packs a step = {world.size} rank(s) x {microbatches} microbatch(es) of up to "
+        f"{data.max_tokens} tokens; {total_steps} steps"
+    )
+
+
+def parameter_table(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Component, parameters, how many of them learn, dtype, peak learning rate."""
+    peaks = {group["component"]: group["peak_lr"] for group in optimizer.param_groups}
+    rows = [("component", "parameters", "trainable", "dtype", "peak lr")]
+    for name in COMPONENTS:
+        parameters = [p for full, p in model.named_parameters() if component(full) == name]
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        peak = f"{peaks[name]:.1e}" if name in peaks else "-"
+        total = sum(p.numel() for p in parameters)
+        rows.append((name, f"{total:,}", f"{trainable:,}", "+".join(dtypes), peak))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    template = "{:<%d}  {:>%d}  {:>%d}  {:<%d}  {:>%d}" % tuple(widths)  # noqa: UP031
+    return "\n".join(template.format(*row) for row in rows)

@@ -1,0 +1,202 @@
+"""How the ranks share a model: one process, DDP, FSDP2 or HSDP, all of them torch's own.
+
+    strategy   weights              gradients                           memory a GPU (P parameters, n GPUs)
+    single     one copy             -                                   16 P bytes + activations
+    ddp        one copy a rank      summed over all ranks               16 P
+    fsdp       1/n a rank           reduce-scattered over all ranks     16 P / n
+    hsdp       1/s a rank, s ranks  reduce-scattered inside a group,    16 P / s
+               share a copy         then summed over the groups
+
+Gradients are SUMMED over ranks, never averaged: each microbatch's loss is already divided by the number
+of supervised tokens of the whole global step, so the sum is the gradient of the global mean.
+
+A frozen vision tower stays outside of FSDP: it is replicated in the compute dtype, so that its forward pass
+needs no communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from omnidata.schema import UserError
+from pipelines.config import Recipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    strategy: str  # single | ddp | fsdp | hsdp
+    mesh: DeviceMesh | None = None  # hsdp: (replicate, shard); fsdp: (shard,)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 prints, logs and finalises checkpoints."""
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every forward pass is a collective of all ranks."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each number summed over the ranks, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0.0])
+
+
+@contextlib.contextmanager
+def start(recipe: Recipe) -> Iterator[World]:
+    """Join the process group that torchrun describes, if it does; leave it at the end."""
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = _device(recipe.run.device)
+    strategy = _strategy(recipe, size)
+    if strategy == "single":
+        yield World(rank, size, device, strategy)
+        return
+    timeout = timedelta(seconds=recipe.guard.first_step_timeout)
+    backend = (
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    )  # gloo: checkpoints are written by CPU
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    try:
+        yield World(rank, size, device, strategy, _mesh(recipe, strategy, size, device))
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch sees no GPU; use run.device=auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _strategy(recipe: Recipe, size: int) -> str:
+    strategy = recipe.parallel.strategy
+    if strategy == "auto":
+        return "single" if "RANK" not in os.environ else "fsdp"
+    if strategy == "single" and size > 1:
+        raise UserError(f"parallel.strategy=single, but torchrun started {size} ranks; use ddp, fsdp or hsdp")
+    if strategy != "single" and "RANK" not in os.environ:
+        raise UserError(
+            f"parallel.strategy={strategy} needs torchrun: torchrun --nproc-per-node N pipelines/train.py …"
+        )
+    return strategy
+
+
+def _mesh(recipe: Recipe, strategy: str, size: int, device: torch.device) -> DeviceMesh | None:
+    if strategy == "fsdp":
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    if strategy == "hsdp":
+        shard = recipe.parallel.shard_size
+        if size % shard:
+            raise UserError(f"parallel.shard_size={shard} does not divide the {size} ranks")
+        return init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return None
+
+
+# --- wrapping a model -------------------------------------------------------------------------------------
+
+
+def distribute(model: nn.Module, recipe: Recipe, world: World, *, blocks: Sequence[nn.Module]) -> nn.Module:
+    """Wrap ``model`` for the strategy. ``blocks`` are its transformer blocks, each gathered on its own."""
+    if world.strategy == "ddp":
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+        )
+        wrapped.register_comm_hook(None, _sum_bucket)
+        return wrapped
+    if world.is_sharded:
+        _fully_shard(model, recipe, world, blocks)
+    return model
+
+
+def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's reduction without its division by the number of ranks."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def _fully_shard(model: nn.Module, recipe: Recipe, world: World, blocks: Sequence[nn.Module]) -> None:
+    tower = model.get_submodule("model.vision_tower")
+    is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+    settings: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=DTYPES[recipe.run.dtype], reduce_dtype=DTYPES[recipe.parallel.reduce_dtype]
+        ),
+        "ignored_params": set(tower.parameters()) if is_frozen else set(),
+    }
+    inside_tower = set(tower.modules())
+    for block in blocks:
+        if not (is_frozen and block in inside_tower):
+            fully_shard(block, reshard_after_forward=recipe.parallel.reshard_after_forward, **settings)
+    fully_shard(model, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def compute_dtype(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
+    """The forward pass's context: FSDP casts weights itself, the others use autocast over fp32 masters."""
+    if recipe.run.dtype == "float32" or world.is_sharded:
+        return contextlib.nullcontext()
+    return torch.autocast(world.device.type, DTYPES[recipe.run.dtype])
+
+
+@contextlib.contextmanager
+def reduce_gradients(model: nn.Module, *, now: bool) -> Iterator[None]:
+    """Communicate gradients in this backward pass (``now``: the step's last), or only add them up locally."""
+    if isinstance(model, DistributedDataParallel) and not now:
+        with model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+    yield
+
+
+def shorten_timeout(seconds: float) -> None:
+    """After the first step, a collective that waits this long is an error rather than a slow start."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)

@@ -1,0 +1,64 @@
+"""loss.svg: the loss and the throughput of a run, drawn from its metrics.jsonl without any plotting library.
+
+python pipelines/plot.py runs/demo        writes runs/demo/loss.svg again
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+WIDTH, HEIGHT, MARGIN = 720, 220, 56  # pixels of one panel
+
+
+def plot(run_dir: Path) -> Path:
+    """Draw ``run_dir``/metrics.jsonl; returns the SVG's path."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    panels = [
+        ("loss", [(line["step"], line["loss"]) for line in steps if line["loss"] is not None], "#1f77b4"),
+        ("validation loss", [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x], "#d62728"),
+        ("tokens/s", [(line["step"], line["tokens_per_s"]) for line in steps], "#2ca02c"),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    body = "".join(_panel(*panel, top=number * HEIGHT) for number, panel in enumerate(panels))
+    path = run_dir / "loss.svg"
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT * len(panels)}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f"{body}</svg>\n"
+    )
+    return path
+
+
+def _panel(title: str, points: Sequence[tuple[float, float]], color: str, *, top: int) -> str:
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(0.0, *ys), max(ys) or 1.0
+    first, span = min(xs), (max(xs) - min(xs)) or 1
+
+    def place(x: float, y: float) -> str:
+        across = MARGIN + (x - first) / span * (WIDTH - 2 * MARGIN)
+        return f"{across:.1f},{top + HEIGHT - 32 - (y - low) / (high - low) * (HEIGHT - 64):.1f}"
+
+    line = " ".join(place(x, y) for x, y in points)
+    texts = [
+        (MARGIN, top + 20, title, "start"),
+        (MARGIN - 6, top + 36, f"{high:.4g}", "end"),
+        (MARGIN - 6, top + HEIGHT - 28, f"{low:.4g}", "end"),
+        (MARGIN, top + HEIGHT - 14, f"step {first}", "start"),
+        (WIDTH - MARGIN, top + HEIGHT - 14, f"step {max(xs)}", "end"),
+    ]
+    labels = "".join(
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, text, anchor in texts
+    )
+    axis = f"M{MARGIN},{top + 32}V{top + HEIGHT - 32}H{WIDTH - MARGIN}"
+    return (
+        f'<path d="{axis}" fill="none" stroke="#999"/>{labels}'
+        f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>'
+    )
+
+
+if __name__ == "__main__":
+    print(plot(Path(sys.argv[1])))

@@ -1,0 +1,154 @@
+"""Questions of a built dataset, answered by generation and compared with what the dataset says.
+
+    labels   - - - - - - [the answer </s>] - - - - [another </s>]
+                         ▲ every supervised span is a question: its prompt is all ids before the span
+
+The prompt's ids are the ones that were trained on, so nothing can differ between training and asking.
+Prompts are padded on the left, answered greedily with a KV cache, and cut at the end token.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from omnidata import Dataset
+from omnidata.images import decode_rgb, resize_rgb
+from omnidata.schema import IGNORE_INDEX, UserError
+from omnimodel import OmniLMMForCausalLM
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One supervised span."""
+
+    key: str  # the sample's
+    prompt: np.ndarray  # ids before the span
+    answer: np.ndarray  # ids of the span, without the end token
+    images: tuple[bytes, ...]  # of the prompt, encoded
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said."""
+
+    question: Question
+    text: str
+    truth: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Equal but for blanks at the ends."""
+        return self.text.strip() == self.truth.strip()
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall over words."""
+        said, truth = collections.Counter(self.text.split()), collections.Counter(self.truth.split())
+        common = sum((said & truth).values())
+        return 2 * common / (said.total() + truth.total()) if said.total() + truth.total() else 1.0
+
+
+def questions_of(
+    dataset: Dataset, *, end_token: int, start_token: int, with_text_only: bool = False
+) -> Iterator[Question]:
+    """Every question of the dataset, in its order; ``start_token`` is <im_start>'s id.
+
+    Questions without any image before them say nothing about seeing and are left out, unless asked for.
+    """
+    for position in range(len(dataset)):
+        sample = dataset[position]
+        for start, stop in supervised_spans(sample.labels):
+            prompt = sample.input_ids[:start]
+            num_images = int((prompt == start_token).sum())
+            if not num_images and not with_text_only:
+                continue
+            answer = sample.input_ids[start:stop]
+            if answer[-1] == end_token:
+                answer = answer[:-1]
+            yield Question(sample.key, prompt, answer, sample.images[:num_images])
+
+
+def supervised_spans(labels: np.ndarray) -> list[tuple[int, int]]:
+    """``[-100 -100 5 2 -100 7 2]`` -> ``[(2, 4), (5, 7)]``."""
+    supervised = np.concatenate(([False], labels != IGNORE_INDEX, [False]))
+    edges = np.flatnonzero(supervised[1:] != supervised[:-1])
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def with_swapped_images(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, every picture replaced by the one half-way down the list of all pictures."""
+    pictures = list(dict.fromkeys(image for question in questions for image in question.images))
+    if len(pictures) < 2:
+        raise UserError("swapping images needs at least two different pictures")
+    shift = len(pictures) // 2
+    other = {picture: pictures[(i + shift) % len(pictures)] for i, picture in enumerate(pictures)}
+    return [
+        replace(question, images=tuple(other[image] for image in question.images)) for question in questions
+    ]
+
+
+@torch.no_grad()
+def answer_questions(
+    model: OmniLMMForCausalLM, tokenizer: Any, questions: Sequence[Question], *, batch_size: int = 64
+) -> list[Answer]:
+    """Greedy answers, in the order of the questions.
+
+    Generation stops one token after the longest truth of a batch: an answer that goes on is wrong already.
+    """
+    was_training = model.training
+    model.eval()
+    answers: dict[int, Answer] = {}
+    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    for first in range(0, len(questions), batch_size):
+        numbers = by_length[first : first + batch_size]
+        batch = [questions[number] for number in numbers]
+        for number, question, ids in zip(numbers, batch, _generate(model, batch), strict=True):
+            answers[number] = Answer(question, tokenizer.decode(ids), tokenizer.decode(question.answer))
+    model.train(was_training)
+    return [answers[number] for number in range(len(questions))]
+
+
+def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question]) -> list[list[int]]:
+    """New ids for each question, cut at the end token."""
+    config = model.config
+    pad = config.pad_token_id if config.pad_token_id is not None else 0
+    input_ids, mask = left_padded([question.prompt for question in batch], pad=pad)
+    images = [pixels(image, config.image_size) for question in batch for image in question.images]
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        pixel_values=torch.stack(images).to(model.device) if images else None,
+        max_new_tokens=max(len(question.answer) for question in batch) + 1,
+        do_sample=False,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=pad,
+    )
+    return [_until(row, config.eos_token_id) for row in output[:, input_ids.shape[1] :].tolist()]
+
+
+def left_padded(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 ids ``[B, T]`` that all end in the last column, and the mask of what is no padding."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def pixels(data: bytes, image_size: int) -> torch.Tensor:
+    """An encoded image as the training loader sees it: uint8 ``[3, S, S]``."""
+    return (
+        torch.from_numpy(resize_rgb(decode_rgb(data), image_size, image_size)).permute(2, 0, 1).contiguous()
+    )
+
+
+def _until(ids: list[int], end_token: int | None) -> list[int]:
+    return ids[: ids.index(end_token)] if end_token in ids else ids

@@ -1,0 +1,278 @@
+"""Train an OmniLMM: one loop, from a laptop to a cluster.
+
+    python pipelines/train.py pipelines/recipes/tiny_cpu.yaml optim.lr=1e-3
+    torchrun --nproc-per-node 8 pipelines/train.py pipelines/recipes/sft.yaml
+
+    prepare   recipe -> datasets that fit -> model -> optimizer -> loader -> newest verified checkpoint
+    loop      microbatches -> loss -> gradients -> update -> metrics -> evaluation -> checkpoint
+    finish    evaluation, last checkpoint, RUN/final (weights, tokenizer, card), RUN/loss.svg
+
+The loss of a step is the sum over its supervised tokens, of all ranks and microbatches, divided by their
+number, which the loader knows before the step begins. So each microbatch can be divided at once, and how a
+step is cut into microbatches and ranks does not change it.
+
+The same command goes on from the newest verified checkpoint. SIGTERM and SIGUSR1 finish the step, save and
+exit 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from omnidata import Dataset
+from omnidata.loader import PackLoader
+from omnidata.microbatch import Microbatch
+from omnidata.schema import UserError
+from pipelines.checkpoint import Checkpoints, restore_training_state, training_state
+from pipelines.config import Recipe, load_recipe, to_yaml
+from pipelines.data import (
+    model_config,
+    model_inputs,
+    new_token_ids,
+    open_datasets,
+    refuse_mismatches,
+    train_loader,
+)
+from pipelines.evaluate import Evaluation
+from pipelines.export import export
+from pipelines.guard import LossGuard, StopSignal, Watchdog
+from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
+from pipelines.model import BuiltModel, build_model
+from pipelines.optim import NewTokenRows, build_optimizer, clip_gradients, lr_factor, set_lr
+from pipelines.parallel import World, compute_dtype, reduce_gradients, start
+from pipelines.plot import plot
+from pipelines.profiler import profiler
+
+
+@dataclass
+class Training:
+    """Everything that the loop uses. Only ``step`` and ``best`` change."""
+
+    recipe: Recipe
+    world: World
+    datasets: Sequence[Dataset]
+    built: BuiltModel
+    optimizer: torch.optim.AdamW
+    new_token_rows: NewTokenRows | None
+    loader: PackLoader
+    total_steps: int
+    checkpoints: Checkpoints
+    evaluation: Evaluation
+    guard: LossGuard
+    step: int = 0  # updates done
+    best: tuple[float, int] | None = None  # lowest validation loss, and its step
+
+    def save(self) -> None:
+        """Checkpoint the state after ``step`` updates."""
+        trainer = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+            "best": self.best,
+            "world_size": self.world.size,
+        }
+        self.checkpoints.save(self._tensors(), trainer, recipe=to_yaml(self.recipe))
+
+    def resume(self) -> bool:
+        """Take up the newest verified checkpoint, if there is one."""
+        path = self.checkpoints.newest() if self.recipe.run.resume else None
+        if path is None:
+            return False
+        tensors = self._tensors()
+        trainer = self.checkpoints.load(path, tensors, recipe=self.recipe)
+        restore_training_state(self.built.model, self.optimizer, tensors, rank=self.world.rank)
+        self.loader.load_state_dict(trainer["loader"])
+        self.guard.load_state_dict(trainer["guard"])
+        self.step, self.best = trainer["step"], trainer["best"]
+        return True
+
+    def _tensors(self) -> dict[str, Any]:
+        skip_frozen = self.recipe.model.path is not None  # they can be read from there again
+        return training_state(self.built.model, self.optimizer, rank=self.world.rank, skip_frozen=skip_frozen)
+
+
+def prepare(recipe: Recipe, world: World) -> Training:
+    """Build everything; what does not fit is refused before the model is built."""
+    run_dir = Path(recipe.run.dir)
+    datasets = open_datasets([*recipe.data.train, *recipe.data.val])
+    manifest = datasets[0].manifest
+    config = model_config(recipe, manifest)
+    refuse_mismatches(recipe, datasets, config)
+    loader = train_loader(recipe, world, image_size=config.image_size)
+    total_steps = recipe.optim.steps or sum(loader.steps_per_epoch(e) for e in range(recipe.optim.epochs))
+    built = build_model(recipe, config, world)
+    optimizer = build_optimizer(built.model, recipe.optim)
+    rows = new_token_ids(manifest) if recipe.model.train_only_new_tokens else []
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
+    world.barrier()
+    return Training(
+        recipe=recipe,
+        world=world,
+        datasets=datasets,
+        built=built,
+        optimizer=optimizer,
+        new_token_rows=NewTokenRows(built.model, optimizer, rows=rows) if rows else None,
+        loader=loader,
+        total_steps=total_steps,
+        checkpoints=Checkpoints(run_dir / "checkpoints", world, config=recipe.checkpoint),
+        evaluation=Evaluation(recipe, world, built),
+        guard=LossGuard(recipe.guard, run_dir, rank=world.rank),
+    )
+
+
+def loop(t: Training, log: MetricsLog, watchdog: Watchdog) -> None:
+    """Every step until the end, or until somebody asks to stop."""
+    recipe, world, wrapped = t.recipe, t.world, t.built.wrapped
+    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    last_step = min(t.total_steps, recipe.run.stop_after or t.total_steps)
+    stop, steps = StopSignal(), grouped(t.loader)
+    with profiler(recipe, world) as profile:
+        while t.step < last_step and not stop.requested:
+            # (1) read
+            counts = StepCounts(t.built.flop_count)
+            microbatches = next(steps)
+            counts.wait = time.perf_counter() - counts.started
+
+            # (2) forward and backward; gradients add up over microbatches, then over ranks
+            loss = torch.zeros((), device=world.device)
+            for number, microbatch in enumerate(microbatches, start=1):
+                is_last = number == len(microbatches)
+                with reduce_gradients(wrapped, now=is_last or recipe.parallel.sync_every_microbatch):
+                    with compute_dtype(recipe, world):
+                        part = wrapped(**model_inputs(microbatch, world.device)).loss
+                    part.backward()
+                loss += part.detach()
+                counts.add(microbatch)
+
+            # (3) update, unless the gradient is not finite: its norm is the same number on every rank
+            if t.new_token_rows:
+                t.new_token_rows.mask_gradients()
+            grad_norm = clip_gradients(trainable, recipe.optim.clip)
+            factor = lr_factor(t.step, t.total_steps, recipe.optim)
+            set_lr(t.optimizer, factor)
+            is_finite = math.isfinite(grad_norm)
+            if is_finite:
+                t.optimizer.step()
+            t.optimizer.zero_grad()
+            t.step += 1
+
+            # (4) tell; a signal that reached one rank stops all of them after the same step
+            total_loss, stop_votes = world.sum([loss.item(), stop.requested])
+            stop.requested = stop_votes > 0
+            figures = {"step": t.step, "loss": total_loss, "grad_norm": grad_norm}
+            figures |= {"lr": recipe.optim.lr * factor, "epoch": microbatches[0].epoch}
+            log.step(figures | counts.line(world))
+            if is_finite:
+                log.warn(t.guard.finite(t.step, total_loss, counts.keys))
+            else:
+                log.warn(t.guard.nonfinite(t.step, counts.keys))
+            profile.step()
+            watchdog.step_finished()
+
+            # (5) look at the validation data, save
+            if t.step < last_step:
+                is_best = is_due(t.step, recipe.eval.every) and evaluate(t, log)
+                if is_best or is_due(t.step, recipe.checkpoint.every):
+                    t.save()
+
+
+def grouped(loader: PackLoader) -> Iterator[list[Microbatch]]:
+    """The microbatches of one step after the other."""
+    microbatches = iter(loader)
+    while step := list(itertools.islice(microbatches, loader.microbatches_per_step)):
+        yield step
+
+
+def is_due(step: int, every: int) -> bool:
+    """Every ``every`` steps; never for 0."""
+    return every > 0 and step % every == 0
+
+
+def evaluate(t: Training, log: MetricsLog) -> bool:
+    """Validation figures into the log; whether this is the lowest loss so far and worth keeping."""
+    figures = t.evaluation.run()
+    if not figures:
+        return False
+    log.write({"step": t.step, **figures})
+    log.say("  validation: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    loss = figures.get("val_loss")
+    if loss is None or (t.best is not None and loss >= t.best[0]):
+        return False
+    t.best = (loss, t.step)
+    return t.recipe.eval.keep_best
+
+
+def finish(t: Training, log: MetricsLog, *, started_at: int) -> None:
+    """After the loop: save, and if all steps are done, evaluate and export."""
+    run_dir, done = Path(t.recipe.run.dir), t.step >= t.total_steps
+    if done:
+        evaluate(t, log)
+    if t.step > started_at:
+        t.save()
+    t.checkpoints.wait()
+    if not done:
+        log.say(f"stopped after step {t.step} of {t.total_steps}; the same command goes on from there")
+        return
+    final = export(t.built.model, t.recipe, t.datasets, t.world, step=t.step, best=t.best)
+    log.say(f"done: {final}")
+    if t.recipe.log.plot and t.world.is_main:
+        plot(run_dir)
+
+
+def announce(t: Training, log: MetricsLog, *, resumed: bool) -> None:
+    """What is about to happen."""
+    micro = t.loader.microbatches_per_step
+    log.say(parameter_table(t.built.model, t.optimizer))
+    log.say(batch_arithmetic(t.recipe, t.world, microbatches=micro, total_steps=t.total_steps))
+    if resumed:
+        log.say(f"resumed after step {t.step}")
+
+
+def train(recipe: Recipe) -> None:
+    """A whole run, or the rest of one."""
+    with start(recipe) as world:
+        t = prepare(recipe, world)
+        resumed = t.resume()
+        run_dir, started_at = Path(recipe.run.dir), t.step
+        log = MetricsLog(recipe, run_dir, world, step=t.step, total_steps=t.total_steps)
+        announce(t, log, resumed=resumed)
+        watchdog = Watchdog(recipe.guard, run_dir, rank=world.rank)
+        try:
+            loop(t, log, watchdog)
+            watchdog.pause()  # the last evaluation and the export take as long as they take
+            finish(t, log, started_at=started_at)
+        finally:
+            watchdog.close()
+            log.close()
+            t.checkpoints.close()
+
+
+def main(arguments: list[str]) -> int:
+    """``train.py RECIPE [dotted.key=value ...]``"""
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__.strip() if arguments else "usage: train.py RECIPE.yaml [dotted.key=value ...]")
+        return 0 if arguments else 2
+    try:
+        train(load_recipe(arguments[0], arguments[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
