@@ -193,6 +193,28 @@ def png_chunks(data: bytes, *, check_crc: bool) -> list[tuple[bytes, int, int]]:
         position = end + 4
 
 
+def png_has_every_row(data: bytes) -> bool:
+    """Whether the pixel data unpack to the size in the header; Pillow leaves missing rows black."""
+    width, height, depth, color, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    due = 0
+    for left, top, across, down in passes:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        due += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    unpacker = zlib.decompressobj()
+    for name, start, end in png_chunks(data, check_crc=False):
+        packed = data[start:end] if name == b"IDAT" else b""
+        while packed and due > 0:
+            due -= len(unpacker.decompress(packed, 1 << 20))
+            packed = unpacker.unconsumed_tail
+    return due - len(unpacker.flush()) <= 0
+
+
+# (left, top, across, down): where each pass of an interlaced PNG starts and the distance between its pixels
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
 def _png_header(data: bytes) -> ImageHeader:
     width, height, depth, color = struct.unpack(">IIBB", data[16:26])
     if data[12:16] != b"IHDR":
@@ -241,6 +263,8 @@ def refusing_damage(kind: str) -> Iterator[None]:
 
     try:
         yield
+    except RejectError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise RejectError("image_too_large", f"{kind}: {error}") from None
     except PILLOW_ERRORS as error:
