@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omnidata.index import index_schema, read_rows, read_table, reject_schema
 from omnidata.manifest import manifest_from_json
@@ -149,6 +149,10 @@ class Dataset:
     def read_file(self, relative: str) -> bytes:
         """A whole small file of the dataset."""
         return self._fs.cat_file(f"{self._root}/{relative}")
+
+    def open_file(self, relative: str) -> BinaryIO:
+        """A file of the dataset, open for reading: for what reads parts of it, as Parquet does."""
+        return self._fs.open(f"{self._root}/{relative}", "rb")
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the cached tables: a worker reads the columns that it needs."""

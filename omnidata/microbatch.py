@@ -8,12 +8,20 @@ Samples of a pack are laid end to end. Each is a document that must see nothing 
     cu_seqlens    [  0         3           7 ]
 
 ``labels[t]`` is what position ``t`` must predict, or IGNORE_INDEX where the prediction is not supervised.
+
+A worker lays out ``Parts`` (small arrays that are cheap to send, and one batch of images in shared memory);
+the training process expands them to a ``Microbatch``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from omnidata.schema import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +50,76 @@ class Microbatch:
 
     @property
     def num_tokens(self) -> int:
-        """T, padding included."""
+        """T."""
         return len(self.input_ids)
 
-    def pin_memory(self) -> Microbatch:
-        """A copy in page-locked memory, for an asynchronous transfer to a GPU."""
-        import torch
 
-        tensors = {name: getattr(self, name) for name in self.__slots__}
-        pinned = {name: x.pin_memory() for name, x in tensors.items() if isinstance(x, torch.Tensor)}
-        return replace(self, **pinned)
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """A microbatch on its way from a worker: everything that the rest follows from."""
+
+    input_ids: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T], shifted
+    lengths: np.ndarray  # int64 [D]
+    image_positions: np.ndarray  # int64 [N]
+    images: torch.Tensor | tuple[bytes, ...]
+    keys: tuple[str, ...]
+    num_skipped: int
+
+    def pin_memory(self) -> Parts:
+        """With the images in page-locked memory; torch's loader calls this in its own thread."""
+        return self if isinstance(self.images, tuple) else replace(self, images=self.images.pin_memory())
+
+
+def lay_out(
+    samples: Sequence[Sample],
+    images: torch.Tensor | tuple[bytes, ...],
+    *,
+    im_start: int,
+    filler: int,
+    num_skipped: int = 0,
+) -> Parts:
+    """Lay samples end to end and shift their labels.
+
+    Args:
+        samples: at most the tokens that the model takes at once.
+        images: all their images, in order.
+        im_start: id that opens an image block.
+        filler: the one token of an empty microbatch.
+    """
+    ids = [sample.input_ids for sample in samples] or [np.array([filler], np.int32)]
+    lengths = np.array([len(document) for document in ids])
+    labels = np.full(lengths.sum(), IGNORE_INDEX, np.int32)
+    start = 0
+    for sample in samples:
+        stop = start + len(sample.labels)
+        labels[start : stop - 1] = sample.labels[1:]
+        start = stop
+    input_ids = np.concatenate(ids)
+    positions = np.flatnonzero(input_ids == im_start) + 1 if samples else np.zeros(0, np.int64)
+    keys = tuple(sample.key for sample in samples)
+    return Parts(input_ids, labels, lengths, positions, images, keys, num_skipped)
+
+
+def expand(parts: Parts, *, num_supervised_tokens: int, step: int, epoch: int) -> Microbatch:
+    """The microbatch that ``parts`` stand for."""
+    import torch
+
+    lengths = torch.from_numpy(parts.lengths)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    return Microbatch(
+        input_ids=torch.from_numpy(parts.input_ids).long(),
+        labels=torch.from_numpy(parts.labels).long(),
+        position_ids=torch.arange(len(parts.input_ids)) - starts,
+        cu_seqlens=cu_seqlens.int(),
+        max_seqlen=int(parts.lengths.max()),
+        images=parts.images,
+        image_positions=torch.from_numpy(parts.image_positions),
+        num_supervised_tokens=num_supervised_tokens,
+        keys=parts.keys,
+        step=step,
+        epoch=epoch,
+        num_skipped=parts.num_skipped,
+    )
