@@ -1,8 +1,14 @@
-"""Packing: which samples share a pack, so that almost no position is padding.
+"""Packing: which samples share a pack, so that almost no position is padding and no pack is an outlier.
 
-Best fit, longest first: a sample goes into the fullest pack that still has room for its tokens and its
-images, else into a new one. Samples of equal length and image count are interchangeable, so they are placed
-together, class by class; a million lengths take about a second.
+Two ways, and ``pack`` takes the better for the samples at hand:
+
+``best_fit``  longest first, each into the fullest pack that still has room for its tokens and images. The
+              least padding; but the short samples, dense in images, end up together.
+``even_fit``  longest first, dealt round by round to all the packs at once, the longest of a round to the
+              pack that has least so far. Every pack gets the same mixture, so all cost the same, which is
+              what ranks that wait for each other need. What does not fit is placed by best fit.
+
+Even packs are worth a little padding: ``pack`` takes them unless they need over 1 % more packs.
 
 >>> pack_of, num_packs = best_fit(np.array([7, 5, 3, 3, 2]), np.zeros(5, int), max_tokens=10)
 >>> pack_of.tolist(), num_packs                       # 7 + 3, 5 + 3 + 2
@@ -16,35 +22,112 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+EVENNESS = 1.01  # times the packs of best fit that even packs may take
+_TARGET_FILL = 0.998  # of the packs that even_fit deals to: a little slack saves many misfits
+_TOKEN_ROUNDS = 3  # the last rounds even out tokens alone, those before them tokens and images
 
-def best_fit(
-    tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None
-) -> tuple[np.ndarray, int]:
-    """Assign every sample to a pack.
+Packed = tuple[np.ndarray, int]  # the pack of each sample, int64 [N]; and the number of packs
+
+
+def pack(tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None) -> Packed:
+    """Assign every sample to a pack: even packs if they are almost as few, else the fewest.
 
     Args:
         tokens: ``[N]``, each at least 1 and at most ``max_tokens``.
         images: ``[N]``, each at most ``max_images``.
         max_tokens: tokens that a pack holds.
         max_images: images that a pack holds; None does not limit them.
-
-    Returns:
-        The pack of each sample, int64 ``[N]``, packs numbered by first use; and the number of packs.
     """
+    even = even_fit(tokens, images, max_tokens=max_tokens, max_images=max_images)
+    bound = max(np.sum(tokens) / max_tokens, np.sum(images) / (max_images or np.inf))
+    if even[1] <= EVENNESS * bound:  # no packing takes fewer than ``bound``
+        return even
+    fewest = best_fit(tokens, images, max_tokens=max_tokens, max_images=max_images)
+    return even if even[1] <= EVENNESS * fewest[1] else fewest
+
+
+def best_fit(
+    tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None
+) -> Packed:
+    """Best fit, longest first. Equal samples are placed together: a million take half a second."""
+    tokens, images, max_images = _checked(tokens, images, max_tokens, max_images)
+    room = _Room(max_tokens, max_images)
+    pack_of = np.empty(len(tokens), np.int64)
+    _place(np.arange(len(tokens)), tokens, images, room, pack_of)
+    return pack_of, room.num_packs
+
+
+def even_fit(
+    tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None
+) -> Packed:
+    """Deal samples to as many packs as they need at least; place what does not fit by best fit."""
+    counted = np.asarray(images, np.int64)  # evened out even where they are not limited
+    tokens, images, max_images = _checked(tokens, images, max_tokens, max_images)
+    needed = max(tokens.sum() / max_tokens, images.sum() / max(max_images, 1))
+    num_packs = int(np.ceil(needed / _TARGET_FILL))
+    pack_of = _deal(tokens, counted, num_packs)
+    misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
+    fitting = np.ones(len(tokens), bool)
+    fitting[misfits] = False
+    used = [np.bincount(pack_of[fitting], x[fitting], num_packs).astype(np.int64) for x in (tokens, images)]
+    room = _Room(max_tokens, max_images)
+    room.open_used(*used)
+    _place(misfits, tokens, images, room, pack_of)
+    return pack_of, room.num_packs
+
+
+def _checked(
+    tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int | None
+) -> tuple[np.ndarray, np.ndarray, int]:
     tokens, images = np.asarray(tokens, np.int64), np.asarray(images, np.int64)
-    if max_images is None:  # a limit of zero on zero images costs nothing and binds nothing
+    if max_images is None:  # a limit of zero on zero images binds nothing
         images, max_images = np.zeros_like(tokens), 0
-    assert len(tokens) == len(images)
     if len(tokens):
         assert tokens.min() >= 1 and tokens.max() <= max_tokens and images.max() <= max_images
-    order = np.argsort(-(tokens * (max_images + 1) + images), kind="stable")
-    placed: list[int] = []  # the pack of each sample, in ``order``
-    room = _Room(max_tokens, max_images)
+    return tokens, images, max_images
+
+
+def _deal(tokens: np.ndarray, images: np.ndarray, num_packs: int) -> np.ndarray:
+    """Round by round, longest samples first: the largest of a round to the pack that has least so far."""
+    order = np.argsort(-tokens, kind="stable")
+    tokens_an_image = tokens.sum() / max(images.sum(), 1)
+    size = tokens + images * tokens_an_image  # all the images together weigh as much as all the tokens
+    pack_of = np.empty(len(tokens), np.int64)
+    held_tokens, held_size = np.zeros(num_packs), np.zeros(num_packs)
+    num_rounds = -(-len(order) // max(num_packs, 1))
+    for number in range(num_rounds):
+        samples = order[number * num_packs : (number + 1) * num_packs]
+        weight, held = (size, held_size) if number < num_rounds - _TOKEN_ROUNDS else (tokens, held_tokens)
+        samples = samples[np.argsort(-weight[samples], kind="stable")]
+        packs = np.argsort(held, kind="stable")[: len(samples)]
+        pack_of[samples] = packs
+        held_tokens[packs] += tokens[samples]
+        held_size[packs] += size[samples]
+    return pack_of
+
+
+def _misfits(
+    pack_of: np.ndarray, tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int
+) -> np.ndarray:
+    """The samples with which, counted longest first, their pack is over a limit."""
+    order = np.lexsort((-tokens, pack_of))
+    starts = np.searchsorted(pack_of[order], pack_of[order])  # where the pack of each sample begins
+    over = np.zeros(len(order), bool)
+    for column, limit in ((tokens, max_tokens), (images, max_images)):
+        total = np.concatenate(([0], np.cumsum(column[order])))
+        over |= total[1:] - total[starts] > limit
+    return order[over]
+
+
+def _place(
+    samples: np.ndarray, tokens: np.ndarray, images: np.ndarray, room: _Room, pack_of: np.ndarray
+) -> None:
+    """Best fit ``samples`` into ``room``, longest first, and note their packs in ``pack_of``."""
+    order = samples[np.lexsort((-images[samples], -tokens[samples]))]
+    placed: list[int] = []
     for num_tokens, num_images, count in _classes(tokens[order], images[order]):
         placed += room.place(num_tokens, num_images, count)
-    pack_of = np.empty(len(tokens), np.int64)
     pack_of[order] = placed
-    return pack_of, room.num_packs
 
 
 def _classes(tokens: np.ndarray, images: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -67,6 +150,14 @@ class _Room:
         self.num_packs = 0
         self._packs: tuple[dict, dict] = ({}, {})  # [no room for images, room for some]
         self._free: tuple[list[int], list[int]] = ([], [])  # the sorted keys of each
+
+    def open_used(self, tokens: np.ndarray, images: np.ndarray) -> None:
+        """Open one pack for each (tokens, images) already in it."""
+        for number, (used_tokens, used_images) in enumerate(
+            zip(tokens.tolist(), images.tolist(), strict=True)
+        ):
+            self._add(self.max_tokens - used_tokens, self.max_images - used_images, [number])
+        self.num_packs = len(tokens)
 
     def place(self, tokens: int, images: int, count: int) -> list[int]:
         """Place ``count`` equal samples; return the pack of each."""

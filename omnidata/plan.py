@@ -2,7 +2,7 @@
 
     plan = EpochPlan("data/llava", seed=0, epoch=0, max_tokens=4096)
     plan.windows()            (1) Blend.draw        the samples of a window, shuffled
-                              (2) packing.fit       packs of at most max_tokens and max_images
+                              (2) packing.pack      packs of at most max_tokens and max_images
                               (3) permutation       the packs of the window, shuffled
     plan.steps(world_size=8, global_batch=64)
                               (4) the next 64 packs, whatever the number of ranks
@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from omnidata import packing
 from omnidata.blend import Blend, Draw, Source
 from omnidata.catalog import Lengths
 from omnidata.order import permutation
 from omnidata.oversize import Oversize
-from omnidata.packing import best_fit
 from omnidata.schema import UserError
 from omnidata.sources import open_sources
 
@@ -190,7 +190,7 @@ class EpochPlan:
         """Window ``number``, made from the index alone."""
         draw, num_cut, num_left_out = self._fit(self._blend.draw(number))
         lengths = draw.lengths
-        pack_of, num_packs = best_fit(
+        pack_of, num_packs = packing.pack(
             lengths.tokens, lengths.images, max_tokens=self.max_tokens, max_images=self.max_images
         )
         place = permutation(num_packs, self.seed, self.epoch, number, _PACK_ORDER)
