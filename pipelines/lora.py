@@ -2,7 +2,7 @@
 
 Adapters are injected in place, so the model keeps its class and its parameter names get one more part:
 
-    model.layers.0.self_attn.q_proj.weight  ->  …q_proj.base_layer.weight, …q_proj.lora_A.default.weight, …lora_B…
+    …q_proj.weight  ->  …q_proj.base_layer.weight, …q_proj.lora_A.default.weight, …q_proj.lora_B.…
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def lr_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
     if optim.schedule == "wsd":
         remaining = min(1.0, (total_steps - step) / optim.decay_steps)
         return optim.min_lr + (1 - optim.min_lr) * max(0.0, remaining)
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - 1 - optim.warmup_steps))
+    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
     return optim.min_lr + (1 - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

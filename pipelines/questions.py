@@ -129,7 +129,7 @@ def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question]) -> list[list
         eos_token_id=config.eos_token_id,
         pad_token_id=pad,
     )
-    return [_until(row, config.eos_token_id) for row in output[:, input_ids.shape[1] :].tolist()]
+    return [until(row, config.eos_token_id) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
 def left_padded(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,5 +150,6 @@ def pixels(data: bytes, image_size: int) -> torch.Tensor:
     )
 
 
-def _until(ids: list[int], end_token: int | None) -> list[int]:
+def until(ids: list[int], end_token: int | None) -> list[int]:
+    """The ids before the first end token."""
     return ids[: ids.index(end_token)] if end_token in ids else ids

@@ -36,6 +36,7 @@ from omnidata.schema import (
     shard_name,
 )
 from omnidata.shards import content_hash, write_shard
+from omnidata.tokenizer import fingerprint, load_tokenizer, template_fingerprint
 
 NUM_QUERY = 4
 TEMPLATE = (
@@ -214,6 +215,7 @@ def _write_interop(root: Path, manifest: Manifest) -> None:
 
 
 def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]], tokenizer: Any) -> Manifest:
+    loaded = load_tokenizer(root / TOKENIZER_DIR)
     names = {"bos": "<s>", "eos": "</s>", "pad": "<unk>"} | {n: n for n in (*IMAGE_TOKENS, *CONTENT_TOKENS)}
     splits = [shard.split for shard in shards]
     counts = {
@@ -226,8 +228,8 @@ def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]], t
         schema_version=SCHEMA_VERSION,
         versions={"omnilmm-toolkit": "0"},
         settings={"max_length": 2048},
-        tokenizer_fingerprint="",
-        chat_template_fingerprint="",
+        tokenizer_fingerprint=fingerprint(loaded),
+        chat_template_fingerprint=template_fingerprint(loaded),
         special_tokens={name: tokenizer.token_to_id(token) for name, token in names.items()},
         vocab_size=tokenizer.get_vocab_size(),
         num_query=NUM_QUERY,
