@@ -4,8 +4,8 @@
     python pipelines/generate.py --model runs/demo/final --questions questions.jsonl --json
     python pipelines/generate.py --model runs/demo/final --image cat.jpg --chat
 
-A line of a questions file is ``{"image": "cat.jpg" or a list, "question": "…", "truth": "…"}``; image and truth
-may be absent. ``<image>`` in a question says where a picture goes; without it, pictures lead the first question.
+A line of a questions file is ``{"image": "cat.jpg" or a list, "question": "…", "truth": "…"}``; image and
+truth may be absent. ``<image>`` in a question says where a picture goes; without it, pictures lead the question.
 
 The prompt is made by the code that rendered the training data, and pictures are decoded and resized as the
 training loader does it. Sampling starts from the original's settings; ``--greedy`` takes the likeliest token.
