@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -262,13 +263,22 @@ def refusing_damage(kind: str) -> Iterator[None]:
     from PIL import Image
 
     try:
-        yield
+        with _tiff_damage_raises() if kind == "tiff" else contextlib.nullcontext():
+            yield
     except RejectError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise RejectError("image_too_large", f"{kind}: {error}") from None
     except PILLOW_ERRORS as error:
         raise RejectError("image_corrupt", f"{kind}: {str(error) or type(error).__name__}") from None
+
+
+@contextlib.contextmanager
+def _tiff_damage_raises() -> Iterator[None]:
+    """Pillow only warns of tags that lie behind the end of a file, such as the colour profile."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Truncated File Read|Tag data larger|Corrupt EXIF", UserWarning)
+        yield
 
 
 # What its parsers were seen to raise when bits were flipped: they were not written with damage in mind.

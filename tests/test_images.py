@@ -1,0 +1,539 @@
+"""Images: what is kept, what is converted and how, and that no damage crashes or passes as half a picture."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageDraw, ImageOps
+
+from omnidata.image_header import MAX_BYTES, read_header, sniff
+from omnidata.images import backend, decode_rgb, process_image, resize_rgb
+from omnidata.schema import IMAGE_EXTENSIONS, RejectError
+
+PHOTOS = Path(skimage.__file__).parent / "data"
+
+
+def photo(width, height, *, name="astronaut.png"):
+    """A real photograph at this size, without the colour profile that its file may have."""
+    rgb = Image.fromarray(np.asarray(Image.open(PHOTOS / name).convert("RGB")))
+    return ImageOps.fit(rgb, (width, height), Image.Resampling.LANCZOS)
+
+
+def smooth(width, height):
+    """The same without detail: JPEG keeps it nearly exact, and no flip or swapped colour goes unseen."""
+    return photo(6, 4).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(data):
+    """Pillow's view of stored bytes: the oracle. Stored images need no care, so none is taken."""
+    image = Image.open(io.BytesIO(data))
+    assert image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+    return np.asarray(image, int)
+
+
+def mean_difference(a, b):
+    return np.abs(np.asarray(a, int) - np.asarray(b, int)).mean()
+
+
+def reject(data, **options):
+    with pytest.raises(RejectError) as error:
+        process_image(data, **options)
+    return error.value.reason
+
+
+# --- what is kept -------------------------------------------------------------------------------------------
+
+PLAIN = {
+    "jpeg": lambda image: encode(image, "JPEG", quality=90),
+    "progressive": lambda image: encode(image, "JPEG", progressive=True),
+    "png": lambda image: encode(image, "PNG"),
+    "webp": lambda image: encode(image, "WEBP"),
+    "webp lossless": lambda image: encode(image, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("check", ["full", "quick"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_keep_leaves_a_plain_image_as_it_is(name, check):
+    data = PLAIN[name](photo(90, 60))
+    kept = process_image(data, policy="keep", check=check)
+    assert kept.data == data and (kept.width, kept.height) == (90, 60)
+    assert kept.extension == name.split()[0].replace("jpeg", "jpg").replace("progressive", "jpg")
+
+
+def test_shrink_never_upscales_and_leaves_small_images_alone():
+    data = encode(photo(300, 200), "PNG")
+    assert process_image(data, image_size=200).data == data
+    assert process_image(data, image_size=201).data == data
+    assert process_image(data, image_size=199).data != data
+
+
+@pytest.mark.parametrize(
+    ("size", "stored"),
+    [
+        ((640, 480), (597, 448)),
+        ((480, 640), (448, 597)),
+        ((2000, 450), (1991, 448)),
+        ((448, 4480), (448, 4480)),
+    ],
+)
+def test_shrink_brings_the_shorter_side_to_the_size(size, stored):
+    small = process_image(encode(photo(*size), "JPEG"))
+    assert (small.width, small.height) == stored == Image.open(io.BytesIO(small.data)).size
+    assert small.extension == "jpg"
+
+
+def test_conversion_is_lossless_where_the_source_was():
+    image = photo(50, 40).convert("P")
+    for format in ("GIF", "BMP", "TIFF", "PNG"):
+        kept = process_image(encode(image, format), policy="keep")
+        assert kept.extension == "png", format
+        assert np.array_equal(pixels(kept.data), np.asarray(image.convert("RGB"))), format
+    source = encode(photo(50, 40).convert("L"), "JPEG")
+    gray = process_image(source, policy="keep")
+    assert gray.extension == "jpg"
+    assert mean_difference(pixels(gray.data), Image.open(io.BytesIO(source)).convert("RGB")) < 4
+    lossy = process_image(encode(photo(50, 40).convert("RGBA"), "WEBP", quality=80), policy="keep")
+    assert lossy.extension in ("jpg", "webp")
+
+
+def test_same_bytes_every_time():
+    data = encode(photo(700, 500), "JPEG")
+    assert process_image(data).data == process_image(data).data
+
+
+def test_backend_names_what_decides_the_bytes():
+    import simplejpeg
+    import torch
+
+    assert simplejpeg.__version__ in backend() and torch.__version__.split("+")[0] in backend()
+
+
+# --- quality ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["astronaut.png", "coffee.png", "rocket.jpg", "retina.jpg", "motorcycle_left.png"]
+)
+@pytest.mark.parametrize("size", [(640, 480), (1024, 768), (2000, 1500), (3200, 3200)])
+def test_shrink_is_as_good_as_pillow(name, size):
+    """Decode + resize against Pillow's own decode + bicubic: mean |difference| below 1 of 255."""
+    data = encode(photo(*size, name=name), "JPEG", quality=90)
+    small = process_image(data, quality=100)
+    theirs = (
+        Image.open(io.BytesIO(data))
+        .convert("RGB")
+        .resize((small.width, small.height), Image.Resampling.BICUBIC)
+    )
+    both_encoded = pixels(encode(theirs, "JPEG", quality=100, subsampling="4:2:0"))
+    assert mean_difference(pixels(small.data), both_encoded) < 0.7
+
+
+@pytest.mark.parametrize("size", [(448, 448), (597, 448), (100, 70), (900, 600)])
+def test_resize_equals_pillow_and_torch(size):
+    import torch
+
+    rgb = np.asarray(photo(741, 500, name="motorcycle_left.png"))
+    ours = resize_rgb(rgb, *size)
+    assert ours.shape == (size[1], size[0], 3) and ours.flags.c_contiguous
+    planes = torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
+    theirs = torch.nn.functional.interpolate(planes, size[::-1], mode="bicubic", antialias=True)[0].permute(
+        1, 2, 0
+    )
+    assert np.array_equal(ours, theirs.numpy())
+    assert (
+        np.abs(
+            ours.astype(int) - np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
+        ).max()
+        <= 2
+    )
+
+
+def test_dct_scaled_decoding_stays_within_one_even_on_noise():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8))
+    data = encode(noise, "JPEG", quality=95)
+    from omnidata import images
+
+    header = read_header(data)
+    size = (64, 64)  # 448 / 64 = 7 > 2 × DCT_MARGIN: decoded at half its size
+    assert images._dct_size(header, size) == (224, 224)
+    ours = images._decode(data, header, size=size)
+    theirs = Image.open(io.BytesIO(data)).resize(size, Image.Resampling.BICUBIC)
+    assert mean_difference(ours, theirs) < 1.0
+
+
+def test_decode_equals_pillow():
+    for data in (
+        encode(photo(333, 222), "JPEG", quality=85),
+        encode(photo(64, 48), "PNG"),
+        encode(photo(64, 48), "WEBP"),
+    ):
+        rgb = decode_rgb(data)
+        assert rgb.dtype == np.uint8 and rgb.flags.c_contiguous
+        assert mean_difference(rgb, pixels(data)) < 0.05
+
+
+# --- conversion ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["keep", "shrink"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(format, orientation, policy):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(smooth(96, 64), format, exif=exif)
+    ours = process_image(data, policy=policy, image_size=32)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert read_header(data).upright_size == upright.size
+    expected = upright.convert("RGB").resize((ours.width, ours.height), Image.Resampling.BICUBIC)
+    assert mean_difference(pixels(ours.data), expected) < 2
+    assert mean_difference(decode_rgb(data), upright.convert("RGB")) < 0.5
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_16_bits_are_scaled_not_clipped(dtype):
+    ramp = np.tile(np.arange(0, 65536, 257, dtype=np.uint16), (4, 1))
+    tiff = encode(
+        Image.frombytes("I;16B" if dtype == ">u2" else "I;16", (256, 4), ramp.astype(dtype).tobytes()), "TIFF"
+    )
+    for data in (encode(Image.fromarray(ramp), "PNG"), tiff):
+        assert np.array_equal(decode_rgb(data)[0, :, 0], np.arange(256))
+
+
+def test_16_bit_rgb_png_is_scaled():
+    rows = b"".join(b"\0" + struct.pack(">3H", 65535, 32768, 257) * 8 for _ in range(4))
+    assert decode_rgb(png(8, 4, rows, depth=16)).reshape(-1, 3).tolist() == [[255, 128, 1]] * 32
+
+
+def test_alpha_is_laid_over_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 128))
+    image.putpixel((2, 2), (10, 20, 30, 255))
+    rgb = decode_rgb(encode(image, "PNG"))
+    assert rgb[0, 0].tolist() == [255, 255, 255] and rgb[2, 2].tolist() == [10, 20, 30]
+    assert abs(int(rgb[1, 1, 0]) - 127) <= 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_transparent_palette_entry_becomes_white(format):
+    image = photo(32, 32).convert("P")
+    rgb = decode_rgb(encode(image, format, transparency=image.getpixel((0, 0))))
+    assert rgb[0, 0].tolist() == [255, 255, 255]
+
+
+def test_transparent_gray_becomes_white():
+    levels = np.full((4, 4), 10, np.uint8)
+    levels[0, 0] = 77
+    assert decode_rgb(encode(Image.fromarray(levels), "PNG", transparency=77))[0, 0].tolist() == [
+        255,
+        255,
+        255,
+    ]
+    deep = Image.fromarray(levels.astype(np.uint16) * 257)
+    rgb = decode_rgb(encode(deep, "PNG", transparency=77 * 257))
+    assert rgb[0, 0].tolist() == [255, 255, 255] and rgb[1, 1].tolist() == [10, 10, 10]
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
+    for format in ("GIF", "WEBP", "PNG", "TIFF"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        kept = process_image(data, policy="keep")
+        assert Image.open(io.BytesIO(kept.data)).mode == "RGB" and kept.data != data, format
+        assert pixels(kept.data)[5, 5].tolist() == [255, 0, 0], format
+
+
+def adobe_cmyk(image):
+    """As Photoshop writes it: inverted, with an Adobe marker."""
+    return encode(image.convert("CMYK"), "JPEG", quality=95)
+
+
+def test_cmyk_with_and_without_adobes_inversion():
+    data = adobe_cmyk(smooth(64, 64))
+    assert mean_difference(decode_rgb(data), smooth(64, 64)) < 4
+    at = data.index(b"\xff\xee")
+    length = int.from_bytes(data[at + 2 : at + 4], "big")
+    plain = data[:at] + data[at + 2 + length :]  # without the marker the same numbers mean the opposite
+    assert mean_difference(decode_rgb(plain), smooth(64, 64)) > 40
+    kept = process_image(data, policy="keep")
+    assert kept.extension == "jpg" and mean_difference(pixels(kept.data), smooth(64, 64)) < 5
+
+
+def swapped_profile():
+    """sRGB with the red and green primaries exchanged: a profile that cannot be overlooked."""
+    icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    table = {
+        bytes(icc[at : at + 4]): at for at in range(132, 132 + 12 * struct.unpack(">I", icc[128:132])[0], 12)
+    }
+    red, green = table[b"rXYZ"], table[b"gXYZ"]
+    icc[red + 4 : red + 12], icc[green + 4 : green + 12] = (
+        icc[green + 4 : green + 12],
+        icc[red + 4 : red + 12],
+    )
+    return bytes(icc)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_icc_profile_is_honoured(format):
+    data = encode(smooth(64, 64), format, icc_profile=swapped_profile())
+    kept = process_image(data, policy="keep")
+    assert kept.data != data and b"rXYZ" not in kept.data
+    swapped = np.asarray(smooth(64, 64))[..., [1, 0, 2]]
+    assert mean_difference(pixels(kept.data), swapped) < 6
+    assert (
+        mean_difference(
+            pixels(process_image(data, image_size=32).data), Image.fromarray(swapped).resize((32, 32))
+        )
+        < 8
+    )
+
+
+def test_icc_profile_under_alpha_and_palette():
+    for mode in ("RGBA", "P"):
+        rgb = decode_rgb(encode(smooth(64, 64).convert(mode), "PNG", icc_profile=swapped_profile()))
+        expected = np.asarray(smooth(64, 64).convert(mode).convert("RGB"))[..., [1, 0, 2]]
+        assert mean_difference(rgb, expected) < 4, mode
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_srgb_profile_and_broken_profile_change_nothing(format):
+    for icc in (
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"not a profile at all" * 10,
+    ):
+        data = encode(photo(64, 64), format, icc_profile=icc)
+        assert process_image(data, policy="keep").data == data
+
+
+def test_pixels_without_an_agreed_range_are_refused():
+    assert reject(encode(Image.new("F", (8, 8), 0.5), "TIFF")) == "image_format"
+    assert reject(encode(Image.new("I", (8, 8), 500), "TIFF")) == "image_format"
+
+
+# --- refused before decoding --------------------------------------------------------------------------------
+
+
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width, height, rows, *, depth=8, color=2, interlaced=0):
+    """A PNG with right checksums around any pixel data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_unknown_formats():
+    for data in (
+        b"",
+        b"\xff",
+        b"<html>404</html>",
+        b"%PDF-1.7",
+        encode(photo(8, 8), "PPM"),
+        encode(photo(8, 8), "TGA"),
+    ):
+        assert reject(data) == "image_format"
+
+
+def test_the_first_bytes_decide():
+    formats = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+    assert {name: sniff(encode(photo(8, 8), name)) for name in formats} == formats
+    assert set(IMAGE_EXTENSIONS) >= {process_image(encode(photo(8, 8), name)).extension for name in formats}
+
+
+def test_too_many_bytes_or_pixels():
+    data = encode(photo(100, 50), "JPEG")
+    assert reject(data, max_bytes=len(data) - 1) == "image_too_large"
+    assert reject(data, max_pixels=4999) == "image_too_large"
+    assert process_image(data, max_bytes=len(data), max_pixels=5000)
+    assert reject(b"\xff\xd8\xff" + bytes(MAX_BYTES)) == "image_too_large"
+
+
+@pytest.mark.parametrize("side", [9_000, 60_000])
+def test_decompression_bombs(side):
+    gif = b"GIF89a" + struct.pack("<HHBBB", side, side, 0xF0, 0, 0) + bytes(6) + b","
+    gif += struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x02\x00;"
+    bmp = (
+        b"BM"
+        + struct.pack("<IHHI", 100, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, side, side, 1, 24, *[0] * 6)
+    )
+    for bomb in (png(side, side, bytes(100_000)), gif, bmp):
+        assert reject(bomb) == "image_too_large"
+
+
+def test_a_jpeg_of_a_thousand_scans():
+    data = encode(photo(32, 32), "JPEG", progressive=True)
+    scans = data[data.index(b"\xff\xda") : -2]
+    assert reject(data[:-2] + scans * 100 + data[-2:]) == "image_too_large"
+
+
+def test_header_without_size_or_pixels():
+    data = bytearray(encode(photo(32, 32), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 7] = b"\0\0"
+    assert reject(bytes(data)) == "image_corrupt"
+    assert reject(b"\xff\xd8\xff\xd9") == "image_corrupt"
+    assert reject(png(0, 5, b"")) == "image_corrupt"
+
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+SMALL = photo(96, 72)
+DAMAGEABLE = {
+    "jpeg": encode(SMALL, "JPEG"),
+    "progressive": encode(SMALL, "JPEG", progressive=True),
+    "restarts": encode(SMALL, "JPEG", restart_marker_blocks=4),
+    "gray": encode(SMALL.convert("L"), "JPEG"),
+    "cmyk": adobe_cmyk(SMALL),
+    "png": encode(SMALL, "PNG"),
+    "png palette": encode(SMALL.convert("P"), "PNG"),
+    "webp": encode(SMALL, "WEBP"),
+    "webp lossless": encode(SMALL, "WEBP", lossless=True, exif=b"Exif\0\0nonsense"),
+    "gif": encode(SMALL, "GIF"),
+    "bmp": encode(SMALL, "BMP"),
+    "tiff": encode(SMALL, "TIFF"),
+    "tiff lzw": encode(SMALL, "TIFF", compression="tiff_lzw"),
+    "tiff deflate": encode(SMALL, "TIFF", compression="tiff_adobe_deflate"),
+    "tiff jpeg": encode(SMALL, "TIFF", compression="jpeg"),
+    "tiff profile": encode(SMALL, "TIFF", compression="jpeg", icc_profile=bytes(swapped_profile())),
+}
+POLICIES = st.sampled_from(["keep", "shrink"])
+
+
+@pytest.mark.parametrize("name", DAMAGEABLE)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_truncated_file_never_passes_as_half_a_picture(name, data):
+    whole = DAMAGEABLE[name]
+    policy = data.draw(POLICIES)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    expected = process_image(whole, policy=policy, image_size=32)
+    try:
+        result = process_image(whole[:cut], policy=policy, image_size=32)
+    except RejectError:
+        return
+    assert len(whole) - cut <= 2, "only a trailer may be missing"
+    assert np.array_equal(pixels(result.data), pixels(expected.data))
+
+
+@pytest.mark.parametrize("name", DAMAGEABLE)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_flipped_bits_are_refused_or_give_a_whole_picture(name, data):
+    damaged = bytearray(DAMAGEABLE[name])
+    for position in data.draw(st.lists(st.integers(0, 8 * len(damaged) - 1), min_size=1, max_size=4)):
+        damaged[position // 8] ^= 1 << position % 8
+    try:
+        result = process_image(bytes(damaged), policy=data.draw(POLICIES), image_size=32)
+    except RejectError:
+        return
+    assert decode_rgb(result.data).shape == (result.height, result.width, 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    magic=st.sampled_from([data[:size] for data in DAMAGEABLE.values() for size in (12, 30, 200)]),
+    junk=st.binary(),
+)
+def test_junk_behind_a_good_beginning(magic, junk):
+    assert reject(magic + junk)
+
+
+def test_every_flipped_bit_of_a_png_is_found():
+    data = encode(photo(24, 16), "PNG")
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x10
+        assert reject(bytes(damaged)) in ("image_corrupt", "image_format", "image_too_large")
+
+
+def test_half_a_picture_that_pretends_to_be_whole():
+    jpeg, webp = DAMAGEABLE["jpeg"], DAMAGEABLE["webp"]
+    half = webp[: len(webp) // 2 // 2 * 2]
+    half = (
+        half[:4]
+        + struct.pack("<I", len(half) - 8)
+        + half[8:16]
+        + struct.pack("<I", len(half) - 20)
+        + half[20:]
+    )
+    rows = b"".join(b"\0" + bytes(row) for row in np.asarray(SMALL).reshape(72, -1))
+    assert process_image(png(96, 72, rows))
+    for data in (
+        jpeg[: len(jpeg) // 2] + b"\xff\xd9",
+        half,
+        png(96, 72, rows[: len(rows) // 2]),
+        png(96, 72, rows[:-1]),
+        png(96, 72, rows[: len(rows) // 2], interlaced=1),
+    ):
+        assert reject(data) == "image_corrupt"
+
+
+def test_black_last_row_and_interlacing_are_no_damage():
+    image = photo(24, 16)
+    ImageDraw.Draw(image).rectangle((0, 8, 24, 16), "black")
+    assert process_image(encode(image, "PNG"), policy="keep")
+    passes = [
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ]
+    for width, height in ((24, 16), (5, 3), (1, 1)):
+        rgb = np.asarray(image)[:height, :width]
+        parts = [rgb[top::down, left::across] for left, top, across, down in passes]
+        rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
+        assert np.array_equal(decode_rgb(png(width, height, rows, interlaced=1)), rgb)
+        assert reject(png(width, height, rows[:-1], interlaced=1)) == "image_corrupt"
+
+
+def test_quick_check_sees_a_missing_end_but_not_damaged_pixels():
+    for name in ("jpeg", "progressive", "png", "webp"):
+        data = DAMAGEABLE[name]
+        assert reject(data[:-100], policy="keep", check="quick") == "image_corrupt"
+    damaged = bytearray(DAMAGEABLE["png"])
+    damaged[len(damaged) // 2] ^= 1
+    assert process_image(bytes(damaged), policy="keep", check="quick").data == damaged
+    assert reject(bytes(damaged), policy="keep", check="full") == "image_corrupt"
+
+
+def test_full_check_of_a_kept_jpeg_finds_what_a_full_decode_finds():
+    """It decodes at an eighth of the size; the verdict must be the same."""
+    import simplejpeg
+
+    data, rng = encode(photo(160, 120), "JPEG"), np.random.default_rng(0)
+    verdicts = []
+    for position in rng.integers(read_header(data).data_offset + 12, len(data), 150):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        try:
+            simplejpeg.decode_jpeg(bytes(damaged), strict=True)
+            whole = True
+        except ValueError:
+            whole = False
+        try:
+            process_image(bytes(damaged), policy="keep")
+            verdicts.append((True, whole))
+        except RejectError:
+            verdicts.append((False, whole))
+    assert all(ours == theirs for ours, theirs in verdicts)
+    assert {(True, True), (False, False)} <= set(verdicts)
