@@ -1,0 +1,99 @@
+"""Corpora: files on disk (or at any URL) -> records. One module a source shape, one registry.
+
+    open_source(name)  -> [SourceFile]       globs expanded, formats detected from the bytes        source.py
+    scan(file)         -> Unit, Unit, ...    cuts a file into runs of records, cheaply
+    read(file, unit)   -> Record | Reject    parses one of them; any process, any order
+
+    json_lines   one JSON object a line, LLaVA or chat keys        scan reads every byte, parses nothing
+    json_array   one JSON array of such objects, streamed          the same
+    parquet      Hugging Face datasets                             scan reads the footer
+    tsv          Muffin, RLHF-V: base64 pictures in a table        scan reads every byte
+    webdataset   tar shards of .json and pictures                  scan reads the headers
+
+gzip and zstd are read through (streams.py). To add a shape: write a module with FORMATS, ``sniff``, ``scan``
+and ``read`` as ``Shape`` below has them, name it in ``_SHAPES``, and test it in tests/test_corpus.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Protocol
+
+from omnidata.corpus.source import SourceFile, Unit, expand, file_size, open_source_bytes
+from omnidata.corpus.streams import compression_of, decompressed
+from omnidata.schema import Record, Reject, UserError
+
+__all__ = ["FORMATS", "SourceFile", "Unit", "open_source", "read", "scan"]
+
+FORMATS = ("auto", "llava", "messages", "parquet", "tsv", "webdataset")
+_SHAPES = ("json_array", "json_lines")  # the first that recognises a file takes it
+_HEAD = 64 << 10  # bytes that sniff gets to see
+
+
+class Shape(Protocol):
+    """What a module of this package provides."""
+
+    FORMATS: tuple[str, ...]  # what --format may call it
+
+    def sniff(self, name: str, head: bytes) -> bool:
+        """Is this a file of the shape? ``head`` holds its first 64 KiB, uncompressed."""
+
+    def scan(self, file: SourceFile) -> Iterator[Unit]:
+        """Cut the file into units, in order; together they hold every record once."""
+
+    def read(self, file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
+        """The ``unit.num_records`` records of a unit, each with its locator."""
+
+
+def open_source(source: str, *, format: str = "auto") -> list[SourceFile]:
+    """The files that a source names: a path, a glob, or a URL of either.
+
+    Raises:
+        UserError: nothing is there, or it is of no known shape.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format} is unknown; choose one of {', '.join(FORMATS)}")
+    return [_open(name, format) for name in expand(source)]
+
+
+def scan(file: SourceFile) -> Iterator[Unit]:
+    """The units of a file; what it costs is in the module's docstring."""
+    return _shape(file.shape).scan(file)
+
+
+def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
+    """The records of a unit, in order."""
+    return _shape(file.shape).read(file, unit)
+
+
+def _shape(name: str) -> Shape:
+    return import_module(f"omnidata.corpus.{name}")
+
+
+def _open(name: str, format: str) -> SourceFile:
+    head, compression = _head(name)
+    for candidate in _SHAPES:
+        shape = _shape(candidate)
+        if format in ("auto", *shape.FORMATS) and (not head or shape.sniff(name, head)):
+            return SourceFile(name, _format(shape, format, head), candidate, file_size(name), compression)
+    wanted = "any known format" if format == "auto" else f"--format {format}"
+    raise UserError(f"source {name}: its first bytes {head[:20]!r} are not those of {wanted}")
+
+
+def _head(name: str) -> tuple[bytes, str]:
+    try:
+        with open_source_bytes(name) as raw:
+            compression = compression_of(raw.read(4))
+            raw.seek(0)
+            return decompressed(raw, compression).read(_HEAD), compression
+    except OSError as error:
+        raise UserError(f"source {name}: cannot be read ({error})") from error
+
+
+def _format(shape: Shape, format: str, head: bytes) -> str:
+    """What to call the file: JSON is llava or messages by the keys near its start."""
+    if format != "auto" or len(shape.FORMATS) == 1:
+        return shape.FORMATS[0] if format == "auto" else format
+    messages, conversations = head.find(b'"messages"'), head.find(b'"conversations"')
+    return "messages" if messages >= 0 and (conversations < 0 or messages < conversations) else "llava"

@@ -1,0 +1,75 @@
+"""JSON lines: one record a line (LLaVA or chat keys), blank lines left out.
+
+    {"id": "7", "image": "7.jpg", "conversations": [...]}
+    {"id": "8", "messages": [...]}
+
+A unit is a range of bytes that starts at the start of a line, so units are read independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from omnidata.corpus.source import UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
+from omnidata.corpus.streams import open_at
+from omnidata.schema import Record, Reject
+
+FORMATS = ("llava", "messages")
+BOM = b"\xef\xbb\xbf"
+
+
+def sniff(name: str, head: bytes) -> bool:
+    """An object on the first line that is not blank."""
+    return head.removeprefix(BOM).lstrip()[:1] == b"{"
+
+
+def scan(file: SourceFile) -> Iterator[Unit]:
+    """Cost: one pass over the bytes, nothing parsed."""
+    with open_at(file) as stream:
+        start = position = records = 0
+        first = number = 1
+        for line in stream:
+            position += len(line)
+            records += not line.isspace()
+            number += 1
+            if records == UNIT_RECORDS or position - start >= UNIT_BYTES:
+                if records:
+                    yield Unit(start, position, first, records)
+                start, first, records = position, number, 0
+        if records:
+            yield Unit(start, position, first, records)
+
+
+def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
+    """The records of a unit."""
+    with open_at(file, unit.start) as stream:
+        position, number = unit.start, unit.first
+        while position < unit.stop and (line := stream.readline()):
+            if not line.isspace():
+                yield parse(file, f"line {number}", line.removeprefix(BOM) if position == 0 else line)
+            position += len(line)
+            number += 1
+
+
+def parse(file: SourceFile, locator: str, text: bytes) -> Record | Reject:
+    """One record from its JSON."""
+    try:
+        payload = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        return bad_json(file, locator, text, str(error))
+    if not isinstance(payload, dict):
+        return bad_json(file, locator, text, f"a JSON {_kind(payload)}, where an object is expected")
+    return file.record(locator, payload)
+
+
+def bad_json(file: SourceFile, locator: str, text: bytes, detail: str) -> Reject:
+    """The reject for text that is no JSON object."""
+    raw = text[:8000].decode("utf-8", "replace").strip()[:2000]
+    return Reject(file.source, locator, f"{file.source}#{locator}", "bad_json", detail, raw)
+
+
+def _kind(value: Any) -> str:
+    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")

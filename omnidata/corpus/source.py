@@ -1,0 +1,120 @@
+"""A source: one input file, wherever it lies, and the units that it is cut into.
+
+Everything that knows of paths, URLs and globs is here; the shapes (json_lines, parquet, ...) see bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from omnidata.schema import Record, UserError
+
+# A unit ends at whichever comes first: small enough that shards share out evenly among workers, large enough
+# that the plan of a hundred million records stays small.
+UNIT_RECORDS = 1000
+UNIT_BYTES = 16 << 20
+
+_WHOLE = 1 << 30  # bytes up to which digest() reads the whole file
+_SAMPLES, _SAMPLE = 256, 1 << 20  # beyond that: so many evenly spaced samples of so many bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A run of records that can be read on its own. What the numbers count is the shape's business."""
+
+    start: int  # bytes (of the uncompressed file), or rows of a row group
+    stop: int
+    first: int  # number of the first line / item / row / sample, for locators
+    num_records: int
+    part: int = 0  # row group
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One input file."""
+
+    source: str  # its name as the user gave it (what a glob found, for a glob)
+    format: str  # llava, messages, parquet, tsv, webdataset
+    shape: str  # the module of omnidata.corpus that reads it
+    num_bytes: int
+    compression: str = ""  # gzip, zstd
+
+    def digest(self) -> str:
+        """Hex hash of the content; of files over 1 GiB the size and 256 MiB of evenly spaced samples."""
+        digest = hashlib.blake2b(str(self.num_bytes).encode(), digest_size=16)
+        with open_source_bytes(self.source) as stream:
+            if self.num_bytes <= _WHOLE:
+                while block := stream.read(_SAMPLE):
+                    digest.update(block)
+            else:
+                for i in range(_SAMPLES):
+                    stream.seek(i * (self.num_bytes - _SAMPLE) // (_SAMPLES - 1))
+                    digest.update(stream.read(_SAMPLE))
+        return digest.hexdigest()
+
+    def record(self, locator: str, payload: dict[str, Any]) -> Record:
+        """A record of this file; without an id of its own it gets one from its place."""
+        own = payload.get("id")
+        known = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
+        return Record(self.source, locator, str(own) if known else f"{self.source}#{locator}", payload)
+
+
+def is_url(name: str) -> bool:
+    """``s3://bucket/x`` is a URL, ``C:/x`` and ``photos/x`` are not."""
+    return "://" in name
+
+
+def open_source_bytes(name: str) -> BinaryIO:
+    """The raw bytes of a file or URL, seekable."""
+    if not is_url(name):
+        return open(name, "rb")
+    import fsspec
+
+    return fsspec.open(name, "rb").open()
+
+
+def file_size(name: str) -> int:
+    """Bytes of a file or URL."""
+    if not is_url(name):
+        return os.path.getsize(name)
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(name)
+    return filesystem.size(path)
+
+
+def expand(name: str) -> list[str]:
+    """The files that a name stands for, in order; UserError when there is none."""
+    found = list(_expand_url(name) if is_url(name) else _expand_path(name))
+    if not found:
+        raise UserError(f"source {name}: no such file" + (" matches" if glob.has_magic(name) else ""))
+    return found
+
+
+def _expand_path(name: str) -> Iterator[str]:
+    if os.path.isdir(name):
+        raise UserError(
+            f"source {name} is a folder; name its files, for example {os.path.join(name, '*.json')}"
+        )
+    if os.path.exists(name):
+        yield name
+    elif glob.has_magic(name):
+        yield from (path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path))
+
+
+def _expand_url(name: str) -> Iterator[str]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(name)
+        if glob.has_magic(path):
+            yield from (filesystem.unstrip_protocol(match) for match in sorted(filesystem.glob(path)))
+        elif filesystem.isfile(path):
+            yield name
+    except (OSError, ValueError, ImportError) as error:  # unknown protocol, its package missing, no access
+        raise UserError(f"source {name}: cannot be opened ({error})") from error
