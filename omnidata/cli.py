@@ -34,6 +34,86 @@ def cli() -> None:
     """
 
 
+def _read_config(context: click.Context, parameter: click.Parameter, file: str | None) -> None:
+    """Make the values of a YAML file the defaults of this command's flags."""
+    from omnidata.settings import read_config
+
+    if file:
+        names = {other.name for other in context.command.params} - {"config", "source"} | {"source"}
+        context.default_map = read_config(file, names=names)
+
+
+@cli.command("build-shards")
+@click.argument("source", nargs=-1)
+@click.option("--out", metavar="DIR", help="Dataset folder or URL to write.")
+@click.option("--tokenizer", metavar="DIR_OR_ID", help="Hugging Face tokenizer, or a sentencepiece .model.")
+@click.option("--image-root", metavar="DIR", help="Folder, zip or tar that image paths are relative to.")
+@click.option("--format", default="auto", show_default=True, help="auto, llava, messages, parquet, tsv, …")
+@click.option("--num-query", default=64, show_default=True, help="<im_patch> tokens an image.")
+@click.option("--max-length", default=2048, show_default=True, help="Tokens a sample.")
+@click.option("--image-size", default=448, show_default=True, help="Pixels of the shorter side (shrink).")
+@click.option("--image-policy", type=click.Choice(["keep", "shrink"]), default="shrink", show_default=True)
+@click.option("--check-images", type=click.Choice(["full", "quick"]), default="full", show_default=True)
+@click.option("--quality", default=90, show_default=True, help="JPEG quality of what is encoded anew.")
+@click.option("--samples-per-shard", type=int, metavar="N")
+@click.option("--shard-bytes", metavar="SIZE", help="About this size, as in 512MB.  [default: by the corpus]")
+@click.option("--split", multiple=True, metavar="NAME=SHARE", help="val=0.01: by hash of the id; repeatable.")
+@click.option("--seed", default=0, show_default=True, help="Which ids go to which split.")
+@click.option("--dedup", type=click.Choice(["off", "exact"]), default="off", show_default=True)
+@click.option("--duplicate-ids", type=click.Choice(["keep", "reject"]), default="keep", show_default=True)
+@click.option("--content-token", multiple=True, help="Special token that content may spell; repeatable.")
+@click.option("--allow-http", is_flag=True, help="Fetch images from public http(s) addresses.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes.  [default: the CPUs this process may use]"
+)
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--task", metavar="I/N", help="Build the I-th of N parts; the last to end completes the dataset."
+)
+@click.option("--finalize", is_flag=True, help="Build nothing, complete a dataset whose tasks are done.")
+@click.option("--max-rejects", metavar="LIMIT", help="Stop at 5% or at 200 refused records.")
+@click.option("--config", callback=_read_config, is_eager=True, help="YAML file with values for these flags.")
+@click.option("--dry-run", is_flag=True, help="Look, count, estimate and render ten samples; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Remove the dataset that is in --out.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="The final report as JSON.")
+def build_shards(**flags: Any) -> None:
+    """Build a dataset from corpora: SOURCE is a file, a glob or a URL, and may be repeated.
+
+    Interrupted, it goes on when the same command is run again. Refused records are counted and kept in
+    rejects.parquet.
+
+    \b
+    omnidata build-shards corpus.json --image-root photos --tokenizer tok --out data
+    omnidata build-shards 'chat/*.jsonl.zst' --tokenizer tok --out s3://bucket/data --split val=0.01
+    omnidata build-shards --config build.yaml --task 3/8
+    """
+    from omnidata.settings import options_of, settings_of
+
+    missing = [name for name in ("source", "tokenizer", "out") if not flags[name] and not flags["dry_run"]]
+    if missing:
+        raise click.UsageError(f"Missing {', '.join('--' * (name != 'source') + name for name in missing)}.")
+    settings, options = settings_of(flags), options_of(flags)
+    if flags["dry_run"]:
+        from omnidata.dry_run import dry_run
+
+        report: Any = dry_run(settings)
+    else:
+        from omnidata.build import build
+
+        report = build(settings, flags["out"], options)
+    _print_report(report, as_json=flags["as_json"])
+
+
+def _print_report(report: Any, *, as_json: bool) -> None:
+    """A report has ``to_json()`` for scripts and ``lines()`` for people."""
+    import json
+
+    click.echo(
+        json.dumps(report.to_json(), indent=1, ensure_ascii=False) if as_json else "\n".join(report.lines())
+    )
+
+
 @cli.command("prepare-tokenizer")
 @click.argument("source")
 @click.option("--out", required=True, help="Folder to write the Hugging Face tokenizer to.")
@@ -129,7 +209,9 @@ def verify(dataset: str, **options: Any) -> int:
     """
     from omnidata import reports
 
-    return reports.verify(dataset, **options)
+    text, exit_code = reports.verify(dataset, **options)
+    click.echo(text)
+    return exit_code
 
 
 @cli.command()
@@ -173,8 +255,8 @@ def run(args: list[str] | None = None) -> int:
     except UserError as error:
         click.echo(f"Error: {error}", err=True)
         return 1
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+    except (click.Abort, KeyboardInterrupt) as interrupt:
+        click.echo(str(interrupt) or "Interrupted.", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # `omnidata … | head` closed our stdout: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

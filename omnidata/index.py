@@ -113,6 +113,15 @@ def read_rows(file: BinaryIO, positions: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
+def rows_of_shards(index: pa.Table) -> dict[str, np.ndarray]:
+    """Shard -> the positions of its rows, ascending. Needs the column ``shard``."""
+    shards = index["shard"].combine_chunks().dictionary_encode()
+    names, codes = shards.dictionary.to_pylist(), shards.indices.to_numpy()
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    groups = np.split(np.argsort(codes, kind="stable"), ends[:-1])
+    return dict(zip(names, groups, strict=False))  # no rows: one empty group and no name
+
+
 # --- Energon's .idx ---------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,28 @@ def inspect_json(dataset: Dataset, *, choice: Choice, assume: Assumptions) -> st
     return to_json(report)
 
 
+# --- verify -----------------------------------------------------------------------------------------------
+
+
+def verify(
+    path: str, *, deep: bool, repair: bool, workers: int | None, quiet: bool, as_json: bool
+) -> tuple[str, int]:
+    """Verify (after a repair, if asked); return what to print and the exit code."""
+    from omnidata import terminal
+    from omnidata.repair import repair as rebuild
+    from omnidata.verify import verify as check
+
+    with terminal.shard_progress(quiet=quiet or as_json) as on_shard:
+        repaired = rebuild(path, num_workers=workers, on_shard=on_shard) if repair else None
+        report = check(path, deep=deep, num_workers=workers, on_shard=on_shard)
+    exit_code = 0 if report.ok and not (repaired and repaired.lost) else 1
+    if as_json:
+        parts = report.as_dict() | ({"repair": repaired.as_dict()} if repaired else {})
+        return to_json(parts), exit_code
+    lines = terminal.repair_lines(repaired) if repaired else []
+    return "\n".join([*lines, *terminal.finding_lines(report)]), exit_code
+
+
 def to_json(report: dict[str, Any]) -> str:
     """Readable, with non-ASCII text as it is."""
     return json.dumps(report, indent=1, ensure_ascii=False)

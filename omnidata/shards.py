@@ -122,9 +122,14 @@ def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[tuple[int, in
             file.write(_ZEROS[:padding])
             position += BLOCK + len(content) + padding
         spans.append((start, position - start))
+    end_archive(file, position)
+    return spans
+
+
+def end_archive(file: BinaryIO, position: int) -> None:
+    """Write what ends an archive whose members take ``position`` bytes."""
     file.write(_ZEROS[: 2 * BLOCK])
     file.write(_ZEROS[: -(position + 2 * BLOCK) % tarfile.RECORDSIZE])
-    return spans
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -144,6 +149,23 @@ def read_npy(raw: bytes | memoryview) -> np.ndarray:
     raise CorruptSampleError(f"not an int32 vector in .npy format ({len(raw)} bytes)")
 
 
+def parse_header(header: bytes, *, position: int) -> tuple[str, int]:
+    """The (name, content size) in a member's header; ``position`` is for the message.
+
+    Raises:
+        CorruptSampleError: the header is not what ``write_shard`` writes.
+    """
+    name = header[:MAX_MEMBER_NAME].rstrip(b"\0")
+    try:  # our headers have no freedom beyond name and size, so equality proves every byte of them
+        size = int(header[124:135], 8)
+        intact = header == tar_header(name.decode("ascii"), size)
+    except ValueError:
+        intact = False
+    if not intact:
+        raise CorruptSampleError(f"no header of this schema at byte {position} (it begins {name[:40]!r})")
+    return name.decode("ascii"), size
+
+
 def iter_members(raw: bytes | memoryview, *, start: int = 0) -> Iterator[tuple[str, int, int]]:
     """The (name, content offset, content size) of each member until a zero block or the end of ``raw``.
 
@@ -156,19 +178,12 @@ def iter_members(raw: bytes | memoryview, *, start: int = 0) -> Iterator[tuple[s
         header = bytes(view[position : position + BLOCK])
         if not header.strip(b"\0"):
             return
-        name = header[:MAX_MEMBER_NAME].rstrip(b"\0")
-        try:  # our headers have no freedom beyond name and size, so equality proves every byte of them
-            size = int(header[124:135], 8)
-            intact = header == tar_header(name.decode("ascii"), size)
-        except ValueError:
-            intact = False
-        if not intact:
-            raise CorruptSampleError(f"no header of this schema at byte {position} (it begins {name[:40]!r})")
+        name, size = parse_header(header, position=position)
         content = position + BLOCK
         position = content + size + -size % BLOCK
         if position > len(view):
-            raise CorruptSampleError(f"member {name.decode()!r} at byte {content - BLOCK} is cut short")
-        yield name.decode("ascii"), content, size
+            raise CorruptSampleError(f"member {name!r} at byte {content - BLOCK} is cut short")
+        yield name, content, size
 
 
 def read_sample(raw: bytes | memoryview) -> Sample:

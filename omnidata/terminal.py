@@ -7,8 +7,9 @@ Text of the dataset is never read as markup, and its control characters are show
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from omnidata.findings import REPAIRABLE
 from omnidata.inspect import Run, SampleView, printable
 
 if TYPE_CHECKING:
     from omnidata.cost import Cost
+    from omnidata.repair import RepairReport
     from omnidata.summary import Distribution, Summary
+    from omnidata.verify import Report
 
 BARS = "▁▂▃▄▅▆▇█"
 SUPERVISED, SPECIAL, CHIP, HEADING, MUTED = "bold green", "dim", "reverse", "bold", "dim"
@@ -220,6 +224,44 @@ def chip(run: Run, sizes: Sequence[Sequence[int]]) -> str:
         "{}×{}".format(*sizes[run.image]) if run.image is not None and run.image < len(sizes) else "missing"
     )
     return f" image {size} · {run.num_tokens} tokens "
+
+
+# --- verify -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shard_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over shards on standard error, where that is a terminal; calls are (shards done, in all)."""
+    from rich.progress import Progress
+
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("shards", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def finding_lines(report: Report) -> list[str]:
+    """Every finding on a line of its own, then the verdict."""
+    lines = [
+        f"{finding.code}: {printable(finding.where)}: {printable(finding.what)}"
+        for finding in report.findings
+    ]
+    size = f"{report.num_samples:,} samples in {report.num_shards:,} shards, {human_bytes(report.num_bytes)}"
+    if report.ok:
+        looked = "every byte was read" if report.deep else "quick check; --deep reads every byte"
+        return [f"{report.dataset} is intact: {size} ({looked})"]
+    count = f"{len(lines):,} finding{'s' if len(lines) > 1 else ''}"
+    if any(finding.code in REPAIRABLE for finding in report.findings):
+        count += "; `omnidata verify --repair` rebuilds what intact shards can give back"
+    return [*lines, f"{report.dataset} is damaged: {count}"]
+
+
+def repair_lines(report: RepairReport) -> list[str]:
+    """What was rebuilt and what is lost."""
+    rebuilt = [f"rebuilt: {name}" for name in report.rebuilt] or ["nothing to rebuild"]
+    return [*rebuilt, *(f"lost: {sentence}" for sentence in report.lost)]
 
 
 # --- rejects ----------------------------------------------------------------------------------------------

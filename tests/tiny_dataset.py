@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
+from omnidata.interop import energon_files
 from omnidata.manifest import manifest_to_json
 from omnidata.schema import (
     CONTENT_TOKENS,
@@ -36,7 +37,7 @@ from omnidata.schema import (
     shard_name,
 )
 from omnidata.shards import content_hash, write_shard
-from omnidata.tokenizer import fingerprint, load_tokenizer, template_fingerprint
+from omnidata.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
 
 NUM_QUERY = 4
 TEMPLATE = (
@@ -65,7 +66,7 @@ def build_tiny_dataset(
     _write_rejects(root)
     rows = [row for table in tables for row in table.to_pylist()]
     (root / "README.md").write_text("# Tiny\n")
-    manifest = _manifest(root, shards, rows, tokenizer)
+    manifest = _manifest(root, shards, rows)
     _write_interop(root, manifest)
     (root / MANIFEST).write_bytes(manifest_to_json(manifest))
     return root
@@ -212,11 +213,12 @@ def _write_rejects(root: Path) -> None:
 
 def _write_interop(root: Path, manifest: Manifest) -> None:
     (root / NV_META).mkdir()
+    for name, content in energon_files(manifest).items():
+        (root / name).write_bytes(content)
 
 
-def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]], tokenizer: Any) -> Manifest:
+def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]]) -> Manifest:
     loaded = load_tokenizer(root / TOKENIZER_DIR)
-    names = {"bos": "<s>", "eos": "</s>", "pad": "<unk>"} | {n: n for n in (*IMAGE_TOKENS, *CONTENT_TOKENS)}
     splits = [shard.split for shard in shards]
     counts = {
         split: sum(s.num_samples for s in shards if s.split == split) for split in dict.fromkeys(splits)
@@ -230,8 +232,8 @@ def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]], t
         settings={"max_length": 2048},
         tokenizer_fingerprint=fingerprint(loaded),
         chat_template_fingerprint=template_fingerprint(loaded),
-        special_tokens={name: tokenizer.token_to_id(token) for name, token in names.items()},
-        vocab_size=tokenizer.get_vocab_size(),
+        special_tokens=special_token_ids(loaded),
+        vocab_size=len(loaded),
         num_query=NUM_QUERY,
         image_policy="keep",
         image_size=32,
