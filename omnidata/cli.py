@@ -63,13 +63,9 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 @click.option("--duplicate-ids", type=click.Choice(["keep", "reject"]), default="keep", show_default=True)
 @click.option("--content-token", multiple=True, help="Special token that content may spell; repeatable.")
 @click.option("--allow-http", is_flag=True, help="Fetch images from public http(s) addresses.")
-@click.option(
-    "--workers", type=click.IntRange(1), help="Processes.  [default: the CPUs this process may use]"
-)
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: CPUs it may use]")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option(
-    "--task", metavar="I/N", help="Build the I-th of N parts; the last to end completes the dataset."
-)
+@click.option("--task", metavar="I/N", help="Build part I of N; the last one completes the dataset.")
 @click.option("--finalize", is_flag=True, help="Build nothing, complete a dataset whose tasks are done.")
 @click.option("--max-rejects", metavar="LIMIT", help="Stop at 5% or at 200 refused records.")
 @click.option("--config", callback=_read_config, is_eager=True, help="YAML file with values for these flags.")

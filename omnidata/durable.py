@@ -214,8 +214,10 @@ class LockedError(UserError):
 
 
 @contextlib.contextmanager
-def locked(store: Store, name: str, *, shared: bool = False) -> Iterator[None]:
+def locked(store: Store, name: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock ``.build/NAME.lock``; ``shared`` holders exclude only exclusive ones.
+
+    ``wait`` until it is free (local folders only) instead of raising.
 
     Locally the kernel keeps it (flock), so it ends with its process however that dies. In a remote store it
     is an object that its holder refreshes; one that was not refreshed for five minutes is void.
@@ -224,7 +226,7 @@ def locked(store: Store, name: str, *, shared: bool = False) -> Iterator[None]:
         LockedError: somebody else holds it.
     """
     path = f"{SCRATCH}/{name}.lock"
-    with _flock(store, path, shared=shared) if store.is_local else _lease(store, path, shared=shared):
+    with _flock(store, path, shared, wait) if store.is_local else _lease(store, path, shared):
         yield
 
 
@@ -233,7 +235,7 @@ def _holder() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _flock(store: Store, path: str, *, shared: bool) -> Iterator[None]:
+def _flock(store: Store, path: str, shared: bool, wait: bool) -> Iterator[None]:
     import fcntl
 
     final = store.full(path)
@@ -241,7 +243,7 @@ def _flock(store: Store, path: str, *, shared: bool) -> Iterator[None]:
     while True:
         file = open(final, "a+")  # noqa: SIM115  closed below; closing it releases the lock
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
@@ -266,14 +268,16 @@ LEASE_SECONDS = 300.0
 
 
 @contextlib.contextmanager
-def _lease(store: Store, path: str, *, shared: bool) -> Iterator[None]:
-    if shared:  # tasks of a distributed build hold one lease each; see build.hold_locks
-        yield
-        return
+def _lease(store: Store, path: str, shared: bool) -> Iterator[None]:
     if store.exists(path):
         holder = json.loads(store.read_bytes(path))
         if time.time() - holder["time"] < LEASE_SECONDS and not _is_dead_here(holder):
             raise LockedError(_busy(store, json.dumps(holder)))
+    if (
+        shared
+    ):  # each task of a distributed build also holds a lease of its own: build.hold_locks looks at them
+        yield
+        return
     token = secrets.token_hex(8)
     mine = _holder() | {"token": token}
     store.write_bytes(path, json.dumps(mine).encode())

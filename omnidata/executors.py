@@ -145,6 +145,11 @@ def _final_error(event: Failed | Died, words: str) -> BaseException:
     )
 
 
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # --- in this process --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,139 @@
+"""Interop: what other tools need to read a dataset as it is. Functions of the manifest alone.
+
+.nv-meta/.info.json, split.yaml, dataset.yaml   Megatron-Energon (with the .tar.idx beside each shard)
+README.md                                       dataset card: totals, and how to load it, four ways
+"""
+
+from __future__ import annotations
+
+import json
+
+from omnidata.schema import NV_META, Manifest
+
+ENERGON_VERSION = "7.4.1"  # the release that this layout is tested with
+
+
+def energon_files(manifest: Manifest) -> dict[str, bytes]:
+    """Path -> content of the files by which Energon knows a WebDataset.
+
+    Each sample arrives there as a dict of its members (CrudeWebdataset); our order of shards is its order.
+    """
+    info = {
+        "energon_version": ENERGON_VERSION,
+        "shard_counts": {shard.path: shard.num_samples for shard in manifest.shards},
+    }
+    lines = ["split_parts:"]
+    for split in manifest.splits:
+        lines.append(f"  {split}:")
+        lines += [f"  - {shard.path}" for shard in manifest.shards if shard.split == split]
+    lines.append("exclude: []")
+    dataset = ["__module__: megatron.energon", "__class__: CrudeWebdataset", "subflavors: {}"]
+    return {
+        f"{NV_META}/.info.json": (json.dumps(info, indent=2) + "\n").encode(),
+        f"{NV_META}/split.yaml": ("\n".join(lines) + "\n").encode(),
+        f"{NV_META}/dataset.yaml": ("\n".join(dataset) + "\n").encode(),
+    }
+
+
+CARD_TEXT = """\
+# A vision-language dataset, tokenized and label-masked
+
+{num_samples:,} samples, {num_tokens:,} tokens ({num_supervised:,} supervised) and {num_images:,} images
+in {num_shards:,} shards ({num_bytes:,} bytes). {num_rejects:,} of {num_records:,} records were refused,
+each with its reason in `rejects.parquet`.
+
+| split | samples | shards |
+|---|---|---|
+{split_rows}
+
+Sources: {sources}
+
+Each shard is a plain WebDataset tar. A sample is
+
+| member | content |
+|---|---|
+| `KEY.input_ids.npy` | int32 `[L]`; an image is `<im_start>` + {num_query} × `<im_patch>` + `<im_end>` |
+| `KEY.labels.npy` | int32 `[L]`, unshifted: the token id where it is supervised, else -100 |
+| `KEY.jpg` (`.png`, `.webp`), `KEY.1.jpg`, … | the images, in the order of their blocks |
+
+`tokenizer/` is the tokenizer that made the ids. `index.parquet` has a row a sample with its byte range;
+`manifest.json` says what the dataset was built from. The code below is run from this folder.
+
+## omnidata
+
+```python
+from omnidata import Dataset
+
+dataset = Dataset(".")
+sample = dataset[0]
+print(len(dataset), sample.key, sample.input_ids.shape, len(sample.images))
+```
+
+## webdataset
+
+```python
+import glob
+import webdataset as wds
+
+shards = sorted(glob.glob("shards/{first_split}-*.tar"))
+dataset = wds.WebDataset(shards, shardshuffle=False).decode("pil")
+for sample in dataset:
+    print(sample["__key__"], sample["input_ids.npy"].shape, sample["labels.npy"].shape, "jpg" in sample)
+```
+
+## Megatron-Energon
+
+```python
+from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_train_dataset, get_loader
+
+workers = WorkerConfig.default_worker_config(num_workers=0)
+dataset = get_train_dataset(
+    ".", split_part="{first_split}", worker_config=workers, batch_size=None, shuffle_buffer_size=None,
+    max_samples_per_sequence=None, repeat=False, task_encoder=DefaultTaskEncoder(),
+)
+for sample in get_loader(dataset):
+    print(sample["__key__"], sample["input_ids.npy"].shape)
+```
+
+## Hugging Face datasets
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("webdataset", data_files="shards/{first_split}-*.tar", split="train", streaming=True)
+for sample in dataset:
+    print(sample["__key__"], len(sample["input_ids.npy"]))
+```
+
+{uniform_note}
+"""
+
+
+def dataset_card(manifest: Manifest) -> str:
+    """README.md of the dataset."""
+    shards_of = {split: sum(shard.split == split for shard in manifest.shards) for split in manifest.splits}
+    rows = [f"| {split} | {count:,} | {shards_of[split]:,} |" for split, count in manifest.splits.items()]
+    sources = [f"`{entry['source']}` ({entry['num_records']:,} records)" for entry in manifest.inputs[:20]]
+    if len(manifest.inputs) > 20:
+        sources.append(f"and {len(manifest.inputs) - 20:,} more in `manifest.json`")
+    return CARD_TEXT.format(
+        num_samples=manifest.num_samples,
+        num_tokens=manifest.num_tokens,
+        num_supervised=manifest.num_supervised,
+        num_images=manifest.num_images,
+        num_shards=len(manifest.shards),
+        num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+        num_rejects=manifest.num_rejects,
+        num_records=manifest.num_records,
+        num_query=manifest.num_query,
+        split_rows="\n".join(rows),
+        sources=", ".join(sources) + ".",
+        first_split=next(iter(manifest.splits)),
+        uniform_note=UNIFORM_NOTE,
+    )
+
+
+UNIFORM_NOTE = """\
+This last reader insists that the first five samples have the same members: where text-only samples, or
+samples with several images, are among them it raises. The other three take any mixture.
+"""

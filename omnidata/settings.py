@@ -1,0 +1,177 @@
+"""Settings: what a build was asked for. Everything in ``BuildSettings`` can change the bytes that come out,
+so it is kept in the plan and in the manifest, and a build that is resumed must have the same ones.
+
+How the build runs (workers, executor, limits on rejects) is in ``RunOptions`` and changes no byte.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from omnidata.schema import CONTENT_TOKENS, UserError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What shapes the bytes of a dataset. Names are those of the flags."""
+
+    source: tuple[str, ...]  # files, globs or URLs, in the order in which they are read
+    tokenizer: str
+    image_root: str | None = None
+    format: str = "auto"
+    num_query: int = 64  # <im_patch> tokens an image
+    max_length: int = 2048  # tokens
+    image_size: int = 448  # pixels
+    image_policy: str = "shrink"  # keep | shrink
+    check_images: str = "full"  # full | quick
+    quality: int = 90  # JPEG quality of what is encoded anew
+    samples_per_shard: int | None = None
+    shard_bytes: int | None = None  # neither: see layout.auto_shard_bytes
+    split: dict[str, float] = field(default_factory=dict)  # name -> fraction of the ids; the rest is "train"
+    seed: int = 0  # which ids go to which split
+    dedup: str = "off"  # off | exact
+    duplicate_ids: str = "keep"  # keep | reject
+    content_token: tuple[str, ...] = ()  # special tokens that content may spell, besides the grounding tags
+    allow_http: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard is not None and self.shard_bytes is not None:
+            raise UserError("--samples-per-shard and --shard-bytes exclude each other: give one")
+        for name in ("num_query", "max_length", "image_size", "samples_per_shard", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        if TRAIN in self.split or sum(self.split.values()) >= 1:
+            raise UserError(f"--split {self.split}: name other splits than train, and leave it some records")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits: train first, then the others as given."""
+        return (TRAIN, *self.split)
+
+    @property
+    def content_tokens(self) -> tuple[str, ...]:
+        """Special tokens that content may spell."""
+        return tuple(dict.fromkeys((*CONTENT_TOKENS, *self.content_token)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as they stand in the plan and in the manifest."""
+        return asdict(self) | {"source": list(self.source), "content_token": list(self.content_token)}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a build runs. None of it changes a byte of the dataset."""
+
+    workers: int | None = None  # None: the CPUs this process may use; on Ray, the cluster's
+    executor: str = "local"  # local | ray
+    task: tuple[int, int] | None = None  # (I, N): build the I-th of N parts
+    finalize: bool = False  # only complete a dataset whose tasks are done
+    max_rejects: float | None = None  # fraction of the records (below 1) or a number of them
+    overwrite: bool = False
+    quiet: bool = False
+
+
+def settings_of(flags: dict[str, Any]) -> BuildSettings:
+    """Settings from the values of the flags, as text where they have a notation of their own."""
+    values = {setting.name: flags[setting.name] for setting in fields(BuildSettings)}
+    values["split"] = dict(parse_split(text) for text in flags["split"])
+    if len(values["split"]) != len(flags["split"]):
+        raise UserError(f"--split {' '.join(flags['split'])}: a name is given twice")
+    if flags["shard_bytes"] is not None:
+        values["shard_bytes"] = parse_size(str(flags["shard_bytes"]))
+    for name in ("source", "content_token"):
+        values[name] = tuple(values[name])
+    return BuildSettings(**values)
+
+
+def options_of(flags: dict[str, Any]) -> RunOptions:
+    """Run options from the values of the flags."""
+    limit, task = flags["max_rejects"], flags["task"]
+    return RunOptions(
+        workers=flags["workers"],
+        executor=flags["executor"],
+        task=parse_task(task) if task is not None else None,
+        finalize=flags["finalize"],
+        max_rejects=parse_limit(str(limit)) if limit is not None else None,
+        overwrite=flags["overwrite"],
+        quiet=flags["quiet"],
+    )
+
+
+def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
+    """Flags' values from a YAML file: the flags' names, with - or _; lists where a flag may be repeated.
+
+    Example: ``image-root: photos`` and ``split: {val: 0.01}``.
+    """
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {file}: expected lines of NAME: VALUE")
+    values = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if unknown := sorted(values.keys() - names):
+        raise UserError(f"--config {file}: no flag is named {', '.join(unknown)}")
+    for name in ("source", "split", "content_token"):
+        if name in values:
+            values[name] = _as_list(values[name])
+    return values
+
+
+def _as_list(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{name}={share}" for name, share in value.items()]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def parse_size(text: str) -> int:
+    """Bytes: ``parse_size("512MB")`` -> 512000000; ``"1GiB"`` -> 1073741824; ``"4096"`` -> 4096."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    unit = match and (UNITS | BINARY_UNITS).get(match[2])
+    if not match or not unit:
+        raise UserError(f"{text!r} is not a size: write it like 512MB, 1GiB or 4096")
+    return int(float(match[1]) * unit)
+
+
+def parse_split(text: str) -> tuple[str, float]:
+    """``parse_split("val=0.01")`` -> ``("val", 0.01)``; ``"val=1%"`` is the same."""
+    name, _, fraction = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not 0 < (value := _fraction(fraction)) < 1:
+        raise UserError(f"--split {text!r}: write NAME=FRACTION, as in val=0.01")
+    return name, value
+
+
+def parse_limit(text: str) -> float:
+    """``"5%"`` -> 0.05 of the records; ``"200"`` -> 200 records."""
+    if text.strip().endswith("%"):
+        value = _fraction(text)
+        if 0 <= value < 1:
+            return value
+    elif text.strip().isdigit():
+        return float(text)
+    raise UserError(f"--max-rejects {text!r}: write a share as in 5%, or a number of records as in 200")
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """``"3/8"`` -> ``(3, 8)``. Tasks may be counted from 0 or from 1: 8/8 and 0/8 are the same task."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not match or int(match[2]) < 1 or int(match[1]) > int(match[2]):
+        raise UserError(f"--task {text!r}: write I/N, from 0/8 to 7/8 or from 1/8 to 8/8")
+    return int(match[1]) % int(match[2]), int(match[2])
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        return -1.0
