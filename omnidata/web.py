@@ -8,13 +8,14 @@ each redirect is checked again. Proxies of the environment are not used: they re
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable
-from urllib.parse import urljoin, urlsplit
+from collections.abc import Callable, Sequence
+from urllib.parse import quote, urljoin, urlsplit
 
 from omnidata.schema import RejectError
 
@@ -97,30 +98,23 @@ def _read_body(url: str, response: http.client.HTTPResponse, *, max_bytes: int, 
 
 
 def _connect(url: str, permit: Permit) -> tuple[http.client.HTTPConnection, str]:
-    """A connection to a checked address, and the request target."""
+    """A connection to checked addresses, and the request target."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-        path = parts.path.encode().decode("ascii", "strict") if parts.path.isascii() else _quote(parts.path)
     except ValueError as error:
         raise RejectError("image_missing", f"{url!r} is not a valid URL: {error}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise RejectError("image_forbidden", f"{url!r}: only http and https are fetched")
-    secure = parts.scheme == "https"
-    address = _resolve(host, port or (443 if secure else 80), permit)
-    kind = _PinnedHTTPS if secure else _PinnedHTTP
-    target = (path or "/") + (f"?{parts.query}" if parts.query else "")
-    return kind(host, port, timeout=TIMEOUT, address=address), target.replace(" ", "%20")
+    kind = _PinnedHTTPS if parts.scheme == "https" else _PinnedHTTP
+    connection = kind(host, port or kind.default_port, timeout=TIMEOUT)
+    connection.addresses = _resolve(host, connection.port, permit)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return connection, quote(target, safe="/?%:@!$&'()*+,;=~-._[]")
 
 
-def _quote(path: str) -> str:
-    from urllib.parse import quote
-
-    return quote(path, safe="/%:@!$&'()*+,;=~-._")
-
-
-def _resolve(host: str, port: int, permit: Permit) -> tuple[str, int]:
-    """The first address of ``host``; refused if any of its addresses is not permitted."""
+def _resolve(host: str, port: int, permit: Permit) -> list[tuple[str, int]]:
+    """The addresses of ``host``; refused if any of them is not permitted."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:
@@ -131,18 +125,23 @@ def _resolve(host: str, port: int, permit: Permit) -> tuple[str, int]:
         raise RejectError(
             "image_forbidden", f"{host!r} resolves to {private[0]}, which is not a public address"
         )
-    return addresses[0], port
+    return [(address, port) for address in addresses]
 
 
 class _PinnedHTTP(http.client.HTTPConnection):
-    """Connects to ``address`` while asking for ``host``."""
+    """Connects to one of ``addresses`` while asking for ``host``."""
 
-    def __init__(self, host: str, port: int | None, *, timeout: float, address: tuple[str, int]) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self._address = address
+    addresses: Sequence[tuple[str, int]] = ()
 
     def connect(self) -> None:
-        self.sock = socket.create_connection(self._address, self.timeout)
+        *others, last = self.addresses
+        for address in others:
+            with contextlib.suppress(
+                OSError
+            ):  # a host may have an IPv6 address that is not reached from here
+                self.sock = socket.create_connection(address, self.timeout)
+                return
+        self.sock = socket.create_connection(last, self.timeout)
 
 
 class _PinnedHTTPS(_PinnedHTTP):
