@@ -23,6 +23,7 @@ import random
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -77,9 +78,11 @@ class Checkpoints:
             (temporary / RECIPE).write_text(recipe)
         self.world.barrier()
         writer = dcp.FileSystemWriter(temporary)
-        future = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: as intended
+            future = dcp.async_save(
+                tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
+            )
         self._writing = threading.Thread(target=self._finish, args=(future, temporary, trainer), daemon=True)
         self._writing.start()
         if not self.config.asynchronous:

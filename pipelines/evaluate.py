@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+import transformers
 
 from omnidata import Dataset
 from omnidata.schema import UserError
@@ -190,6 +191,7 @@ def load_for_answers(folder: str, *, device: str, dtype: str) -> tuple[OmniLMMFo
             f"{folder} is no model folder: it has no config.json (a finished run writes RUN/final)"
         )
     tokenizer = load_tokenizer(folder)
+    transformers.utils.logging.disable_progress_bar()
     model = OmniLMMForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.to(device).eval(), tokenizer
 

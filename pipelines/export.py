@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from omnidata import Dataset
@@ -60,6 +61,7 @@ def _save_model(
     tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     clean.load_state_dict(tensors, assign=True)
     clean.config.dtype = dtype
+    transformers.utils.logging.disable_progress_bar()
     clean.save_pretrained(folder)
 
 

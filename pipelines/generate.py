@@ -5,7 +5,7 @@
     python pipelines/generate.py --model runs/demo/final --image cat.jpg --chat
 
 A line of a questions file is ``{"image": "cat.jpg" or a list, "question": "…", "truth": "…"}``; image and
-truth may be absent. ``<image>`` in a question says where a picture goes; without it, pictures lead the question.
+truth may be absent. ``<image>`` in a question says where a picture goes; without it, pictures come first.
 
 The prompt is made by the code that rendered the training data, and pictures are decoded and resized as the
 training loader does it. Sampling starts from the original's settings; ``--greedy`` takes the likeliest token.
@@ -59,8 +59,12 @@ class Answerer:
         """The assistant's next words; with ``stream`` they also appear on the terminal as they come."""
         from transformers import TextStreamer
 
-        ids = torch.from_numpy(self.renderer.render_prompt(prompt_conversation(turns, images))).long()[None]
-        stack = [pixels(read_image(path), self.model.config.image_size) for path in images]
+        conversation = prompt_conversation(turns, images)
+        ids = torch.from_numpy(self.renderer.render_prompt(conversation)).long()[None]
+        size = self.model.config.image_size
+        stack = [
+            pixels(read_image(image.path), size) for image in conversation.images
+        ]  # in placeholder order
         config = self.model.config
         output = self.model.generate(
             input_ids=ids.to(self.model.device),

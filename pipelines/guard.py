@@ -21,12 +21,19 @@ from pipelines.parallel import shorten_timeout
 
 
 class StopSignal:
-    """Turns the scheduler's notice into a flag that the loop reads between two steps."""
+    """Turns the scheduler's notice into a flag that the loop reads between two steps. A context manager."""
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._request)
+
+    def __enter__(self) -> StopSignal:
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        self._previous = {number: signal.signal(number, self._request) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -149,7 +149,7 @@ def distribute(model: nn.Module, recipe: Recipe, world: World, *, blocks: Sequen
     return model
 
 
-def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_bucket(_, bucket):  # noqa: ANN001, ANN202  DDP refuses annotations that are strings
     """DDP's reduction without its division by the number of ranks."""
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
@@ -199,4 +199,6 @@ def reduce_gradients(model: nn.Module, *, now: bool) -> Iterator[None]:
 def shorten_timeout(seconds: float) -> None:
     """After the first step, a collective that waits this long is an error rather than a slow start."""
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        # Public from torch 2.13 on.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=seconds), dist.group.WORLD)

@@ -139,8 +139,8 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog) -> None:
     recipe, world, wrapped = t.recipe, t.world, t.built.wrapped
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     last_step = min(t.total_steps, recipe.run.stop_after or t.total_steps)
-    stop, steps = StopSignal(), grouped(t.loader)
-    with profiler(recipe, world) as profile:
+    steps = grouped(t.loader)
+    with profiler(recipe, world) as profile, StopSignal() as stop:
         while t.step < last_step and not stop.requested:
             # (1) read
             counts = StepCounts(t.built.flop_count)

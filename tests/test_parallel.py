@@ -1,0 +1,127 @@
+"""However many ranks share a step, and however it is cut into microbatches, the numbers stay the same."""
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from tiny_recipe import losses, tiny_recipe, train, write_recipe
+
+from omnidata.loader import PackLoader
+from omnidata.schema import UserError
+from pipelines.config import parse_recipe
+from pipelines.parallel import start
+from pipelines.train import train as train_here
+
+# Sums of float32 in another order; the loss is about 5.
+LOSS_TOLERANCE = {"rtol": 0, "atol": 3e-6}
+WEIGHT_TOLERANCE = {"rtol": 0, "atol": 2e-5}
+RUNS = {
+    # name -> (ranks, sections of the recipe)
+    "one": (1, {}),
+    "fsdp": (2, {"parallel": {"strategy": "fsdp"}}),
+    "fsdp-each": (2, {"parallel": {"strategy": "fsdp", "sync_every_microbatch": True}}),
+    "ddp": (4, {"parallel": {"strategy": "ddp"}}),
+    "hsdp": (4, {"parallel": {"strategy": "hsdp", "shard_size": 2}}),
+    "frozen-one": (
+        1,
+        {"model": {"freeze": ["vision_tower", "language_model"], "train_only_new_tokens": True}},
+    ),
+    "frozen-fsdp": (
+        2,
+        {"model": {"freeze": ["vision_tower", "language_model"], "train_only_new_tokens": True}},
+    ),
+}
+
+
+def sections(name):
+    """The recipe's sections of a run; every run has its model given anew, for merging is one level deep."""
+    return {section: dict(values) for section, values in RUNS[name][1].items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_dataset, tmp_path_factory):
+    """Every run of the table, trained; name -> run folder."""
+    root = tmp_path_factory.mktemp("parallel")
+    recipes = {
+        name: write_recipe(root / f"{name}.yaml", tiny_recipe(tiny_dataset, root / name, **sections(name)))
+        for name in RUNS
+    }
+    for ranks in (1, 2, 4):
+        paths = [recipes[name] for name, (size, _) in RUNS.items() if size == ranks]
+        if ranks == 1:
+            for path in paths:
+                train_here_from(path)
+        else:
+            run_on_ranks(ranks, paths)
+    return {name: root / name for name in RUNS}
+
+
+def train_here_from(path):
+    from pipelines.config import load_recipe
+
+    train_here(load_recipe(path))
+
+
+def assert_same(runs, name, other):
+    torch.testing.assert_close(
+        torch.tensor(losses(runs[name])), torch.tensor(losses(runs[other])), **LOSS_TOLERANCE
+    )
+    mine, theirs = (load_file(runs[run] / "final" / "model.safetensors") for run in (name, other))
+    assert mine.keys() == theirs.keys()
+    for key in mine:
+        torch.testing.assert_close(
+            mine[key], theirs[key], **WEIGHT_TOLERANCE, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp-each", "ddp", "hsdp"])
+def test_ranks_equal_one_rank(runs, name):
+    """ddp and hsdp: 4 ranks x 1 microbatch against 1 rank x 4 accumulated; fsdp: 2 x 2."""
+    assert losses(runs["one"])[-1] < losses(runs["one"])[0] - 0.3, "the yardstick must have learnt something"
+    assert_same(runs, name, "one")
+
+
+def test_some_step_had_a_rank_without_images(tiny_dataset):
+    """The runs above would not show a hang of text-only ranks if there were none."""
+    images = [
+        [
+            len(microbatch.images)
+            for microbatch in PackLoader(
+                [{"path": str(tiny_dataset), "split": "train"}],
+                global_batch=4, max_tokens=192, rank=rank, world_size=4, num_epochs=1,
+            )
+        ]
+        for rank in range(4)
+    ]  # fmt: skip
+    assert any(0 in step and max(step) > 0 for step in zip(*images, strict=True)), images
+
+
+def test_frozen_tower_and_new_token_rows_under_fsdp(runs, tiny_dataset):
+    assert_same(runs, "frozen-fsdp", "frozen-one")
+    start, end = (load_file(runs[name] / "final" / "model.safetensors") for name in ("one", "frozen-fsdp"))
+    assert start.keys() == end.keys()
+
+
+def test_bfloat16_and_torchrun_as_a_user_types_it(tiny_dataset, tmp_path):
+    tree = tiny_recipe(tiny_dataset, tmp_path / "run", run={"dtype": "bfloat16"}, optim={"steps": 2})
+    result = train(write_recipe(tmp_path / "r.yaml", tree), "model.freeze=[vision_tower]", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "2 rank(s) x 2 microbatch(es)" in result.stdout
+    weights = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert all(loss > 0 for loss in losses(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"parallel": {"strategy": "ddp"}}, "needs torchrun"),
+        ({"run": {"device": "cuda"}}, "torch sees no GPU"),
+    ],
+)
+def test_impossible_worlds_are_refused(tiny_dataset, tmp_path, section, expected):
+    if "cuda" in str(section) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe = parse_recipe(tiny_recipe(tiny_dataset, tmp_path, **section))
+    with pytest.raises(UserError, match=expected), start(recipe):
+        pass
