@@ -91,14 +91,21 @@ def build_shards(**flags: Any) -> None:
         raise click.UsageError(f"Missing {', '.join('--' * (name != 'source') + name for name in missing)}.")
     settings, options = settings_of(flags), options_of(flags)
     if flags["dry_run"]:
-        from omnidata.dry_run import dry_run
+        _print_dry_run(settings, options, as_json=flags["as_json"])
+        return
+    from omnidata.build import build
 
-        report: Any = dry_run(settings)
-    else:
-        from omnidata.build import build
+    _print_report(build(settings, flags["out"], options), as_json=flags["as_json"])
 
-        report = build(settings, flags["out"], options)
-    _print_report(report, as_json=flags["as_json"])
+
+def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
+    from omnidata import terminal
+    from omnidata.dry_run import dry_run
+
+    report = dry_run(settings, options)
+    _print_report(report, as_json=as_json)
+    if not as_json:
+        terminal.print_samples(terminal.make_console(), report.views)
 
 
 def _print_report(report: Any, *, as_json: bool) -> None:
@@ -133,7 +140,9 @@ def _cost_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--freeze", "frozen", multiple=True, help="Part not trained; repeatable, or 'none'."),
         click.option("--mfu", default=0.4, show_default=True, help="Assumed share of the peak FLOP/s."),
-        click.option("--gpus", "num_gpus", default=1, show_default=True, help="GPUs of the estimate."),
+        click.option(
+            "--gpus", "num_gpus", type=int, help="GPUs of the estimate; by default 1, in plan one a rank."
+        ),
         click.option(
             "--gpu", default="h100", show_default=True, help="b200, h200, h100, a100, l40s, rtx4090."
         ),
@@ -217,8 +226,15 @@ def verify(dataset: str, **options: Any) -> int:
 @click.option("--global-batch", type=click.IntRange(1), help="Packs a step; by default one a rank.")
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
 @click.option("--split", help="Plan this split; by default train, where there is one.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--epoch", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the shuffle.")
+@click.option("--epoch", default=0, show_default=True, help="Epoch, from 0.")
+@click.option(
+    "--oversize",
+    type=click.Choice(["refuse", "cut", "leave_out"]),
+    default="leave_out",
+    show_default=True,
+    help="What becomes of samples that no pack can hold; they are counted.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The forecast as JSON; its keys: omnidata/forecast.py.")
 @_cost_options
 def plan(datasets: tuple[str, ...], **options: Any) -> None:
@@ -232,7 +248,7 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
     """
     from omnidata import reports
 
-    click.echo(reports.plan(datasets, **options), nl=False)
+    reports.plan(datasets, **options)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ Each is a few calls: numbers from summary / verify / forecast, shown by terminal
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +46,12 @@ class Choice:
         return choose_positions(dataset, key=self.key, sample=self.sample, source=self.source, limit=limit)
 
 
-def assumptions(*, frozen: tuple[str, ...] = (), **given: Any) -> Assumptions:
+def assumptions(
+    *, frozen: tuple[str, ...] = (), num_gpus: int | None = None, default_gpus: int = 1, **given: Any
+) -> Assumptions:
     """The command line's cost options; ``--freeze none`` trains everything."""
     chosen = () if frozen == ("none",) else frozen or DEFAULT_FROZEN
-    return Assumptions(frozen=tuple(chosen), **given)
+    return Assumptions(frozen=tuple(chosen), num_gpus=num_gpus or default_gpus, **given)
 
 
 # --- inspect ----------------------------------------------------------------------------------------------
@@ -110,6 +113,44 @@ def verify(
         return to_json(parts), exit_code
     lines = terminal.repair_lines(repaired) if repaired else []
     return "\n".join([*lines, *terminal.finding_lines(report)]), exit_code
+
+
+# --- plan -------------------------------------------------------------------------------------------------
+
+
+def plan(
+    paths: Sequence[str],
+    *,
+    split: str | None,
+    seed: int,
+    epoch: int,
+    max_tokens: int,
+    max_images: int | None,
+    oversize: str,
+    global_batch: int | None,
+    world_size: int,
+    as_json: bool,
+    **cost: Any,
+) -> None:
+    """Print the forecast of an epoch over these datasets, as text or JSON."""
+    from omnidata import terminal
+    from omnidata.forecast import forecast
+    from omnidata.plan import EpochPlan
+
+    assume = assumptions(default_gpus=world_size, **cost)
+    epoch_plan = EpochPlan(
+        [{"path": path, "split": split} for path in paths],
+        seed=seed,
+        epoch=epoch,
+        max_tokens=max_tokens,
+        max_images=max_images,
+        oversize=oversize,
+    )
+    foreseen = forecast(epoch_plan, world_size=world_size, global_batch=global_batch, assume=assume)
+    if as_json:
+        print(to_json(foreseen.as_dict()))
+    else:
+        terminal.print_forecast(terminal.make_console(), foreseen)
 
 
 def to_json(report: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from omnidata.inspect import Run, SampleView, printable
 
 if TYPE_CHECKING:
     from omnidata.cost import Cost
+    from omnidata.forecast import Forecast
     from omnidata.repair import RepairReport
     from omnidata.summary import Distribution, Summary
     from omnidata.verify import Report
@@ -224,6 +225,50 @@ def chip(run: Run, sizes: Sequence[Sequence[int]]) -> str:
         "{}×{}".format(*sizes[run.image]) if run.image is not None and run.image < len(sizes) else "missing"
     )
     return f" image {size} · {run.num_tokens} tokens "
+
+
+# --- plan -------------------------------------------------------------------------------------------------
+
+
+def print_forecast(console: Console, seen: Forecast) -> None:
+    """The epoch: packs and steps, padding, balance, compute."""
+    console.print(Text(", ".join(seen.datasets), style=HEADING))
+    grid = _grid()
+    limit = "any number of" if seen.max_images is None else f"at most {seen.max_images:,}"
+    grid.add_row("samples", f"{seen.num_samples:,}: {seen.num_tokens:,} tokens, {seen.num_images:,} images")
+    if seen.num_cut or seen.num_left_out:
+        grid.add_row("too large", f"{seen.num_cut:,} cut after a reply, {seen.num_left_out:,} left out")
+    grid.add_row("packs", f"{seen.num_packs:,} of {seen.max_tokens:,} tokens and {limit} images")
+    per_step = f"{seen.global_batch:,} packs over {seen.world_size:,} ranks"
+    grid.add_row("steps", f"{seen.num_steps:,} of {per_step} ({seen.num_packs_dropped:,} packs left over)")
+    unpacked = f"{seen.padding_unpacked:.1%} in padded batches of {seen.unpacked_batch}"
+    grid.add_row("padding", f"{seen.padding_packed:.1%} packed, {unpacked}")
+    balance = seen.balance
+    grid.add_row(
+        "balance",
+        f"fullest rank / mean: tokens {balance.tokens:.3f}, images {balance.images:.3f}, "
+        f"cost {balance.cost:.3f}; idle {balance.idle:.1%}",
+    )
+    console.print(grid)
+    console.print(_spreads(seen))
+    console.print(cost_line(seen.cost, num_samples=seen.num_samples))
+
+
+def _spreads(seen: Forecast) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED)
+    for name in ("", "min", "median", "max"):
+        table.add_column(name, justify="right" if name else "left")
+    rows = {
+        "samples a pack": seen.samples_per_pack,
+        "tokens a pack": seen.tokens_per_pack,
+        "images a pack": seen.images_per_pack,
+        "tokens a step": seen.tokens_per_step,
+        "supervised tokens a step": seen.supervised_per_step,
+        "images a step": seen.images_per_step,
+    }
+    for name, of in rows.items():
+        table.add_row(name, *(_number(value) for value in (of.min, of.median, of.max)))
+    return table
 
 
 # --- verify -----------------------------------------------------------------------------------------------
