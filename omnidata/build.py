@@ -67,7 +67,7 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
             if plan is None and store.exists(MANIFEST):
                 return _built_before(store, identity)
             job = Job(out, settings, files, f"{store.url}/{TOKENIZER_DIR}")
-            with _executor(job, store, options) as executor:
+            with open_executor(job, options) as executor:
                 if plan is None:
                     plan = prepare(store, job, identity, executor, folder)
                 return _Run(store, job, plan, options, executor, tokenizer).run()
@@ -126,9 +126,10 @@ def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
 
 
 @contextlib.contextmanager
-def _executor(job: Job, store: Store, options: RunOptions) -> Iterator[Executor]:
+def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
+    """Where the build's tasks run."""
     function = functools.partial(work, job)
-    private = store.is_private or any(
+    private = Store(job.out).is_private or any(
         "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
     )
     if private:
@@ -165,8 +166,6 @@ class _Run:
         )
         try:
             self.build_shards(progress)
-        except KeyboardInterrupt:
-            raise BuildInterrupted(self._interrupted()) from None
         finally:
             progress.close()
         self.refresh()
@@ -234,12 +233,6 @@ class _Run:
         """Finished shards in order."""
         return [(task, self.results[task]) for task in self.tasks if task in self.results]
 
-    def _interrupted(self) -> str:
-        return (
-            f"Interrupted: {len(self.results):,} of {len(self.my_tasks):,} shards are done. "
-            "Run the same command again to go on."
-        )
-
     # --- the end ------------------------------------------------------------------------------------------
 
     def finish(self, progress: Progress) -> BuildReport:
@@ -279,18 +272,19 @@ class _Run:
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
     """SIGTERM (a scheduler that wants the machine back) ends a build as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main else None
     try:
         yield
+    except KeyboardInterrupt:
+        raise BuildInterrupted("Interrupted. Run the same command again to go on.") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

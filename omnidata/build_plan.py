@@ -141,8 +141,10 @@ def write_plan(store: Store, plan: BuildPlan) -> None:
 # --- making one -------------------------------------------------------------------------------------------
 
 
-def make_plan(identity: dict[str, Any], settings: BuildSettings, num_files: int, run: RunTasks) -> BuildPlan:
-    """Scan and, where the settings need it, survey the corpus.
+def make_plan(
+    identity: dict[str, Any], settings: BuildSettings, num_files: int, run: RunTasks, *, weigh: bool = False
+) -> BuildPlan:
+    """Scan and, where the settings need it, survey the corpus; ``weigh`` records even if they do not.
 
     Raises:
         UserError: there is not one record.
@@ -160,26 +162,25 @@ def make_plan(identity: dict[str, Any], settings: BuildSettings, num_files: int,
     if not start:
         raise UserError("the sources hold no record at all")
     read_ids = bool(settings.split) or settings.duplicate_ids == "reject"
-    if not read_ids and settings.samples_per_shard:
+    weigh = weigh or not settings.samples_per_shard
+    if not read_ids and not weigh:
         return BuildPlan(identity, tuple(stretches), ())
-    return _survey(identity, settings, stretches, read_ids, run)
-
-
-def _survey(
-    identity: dict[str, Any], settings: BuildSettings, stretches: list[Stretch], read_ids: bool, run: RunTasks
-) -> BuildPlan:
-    probes = 0 if settings.samples_per_shard else max(PROBES_PER_UNIT, math.ceil(PROBES / len(stretches)))
-    tasks = [SurveyTask(number, stretch, read_ids, probes) for number, stretch in enumerate(stretches)]
+    num_probes = max(PROBES_PER_UNIT, math.ceil(PROBES / len(stretches))) if weigh else 0
+    tasks = [SurveyTask(number, each, read_ids, num_probes) for number, each in enumerate(stretches)]
     found = {task.number: answer for task, answer in run(tasks)}
-    surveys: list[Survey] = [found[number] for number in range(len(stretches))]
+    surveys = [found[number] for number in range(len(stretches))]
+    repeated = repeats(b"".join(s.ids for s in surveys)) if settings.duplicate_ids == "reject" else ()
+    return BuildPlan(identity, with_surveys(stretches, surveys), tuple(repeated))
+
+
+def with_surveys(stretches: Sequence[Stretch], surveys: Sequence[Survey]) -> tuple[Stretch, ...]:
+    """The stretches with what the surveys found; where no probe became a sample, the mean of the others."""
     known = [survey.record_bytes for survey in surveys if survey.record_bytes]
     fallback = max(MIN_RECORD_BYTES, sum(known) // len(known) if known else 0)
-    rows = tuple(
+    return tuple(
         replace(stretch, counts=survey.counts, record_bytes=survey.record_bytes or fallback)
         for stretch, survey in zip(stretches, surveys, strict=True)
     )
-    repeated = repeats(b"".join(s.ids for s in surveys)) if settings.duplicate_ids == "reject" else ()
-    return BuildPlan(identity, rows, tuple(repeated))
 
 
 def repeats(digests: bytes) -> list[int]:
