@@ -5,7 +5,8 @@ What a record may look like (the keys decide, not the file it came from)::
     {"id", "image", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}
     {"id", "images": [...], "messages": [{"role": "user", "content": "text" or [parts]}, ...]}
     {"images": [...], "texts": [{"user": ..., "assistant": ...}, ...]}              The Cauldron
-    {"image": ..., "question": ..., "answer" or "chosen": ...}                      Muffin, RLHF-V
+    {"image": ..., "question": ..., "answer" or "chosen": ...}                      RLAIF-V
+    {"image": ..., "text": JSON of any of these}                                    Muffin, RLHF-V
 
 Step (1) ``_turns``: whichever of these keys is there -> [(role, content)].
 Step (2) ``read_images``: ``image`` / ``images`` (a path, URL, base64, bytes, {"bytes", "path"}, a list of
@@ -20,9 +21,10 @@ Step (4) ``_check_order``: a system turn comes first or not at all, the others a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
+
+import orjson
 
 from omnidata.corpus.pictures import ImagePool, own_image, read_images
 from omnidata.schema import (
@@ -46,7 +48,6 @@ SPEAKERS: dict[str, Role] = {
     "model": "assistant",
     "chatgpt": "assistant",
 }
-PLACEHOLDER = re.compile(r"<image(?:_\d+)?>")
 
 
 def to_conversation(record: Record) -> Conversation:
@@ -111,6 +112,20 @@ def _read_question(value: Any, payload: dict[str, Any]) -> Iterator[tuple[Any, A
     yield "assistant", payload.get("answer", payload.get("chosen"))
 
 
+def _read_json(value: Any, payload: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """RLHF-V and Muffin keep the dialogue as JSON text, in three ways."""
+    try:
+        dialogue = orjson.loads(value)
+    except (orjson.JSONDecodeError, TypeError) as error:
+        raise RejectError("bad_record", f"text is no JSON: {error}") from error
+    if isinstance(dialogue, dict):
+        yield from _read_question(dialogue.get("question"), dialogue)
+    elif isinstance(dialogue, list) and len(dialogue) >= 3 and isinstance(dialogue[0], str):
+        yield from _read_question(dialogue[0], {"chosen": dialogue[1]})  # [question, chosen, rejected, ...]
+    else:
+        yield from _READERS["conversations"](dialogue, payload)
+
+
 def _objects(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RejectError("bad_record", f"the turns are no list of objects but {_shown(value)}")
@@ -123,6 +138,7 @@ _READERS = {
     "conversation": _read_pairs("role", "content"),
     "texts": _read_texts,
     "question": _read_question,
+    "text": _read_json,
 }
 
 

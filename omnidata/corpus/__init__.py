@@ -20,14 +20,20 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Protocol
 
-from omnidata.corpus.source import SourceFile, Unit, expand, file_size, open_source_bytes
-from omnidata.corpus.streams import compression_of, decompressed
+from omnidata.corpus.source import SourceFile, Unit, expand, file_size
+from omnidata.corpus.streams import read_head
 from omnidata.schema import Record, Reject, UserError
 
 __all__ = ["FORMATS", "SourceFile", "Unit", "open_source", "read", "scan"]
 
 FORMATS = ("auto", "llava", "messages", "parquet", "tsv", "webdataset")
-_SHAPES = ("json_array", "json_lines")  # the first that recognises a file takes it
+_SHAPES = (
+    "parquet",
+    "webdataset",
+    "tsv",
+    "json_array",
+    "json_lines",
+)  # the first that recognises a file takes it
 _HEAD = 64 << 10  # bytes that sniff gets to see
 
 
@@ -72,23 +78,13 @@ def _shape(name: str) -> Shape:
 
 
 def _open(name: str, format: str) -> SourceFile:
-    head, compression = _head(name)
+    head, compression = read_head(name, _HEAD)
     for candidate in _SHAPES:
         shape = _shape(candidate)
         if format in ("auto", *shape.FORMATS) and (not head or shape.sniff(name, head)):
             return SourceFile(name, _format(shape, format, head), candidate, file_size(name), compression)
     wanted = "any known format" if format == "auto" else f"--format {format}"
     raise UserError(f"source {name}: its first bytes {head[:20]!r} are not those of {wanted}")
-
-
-def _head(name: str) -> tuple[bytes, str]:
-    try:
-        with open_source_bytes(name) as raw:
-            compression = compression_of(raw.read(4))
-            raw.seek(0)
-            return decompressed(raw, compression).read(_HEAD), compression
-    except OSError as error:
-        raise UserError(f"source {name}: cannot be read ({error})") from error
 
 
 def _format(shape: Shape, format: str, head: bytes) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from omnidata.corpus.json_lines import BOM, parse
 from omnidata.corpus.source import UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
-from omnidata.corpus.streams import open_at
+from omnidata.corpus.streams import Limited, open_at
 from omnidata.schema import Record, Reject, UserError
 
 FORMATS = ("llava", "messages")
@@ -55,26 +55,12 @@ def scan(file: SourceFile) -> Iterator[Unit]:
 def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
     """The records of a unit."""
     with open_at(file, unit.start) as stream:
-        found = items(_Limited(stream, unit.stop - unit.start), unit.start, inside=True, name=file.source)
+        found = items(Limited(stream, unit.stop - unit.start), unit.start, inside=True, name=file.source)
         for number, (_, text) in enumerate(found, start=unit.first):
             yield parse(file, f"item {number}", text)
 
 
-class _Limited:
-    """The next bytes of a stream, and no more."""
-
-    def __init__(self, stream: BinaryIO, num_bytes: int) -> None:
-        self._stream, self._left = stream, num_bytes
-
-    def read(self, size: int) -> bytes:
-        block = self._stream.read(min(size, self._left))
-        self._left -= len(block)
-        return block
-
-
-def items(
-    stream: BinaryIO | _Limited, offset: int, *, inside: bool, name: str
-) -> Iterator[tuple[int, bytes]]:
+def items(stream: BinaryIO | Limited, offset: int, *, inside: bool, name: str) -> Iterator[tuple[int, bytes]]:
     """(offset, text) of each item. ``inside``: the stream starts at an item, not at the array's bracket."""
     finder = _Finder(depth=1 if inside else 0)
     pending, base = b"", offset  # bytes since the last border, and where they start
@@ -105,7 +91,7 @@ def _item(text: bytes, start: int, border: int, base: int) -> Iterator[tuple[int
         yield base + start + (text.find(item[:1], start) - start if item else 0), item
 
 
-def _check_end(rest: bytes, stream: BinaryIO | _Limited, base: int, name: str) -> None:
+def _check_end(rest: bytes, stream: BinaryIO | Limited, base: int, name: str) -> None:
     while not rest.strip(_BLANKS):
         base += len(rest)
         rest = stream.read(BLOCK)

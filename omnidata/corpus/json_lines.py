@@ -9,7 +9,7 @@ A unit is a range of bytes that starts at the start of a line, so units are read
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -46,12 +46,18 @@ def scan(file: SourceFile) -> Iterator[Unit]:
 def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
     """The records of a unit."""
     with open_at(file, unit.start) as stream:
-        position, number = unit.start, unit.first
-        while position < unit.stop and (line := stream.readline()):
-            if not line.isspace():
-                yield parse(file, f"line {number}", line.removeprefix(BOM) if position == 0 else line)
-            position += len(line)
-            number += 1
+        for locator, line in lines(stream, unit):
+            yield parse(file, locator, line)
+
+
+def lines(stream: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes]]:
+    """(locator, line) of a unit's lines, without the blank ones."""
+    position, number = unit.start, unit.first
+    while position < unit.stop and (line := stream.readline()):
+        if not line.isspace():
+            yield f"line {number}", line.removeprefix(BOM) if position == 0 else line
+        position += len(line)
+        number += 1
 
 
 def parse(file: SourceFile, locator: str, text: bytes) -> Record | Reject:

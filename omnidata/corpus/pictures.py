@@ -18,8 +18,14 @@ from typing import Any
 from omnidata.schema import ImageRef, RejectError
 
 # base64 of the magic bytes of JPEG, PNG, WebP, GIF, TIFF (both byte orders) and BMP
-_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK|Qk)[A-Za-z0-9+/\s]{24,}={0,2}\s*")
+_BASE64_START = re.compile(r"(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK|Qk)[A-Za-z0-9+/]{16,}")
+_BASE64 = re.compile(_BASE64_START.pattern + r"[A-Za-z0-9+/\s]*={0,2}\s*")
 _PLACEHOLDER = r"<image(?:_\d+)?>"
+
+
+def looks_like_base64(text: str) -> bool:
+    """Does the text start as base64 of a picture does?"""
+    return _BASE64_START.match(text) is not None
 
 
 class ImagePool:

@@ -29,35 +29,57 @@ def compression_of(head: bytes) -> str:
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
-    """A forward stream over what a compressed one holds."""
-    if compression == "gzip":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK)
-    if compression == "zstd":
-        import zstandard
-
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), _BLOCK
-        )
-    return raw
+def read_head(name: str, num_bytes: int) -> tuple[bytes, str]:
+    """The first uncompressed bytes of a file, and its compression."""
+    with _errors_named(name), open_source_bytes(name) as raw:
+        compression = compression_of(raw.read(4))
+        raw.seek(0)
+        return _decompressed(raw, compression).read(num_bytes), compression
 
 
 @contextmanager
 def open_at(file: SourceFile, offset: int = 0) -> Iterator[BinaryIO]:
-    """The uncompressed bytes of a file from an offset; UserError when the compression is broken."""
+    """The uncompressed bytes of a file from an offset; UserError where they cannot be read."""
     key = (os.getpid(), file.source)  # a forked child must not move its parent's stream
-    stream = _open(file, key, offset)
-    try:
-        yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        stream.close()
-        raise UserError(
-            f"source {file.source}: the {file.compression} data is broken or cut off ({error})"
-        ) from error
-    except BaseException:
-        stream.close()
-        raise
+    with _errors_named(file.source):
+        stream = _open(file, key, offset)
+        try:
+            yield stream
+        except BaseException:
+            stream.close()
+            raise
     _keep(key, stream) if file.compression else stream.close()
+
+
+def skip(stream: BinaryIO, num_bytes: int) -> None:
+    """Move forwards; past the end of the data is no error, as in files."""
+    if num_bytes > 0 and stream.seekable():
+        stream.seek(num_bytes, io.SEEK_CUR)
+        return
+    while num_bytes > 0 and (block := stream.read(min(num_bytes, _BLOCK))):
+        num_bytes -= len(block)
+
+
+class Limited:
+    """The next bytes of a stream, and no more."""
+
+    def __init__(self, stream: BinaryIO, num_bytes: int) -> None:
+        self._stream, self._left = stream, num_bytes
+
+    def read(self, size: int) -> bytes:
+        block = self._stream.read(min(size, self._left))
+        self._left -= len(block)
+        return block
+
+
+@contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"source {name}: the compressed data is broken or cut off ({error})") from error
+    except OSError as error:
+        raise UserError(f"source {name}: cannot be read ({error})") from error
 
 
 def _open(file: SourceFile, key: tuple[int, str], offset: int) -> BinaryIO:
@@ -65,20 +87,69 @@ def _open(file: SourceFile, key: tuple[int, str], offset: int) -> BinaryIO:
     if kept is not None and kept.tell() <= offset:
         stream = kept
     else:
-        stream = decompressed(open_source_bytes(file.source), file.compression)
-    if file.compression:
-        _skip(stream, offset - stream.tell())
-    else:
-        stream.seek(offset)
+        stream = _decompressed(open_source_bytes(file.source), file.compression)
+    skip(stream, offset - stream.tell())
     return stream
-
-
-def _skip(stream: BinaryIO, num_bytes: int) -> None:
-    while num_bytes > 0 and (block := stream.read(min(num_bytes, _BLOCK))):
-        num_bytes -= len(block)
 
 
 def _keep(key: tuple[int, str], stream: BinaryIO) -> None:
     while len(_kept) >= _KEPT:
         _kept.pop(next(iter(_kept))).close()
     _kept[key] = stream
+
+
+def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+    if compression == "gzip":
+        return io.BufferedReader(_closing(gzip.GzipFile(fileobj=raw), raw), _BLOCK)
+    if compression == "zstd":
+        return io.BufferedReader(_ZstdFile(raw), _BLOCK)
+    return raw
+
+
+def _closing(reader: Any, raw: BinaryIO) -> Any:
+    reader.myfileobj = raw  # GzipFile then closes it with itself
+    return reader
+
+
+class _ZstdFile(io.RawIOBase):
+    """zstd frames, one after the other; unlike the library's own reader it notices that the last is cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._ready, self._position = raw, memoryview(b""), 0
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and self._more():
+            pass
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        self._position += count
+        return count
+
+    def _more(self) -> bool:
+        """Decompress some more; False at the end."""
+        import zstandard
+
+        data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+        data = data or self._raw.read(64 << 10)
+        if not data:
+            if self._frame is not None and not self._frame.eof:
+                raise EOFError("the last zstd frame has no end")
+            return False
+        if self._frame is None or self._frame.eof:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            self._ready = memoryview(self._frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise EOFError(str(error)) from error
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()

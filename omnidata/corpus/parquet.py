@@ -1,0 +1,84 @@
+"""Parquet, as Hugging Face datasets stores it: one record a row.
+
+    image / images                 struct{bytes, path} or binary or string, or a list of those
+    conversations / messages       list<struct{from, value}> / list<struct{role, content}>
+    texts                          list<struct{user, assistant, source}>          The Cauldron
+    text                           JSON {"question", "chosen", "rejected"}        RLHF-V
+    question, answer / chosen      strings
+
+A unit is a run of rows inside one row group. Rows of a group can only be reached from its start, so the
+iterator that has just read rows 0-999 is kept for whoever asks for row 1000 next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from omnidata.corpus.source import UNIT_RECORDS, SourceFile, Unit, open_source_bytes
+from omnidata.schema import Record, UserError
+
+FORMATS = ("parquet",)
+# Read only these columns: others (log-probabilities, embeddings, …) may be large.
+COLUMNS = (
+    *("id", "image", "images", "system"),
+    *("conversations", "messages", "conversation", "texts", "text", "question", "answer", "chosen"),
+)
+_BATCH = 32  # rows parsed at a time: with pictures, some megabytes
+_Rows = Iterator[dict[str, Any]]
+_kept: dict[tuple[int, str, int], tuple[int, _Rows]] = {}  # (process, source, row group) -> (next row, rows)
+
+
+def sniff(name: str, head: bytes) -> bool:
+    """The format's magic bytes."""
+    return head.startswith(b"PAR1")
+
+
+def scan(file: SourceFile) -> Iterator[Unit]:
+    """Cost: the footer only."""
+    parquet = _open(file)
+    first = 0
+    for group in range(parquet.metadata.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        for start in range(0, rows, UNIT_RECORDS):
+            stop = min(start + UNIT_RECORDS, rows)
+            yield Unit(start, stop, first + start, stop - start, part=group)
+        first += rows
+
+
+def read(file: SourceFile, unit: Unit) -> Iterator[Record]:
+    """The records of a unit."""
+    key = (os.getpid(), file.source, unit.part)
+    position, rows = _kept.pop(key, (0, None))
+    if rows is None or position > unit.start:
+        position, rows = 0, _rows(file, unit.part)
+    for _ in range(unit.start - position):
+        next(rows)
+    for number in range(unit.num_records):
+        yield file.record(f"row {unit.first + number}", next(rows))
+    _kept.clear()  # one row group at a time: each may hold megabytes
+    _kept[key] = (unit.stop, rows)
+
+
+def _rows(file: SourceFile, group: int) -> _Rows:
+    import pyarrow
+
+    parquet = _open(file)
+    columns = [name for name in parquet.schema_arrow.names if name in COLUMNS]
+    try:
+        for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"source {file.source}: row group {group} cannot be read ({error})") from error
+
+
+def _open(file: SourceFile) -> Any:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # a small buffer and no pre-buffering: pages are read as they are needed, not whole column chunks
+        return ParquetFile(open_source_bytes(file.source), buffer_size=1 << 20, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"source {file.source}: not a readable Parquet file ({error})") from error

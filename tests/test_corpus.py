@@ -1,0 +1,421 @@
+"""Corpora: every source shape gives every record once, in order, with its place; damage is seen."""
+
+import base64
+import gzip
+import io
+import json
+import pickle
+import random
+import tarfile
+import tracemalloc
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omnidata import corpus
+from omnidata.conversation import to_conversation
+from omnidata.corpus import json_array, json_lines, parquet, source, webdataset
+from omnidata.schema import Record, Reject, UserError
+
+JPEG = b"\xff\xd8\xff\xe0" + bytes(range(200)) + b"\xff\xd9"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(100, 200))
+
+
+def llava(number, **more):
+    return {
+        "id": f"r{number}",
+        "conversations": [
+            {"from": "human", "value": f'q {number} "quoted" \\ ]}}, {{[ é\n'},
+            {"from": "gpt", "value": "\\" * (number % 5) + '"[{'},
+        ],
+    } | more
+
+
+def read_all(name, **options):
+    return [
+        record
+        for file in corpus.open_source(str(name), **options)
+        for unit in corpus.scan(file)
+        for record in corpus.read(file, unit)
+    ]
+
+
+def payloads(name, **options):
+    return [record.payload for record in read_all(name, **options)]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """Several units a file, with few records."""
+    for module in (json_array, json_lines, parquet, webdataset):
+        monkeypatch.setattr(module, "UNIT_RECORDS", 7)
+
+
+# --- JSON -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_gives_its_items_in_order(tmp_path, indent):
+    records = [llava(i) for i in range(30)]
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=indent))
+    read = read_all(tmp_path / "a.json")
+    assert [record.payload for record in read] == records
+    assert [record.locator for record in read][:2] == ["item 0", "item 1"]
+    assert {record.source for record in read} == {str(tmp_path / "a.json")}
+
+
+def test_json_lines_give_line_numbers_that_count_blank_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n\n" + json.dumps(llava(1)) + "\n  \n" + json.dumps(llava(2)))
+    assert [record.locator for record in read_all(tmp_path / "a.jsonl")] == ["line 3", "line 5"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\[]{},: é\n', max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text('ab"\\', max_size=3), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    items=st.lists(json_values, max_size=12), block=st.integers(1, 40), indent=st.sampled_from([None, 0, 3])
+)
+def test_any_array_is_cut_into_its_items_whatever_the_blocks(items, block, indent):
+    text = json.dumps(items, indent=indent, ensure_ascii=False).encode()
+    try:
+        json_array.BLOCK, before = block, json_array.BLOCK
+        found = list(json_array.items(io.BytesIO(text), 0, inside=False, name="x"))
+    finally:
+        json_array.BLOCK = before
+    assert [json.loads(item) for _, item in found] == items
+    assert all(text[start : start + len(item)] == item for start, item in found)
+
+
+def test_a_broken_item_is_one_reject_and_the_others_stay(tmp_path):
+    lines = [json.dumps(llava(1)), "{broken", json.dumps([1]), json.dumps(llava(2)), '{"id": "\\ud800"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text("[" + ",".join([lines[0], '{"a": tru}', "7", lines[3], lines[4]]) + "]")
+    for name, place in (("a.jsonl", "line 2"), ("a.json", "item 1")):
+        read = read_all(tmp_path / name)
+        assert [type(record) for record in read] == [Record, Reject, Reject, Record, Reject]
+        assert {record.reason for record in read if isinstance(record, Reject)} == {"bad_json"}
+        assert read[1].locator == place and read[1].raw
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": 1}, {"id": "2', "does not end"),
+        ('[{"id": 1},', "does not end"),
+        ('[{"id": 1}]\n[{"id": 2}]', "after the end of the array"),
+    ],
+)
+def test_a_damaged_array_is_refused_and_not_read_short(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_all(tmp_path / "a.json")
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    for name, text in (("a.json", json.dumps([llava(1)])), ("a.jsonl", json.dumps(llava(1)))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert payloads(tmp_path / name) == [llava(1)]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    record = json.dumps(llava(1, note="x" * 2000))
+    file = tmp_path / f"a.{kind}"
+    file.write_text("[" + ",\n".join([record] * 15000) + "]" if kind == "json" else (record + "\n") * 15000)
+    assert file.stat().st_size > 30e6
+    tracemalloc.start()
+    [opened] = corpus.open_source(str(file))
+    count = sum(1 for unit in corpus.scan(opened) for _ in corpus.read(opened, unit))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 15000
+    assert peak < (24e6 if kind == "json" else 4e6)  # a few blocks of 4 MiB and numpy's arrays over one
+
+
+# --- compression, globs, URLs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "tar"])
+def test_compressed_files_are_read_through_in_any_order(tmp_path, suffix, kind):
+    records = [llava(i) for i in range(40)]
+    plain = {
+        "json": json.dumps(records).encode(),
+        "jsonl": "\n".join(map(json.dumps, records)).encode(),
+        "tar": tar_of({f"{i:03}.json": json.dumps(record).encode() for i, record in enumerate(records)}),
+    }[kind]
+    pack = gzip.compress if suffix == ".gz" else zstandard.compress
+    path = tmp_path / f"a.{kind}{suffix}"
+    path.write_bytes(pack(plain[: len(plain) // 2]) + pack(plain[len(plain) // 2 :]))  # two members / frames
+    [file] = corpus.open_source(str(path))
+    units = list(corpus.scan(file))
+    assert len(units) > 3
+    for order in (units, units[::-1]):
+        read = {unit: [record.payload for record in corpus.read(file, unit)] for unit in order}
+        assert [payload for unit in units for payload in read[unit]] == records
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_cut_off_compressed_file_is_refused(tmp_path, pack):
+    data = pack(random.Random(0).randbytes(200000).hex().encode() + b"\n")
+    data = pack(json.dumps(llava(1)).encode() + b"\n") + data
+    for cut in (len(data) // 2, len(data) - 3):
+        (tmp_path / "a.jsonl").write_bytes(data[:cut])
+        with pytest.raises(UserError, match="broken or cut off"):
+            read_all(tmp_path / "a.jsonl")
+
+
+def test_units_read_alone_in_any_order_and_half_way(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [llava(i) for i in range(30)])
+    [file] = pickle.loads(pickle.dumps(corpus.open_source(str(tmp_path / "a.jsonl"))))
+    units = list(corpus.scan(file))
+    assert [unit.num_records for unit in units] == [7, 7, 7, 7, 2]
+    half = corpus.read(file, units[1])
+    assert next(half).id == "r7"
+    half.close()
+    assert [record.id for record in corpus.read(file, units[4])] == ["r28", "r29"]
+    assert [record.id for record in corpus.read(file, units[1])] == [f"r{i}" for i in range(7, 14)]
+
+
+def test_globs_give_their_files_sorted_and_urls_work(tmp_path):
+    for i in (2, 1):
+        write_lines(tmp_path / f"part-{i}.jsonl", [llava(i)])
+        fsspec.filesystem("memory").pipe(f"/corpus/part-{i}.jsonl", json.dumps(llava(i)).encode())
+    assert [record.id for record in read_all(tmp_path / "part-*.jsonl")] == ["r1", "r2"]
+    assert [record.id for record in read_all("memory://corpus/part-*.jsonl")] == ["r1", "r2"]
+    [file] = corpus.open_source("memory://corpus/part-1.jsonl")
+    assert file.source == "memory://corpus/part-1.jsonl" and len(file.digest()) == 32
+
+
+@pytest.mark.parametrize("name", ["missing.json", "missing-*.json", "memory://missing.json", "nosuch://x"])
+def test_what_is_not_there_is_one_clear_error(tmp_path, name):
+    with pytest.raises(UserError, match="missing|nosuch"):
+        corpus.open_source(name if "://" in name else str(tmp_path / name))
+
+
+def test_unknown_bytes_folders_and_formats_are_refused(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\x00\x01\x02")
+    for name, options, message in (
+        (tmp_path / "a.bin", {}, "known format"),
+        (tmp_path, {}, "is a folder"),
+        (tmp_path / "a.bin", {"format": "csv"}, "unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            corpus.open_source(str(name), **options)
+
+
+def test_formats_are_detected_by_content(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    write_lines(tmp_path / "a", [llava(1)])
+    write_lines(tmp_path / "b", [chat])
+    assert [file.format for name in "ab" for file in corpus.open_source(str(tmp_path / name))] == [
+        "llava",
+        "messages",
+    ]
+    [forced] = corpus.open_source(str(tmp_path / "a"), format="messages")
+    assert forced.format == "messages"
+    with pytest.raises(UserError, match="not those of --format parquet"):
+        corpus.open_source(str(tmp_path / "a"), format="parquet")
+
+
+def test_the_digest_follows_the_content(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    digests = set()
+    for text in ("{}\n", "{} \n", "[]\n"):
+        file.write_text(text)
+        digests.add(source.SourceFile(str(file), "llava", "json_lines", len(text)).digest())
+    assert len(digests) == 3
+    monkeypatch.setattr(source, "_WHOLE", 10)
+    monkeypatch.setattr(source, "_SAMPLE", 4)
+    sampled = set()
+    for last in "ab":
+        file.write_text("x" * 5000 + last)
+        sampled.add(source.SourceFile(str(file), "llava", "json_lines", 5001).digest())
+    assert len(sampled) == 2
+
+
+def test_records_without_an_id_get_one_from_their_place(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"id": 7}, {"id": None}, {"id": ""}, {}])
+    name = str(tmp_path / "a.jsonl")
+    assert [r.id for r in read_all(name)] == ["7", f"{name}#line 2", f"{name}#line 3", f"{name}#line 4"]
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------
+
+
+def test_the_cauldron_parquet(tmp_path):
+    rows = [
+        {
+            "images": [{"bytes": JPEG, "path": None}],
+            "texts": [
+                {"user": f"q{i}", "assistant": f"a{i}", "source": "s"},
+                {"user": "q", "assistant": "a", "source": "s"},
+            ],
+            "unused": [0.5] * 3,
+        }
+        for i in range(25)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10)
+    [file] = corpus.open_source(str(tmp_path / "a.parquet"))
+    units = list(corpus.scan(file))
+    assert [(unit.part, unit.start, unit.num_records) for unit in units] == [
+        (0, 0, 7), (0, 7, 3), (1, 0, 7), (1, 7, 3), (2, 0, 5),
+    ]  # fmt: skip
+    for order in (units, units[::-1]):
+        read = [record for unit in order for record in corpus.read(file, unit)]
+        assert sorted(int(record.locator.split()[1]) for record in read) == list(range(25))
+        for record in read:
+            row = int(record.locator.split()[1])
+            assert record.payload["texts"] == rows[row]["texts"] and "unused" not in record.payload
+    talk = to_conversation(read[0])
+    assert [message.role for message in talk.messages] == ["user", "assistant"] * 2
+    assert talk.images[0].data == JPEG
+
+
+def test_hugging_face_chat_parquet_with_parts(tmp_path):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    row = {
+        "image": {"bytes": PNG, "path": "x.png"},
+        "messages": [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+        ],
+        "texts": [],
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    [record] = read_all(tmp_path / "a.parquet")
+    talk = to_conversation(record)
+    assert talk.images[0].data == PNG and talk.messages[0].text == "What?"
+
+
+def test_rlhf_v_parquet_keeps_the_chosen_answer(tmp_path):
+    text = json.dumps({"question": "Q?", "chosen": "yes", "rejected": "no"})
+    pq.write_table(
+        pa.Table.from_pylist([{"text": text, "image": {"bytes": JPEG, "path": "a"}}]), tmp_path / "a"
+    )
+    [record] = read_all(tmp_path / "a")
+    assert [message.text for message in to_conversation(record).messages] == ["\nQ?", "yes"]
+
+
+def test_a_damaged_parquet_is_refused(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"id": "1", "texts": []}]), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data[:-20])
+    with pytest.raises(UserError, match="not a readable Parquet"):
+        read_all(tmp_path / "a.parquet")
+
+
+# --- TSV --------------------------------------------------------------------------------------------------
+
+
+def tsv_line(text, image=JPEG):
+    encoded = base64.b64encode(json.dumps(text).encode()).decode()
+    return (
+        "\t".join(["unimm-chat", base64.b64encode(image).decode(), encoded, "coco", "train", "17", "1.jpg"])
+        + "\n"
+    )
+
+
+def test_muffin_tsv(tmp_path):
+    texts = [
+        [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+        {"question": "Where?", "answer": "Here."},
+        ["Which?", "The chosen.", "The rejected."],
+    ]
+    (tmp_path / "vqa-3.tsv").write_text("".join(map(tsv_line, texts)) + "just\ttwo\n" + "a\t%%\t%%\n")
+    read = read_all(tmp_path / "vqa-3.tsv")
+    talks = [to_conversation(record) for record in read[:3]]
+    assert [[message.text for message in talk.messages] for talk in talks] == [
+        ["\nWhat?", "A cat."], ["\nWhere?", "Here."], ["\nWhich?", "The chosen."],
+    ]  # fmt: skip
+    assert all(talk.images[0].data == JPEG for talk in talks)
+    assert [(reject.reason, reject.locator) for reject in read[3:]] == [
+        ("bad_record", "line 4"),
+        ("bad_record", "line 5"),
+    ]
+
+
+# --- WebDataset -------------------------------------------------------------------------------------------
+
+
+def tar_of(members, **options):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_webdataset_tars(tmp_path, tar_format):
+    long = "x" * 120 if tar_format != tarfile.USTAR_FORMAT else "x"
+    members = {}
+    for i in range(20):
+        members[f"d/{long}{i:03}.jpg"] = JPEG + bytes([i])
+        members[f"d/{long}{i:03}.json"] = json.dumps(llava(i, image="gone.jpg")).encode()
+    (tmp_path / "a.tar").write_bytes(tar_of(members, format=tar_format))
+    [file] = corpus.open_source(str(tmp_path / "a.tar"))
+    units = list(corpus.scan(file))
+    assert [unit.num_records for unit in units] == [7, 7, 6]
+    read = [record for unit in reversed(units) for record in corpus.read(file, unit)]
+    assert sorted(record.id for record in read) == sorted(f"r{i}" for i in range(20))
+    for record in read:
+        assert to_conversation(record).images[0].data == JPEG + bytes([int(record.id[1:])])
+        assert record.locator == f"member d/{long}{int(record.id[1:]):03}.json"
+
+
+def test_the_json_s_order_of_pictures_counts_where_it_names_them(tmp_path):
+    talk = llava(1, images=["b.jpg", "a.png"])
+    members = {
+        "1.a.png": PNG,
+        "1.b.jpg": JPEG,
+        "1.json": json.dumps(talk | {"images": ["1.b.jpg", "1.a.png"]}).encode(),
+    }
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    [record] = read_all(tmp_path / "a.tar")
+    assert record.payload["images"] == [JPEG, PNG]
+
+
+def test_a_tar_sample_without_its_json_is_a_reject(tmp_path):
+    (tmp_path / "a.tar").write_bytes(
+        tar_of({"1.jpg": JPEG, "2.json": json.dumps(llava(2)).encode(), "3.json": b"{"})
+    )
+    read = read_all(tmp_path / "a.tar")
+    assert [getattr(record, "reason", "ok") for record in read] == ["bad_record", "ok", "bad_json"]
+
+
+def test_a_tar_cut_anywhere_is_refused(tmp_path):
+    data = tar_of({f"{i}.json": json.dumps(llava(i)).encode() for i in range(10)})
+    end = len(data.rstrip(b"\0"))
+    rng = random.Random(0)
+    for cut in [512, 1024, 5 * 1024, end] + [rng.randrange(600, end) for _ in range(30)]:
+        (tmp_path / "a.tar").write_bytes(data[:cut])
+        with pytest.raises(UserError, match="cut off|corrupt"):
+            read_all(tmp_path / "a.tar")
+
+
+def test_a_corrupt_tar_header_is_refused(tmp_path):
+    data = bytearray(tar_of({f"{i}.json": json.dumps(llava(i)).encode() for i in range(10)}))
+    data[4 * 1024 + 3] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(UserError, match="corrupt tar header at byte 4096"):
+        read_all(tmp_path / "a.tar")
