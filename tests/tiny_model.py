@@ -107,7 +107,7 @@ def golden_case(case):
         }
     listed = [
         fields[f"image_{number}"].float()
-        for number in range(index["n_images"])
+        for number in range(index.get("n_images", 1))
         if f"image_{number}" in fields
     ]
     images = fields["images"].float() if "images" in fields else (listed or None)
