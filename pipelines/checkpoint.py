@@ -47,6 +47,9 @@ from omnidata.schema import UserError
 from pipelines.config import CheckpointConfig, Recipe, to_dict
 from pipelines.parallel import World
 
+# DCP says so whenever one process saves, which is what one process means to do.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 TRAINER, RECIPE, SUMS, COMPLETE = "trainer.json", "recipe.yaml", "sha256sums", "COMPLETE"
 
 
@@ -78,11 +81,9 @@ class Checkpoints:
             (temporary / RECIPE).write_text(recipe)
         self.world.barrier()
         writer = dcp.FileSystemWriter(temporary)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: as intended
-            future = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
-            )
+        future = dcp.async_save(
+            tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
+        )
         self._writing = threading.Thread(target=self._finish, args=(future, temporary, trainer), daemon=True)
         self._writing.start()
         if not self.config.asynchronous:

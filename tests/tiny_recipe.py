@@ -43,6 +43,8 @@ def tiny_recipe(dataset: Path, run_dir: Path, **sections: dict[str, Any]) -> dic
     }
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
+    if tree["model"].get("path"):
+        tree["model"].pop("config")
     return tree
 
 

@@ -1,0 +1,188 @@
+"""A run that is killed, stopped or damaged goes on exactly where it was."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from ranks import run_on_ranks, run_recipes, start
+from safetensors.torch import load_file
+from tiny_recipe import losses, tiny_recipe, write_recipe
+
+from omnidata.schema import UserError
+from pipelines.checkpoint import rng_state, set_rng_state, verify
+from pipelines.config import load_recipe
+from pipelines.train import train
+
+STEPS = 12
+
+
+def recipe_for(dataset, run_dir, **sections):
+    sections = {"optim": {"steps": STEPS}, "checkpoint": {"every": 3, "keep_last": 2}} | sections
+    return write_recipe(run_dir.with_suffix(".yaml"), tiny_recipe(dataset, run_dir, **sections))
+
+
+def weights(run_dir):
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+def assert_bit_equal(run_dir, other):
+    assert losses(run_dir) == losses(other)
+    mine, theirs = weights(run_dir), weights(other)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_dataset, tmp_path_factory):
+    """A run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(load_recipe(recipe_for(tiny_dataset, run_dir)))
+    return run_dir
+
+
+def wait_for_line(run_dir, number, process):
+    """Until metrics.jsonl has ``number`` lines."""
+    path = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.is_alive():
+        if path.exists() and path.read_text().count("\n") >= number:
+            return
+        time.sleep(0.002)
+    raise AssertionError("the run ended or hung before it was disturbed")
+
+
+@pytest.mark.parametrize("number", [2, 7])
+def test_killed_and_resumed_equals_never_killed(tiny_dataset, undisturbed, tmp_path, number):
+    recipe = recipe_for(tiny_dataset, tmp_path / "run")
+    process = start(run_recipes, [recipe])
+    wait_for_line(tmp_path / "run", number, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(losses(tmp_path / "run")) < STEPS, "killed too late to prove anything"
+    train(load_recipe(recipe))
+    assert_bit_equal(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(tiny_dataset, undisturbed, tmp_path):
+    recipe = recipe_for(tiny_dataset, tmp_path / "run", checkpoint={"every": 0})
+    process = start(run_recipes, [recipe])
+    wait_for_line(tmp_path / "run", 2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 0
+    done = len(losses(tmp_path / "run"))
+    assert 2 <= done < STEPS
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert not (tmp_path / "run" / "final").exists()
+    train(load_recipe(recipe))
+    assert_bit_equal(tmp_path / "run", undisturbed)
+
+
+@pytest.fixture
+def paused(tiny_dataset, tmp_path):
+    """A run stopped after step 7, with checkpoints of steps 6 and 7."""
+    recipe = recipe_for(tiny_dataset, tmp_path / "run")
+    train(load_recipe(recipe, ["run.stop_after=7"]))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000007",
+    ]
+    return recipe
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no marker", "leftover"])
+def test_a_damaged_checkpoint_is_passed_over(paused, undisturbed, tmp_path, damage, capfd):
+    newest = tmp_path / "run/checkpoints/step-00000007"
+    [data] = newest.glob("*.distcp")
+    raw = bytearray(data.read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 2] ^= 1
+        data.write_bytes(raw)
+    elif damage == "truncate":
+        data.write_bytes(raw[:-1])
+    elif damage == "no marker":
+        (newest / "COMPLETE").unlink()
+    else:  # killed before the rename
+        newest.rename(newest.with_name(".tmp-step-00000007"))
+    train(load_recipe(paused))
+    output = capfd.readouterr()
+    assert "resumed after step 6" in output.out
+    assert ("is not used" in output.err) == (damage != "leftover")
+    assert_bit_equal(tmp_path / "run", undisturbed)
+    assert verify(tmp_path / "run/checkpoints" / f"step-{STEPS:08d}") is None
+    assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
+
+
+def test_other_world_size_gets_the_same_global_batches(paused, undisturbed, tmp_path):
+    run_on_ranks(2, [paused])
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(undisturbed)), rtol=0, atol=5e-6
+    )
+
+
+def test_the_moments_are_restored(paused, undisturbed, tmp_path):
+    """Without Adam's moments the continuation would differ: the comparison above can fail."""
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    train(load_recipe(paused))
+    assert losses(tmp_path / "run") == losses(undisturbed)  # from the start, it is the same run again
+    assert len(losses(tmp_path / "run")) == STEPS, "repeated steps must not stand in the log twice"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.seed=1", "run.seed: 0 in the checkpoint, now 1"),
+        ("model.freeze=[vision_tower]", "model.freeze"),
+        ("data.max_tokens=200", "max_tokens"),
+    ],
+)
+def test_another_recipe_is_refused(paused, override, expected):
+    with pytest.raises(UserError, match=expected):
+        train(load_recipe(paused, [override]))
+
+
+def test_best_checkpoint_is_kept(tiny_dataset, tmp_path):
+    """With a learning rate that ruins the model, the first evaluation stays the best."""
+    tree = tiny_recipe(
+        tiny_dataset,
+        tmp_path / "run",
+        data={"train": [{"path": str(tiny_dataset)}], "val": [{"path": str(tiny_dataset), "split": "val"}]},
+        optim={"steps": 8, "lr": 0.3, "warmup_steps": 6},
+        eval={"every": 1},
+        checkpoint={"every": 1, "keep_last": 1},
+    )
+    train(load_recipe(write_recipe(tmp_path / "r.yaml", tree)))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    best = min(by_step, key=by_step.get)
+    assert best < 8
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == [f"step-{best:08d}", "step-00000008"]
+    trainer = json.loads((tmp_path / "run/checkpoints/step-00000008/trainer.json").read_text())
+    assert trainer["best"] == [by_step[best], best]
+
+
+def test_saving_does_not_see_later_updates(tiny_dataset, tmp_path):
+    """The asynchronous writer works on a copy: what it writes is the state of its step."""
+    for name, asynchronous in (("behind", True), ("before", False)):
+        recipe = recipe_for(
+            tiny_dataset, tmp_path / name, checkpoint={"every": 5, "asynchronous": asynchronous}
+        )
+        train(load_recipe(recipe))
+    files = [
+        next((tmp_path / name / "checkpoints/step-00000010").glob("*.distcp"))
+        for name in ("behind", "before")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_rng_state_round_trip():
+    state = rng_state()
+    first = torch.rand(3)
+    torch.rand(5)
+    set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
