@@ -3,7 +3,7 @@
     bytes in the record          as they are
     data:image/png;base64,…      unpacked
     coco/0001.jpg                under the image root: a folder, a .zip or a .tar, local or at an fsspec URL
-    /data/coco/0001.jpg          read where it stands: without a root, or inside the root folder
+    /data/coco/0001.jpg          where it stands, if inside the root folder or if nobody gave a root
     s3://bucket/0001.jpg         object stores and other file systems, through fsspec
     https://…                    only with allow_http, and then only from public addresses (omnidata.web)
 
@@ -51,11 +51,13 @@ class ImageStore:
         root: str | os.PathLike[str] | None,
         *,
         allow_http: bool = False,
+        allow_absolute: bool = False,  # for a root that nobody chose, such as the corpus's own folder
         max_bytes: int = MAX_BYTES,
         permit: Permit = is_public,  # which addresses allow_http may reach
     ) -> None:
         self.root = None if root is None else _strip_file(os.fspath(root))
         self.allow_http = allow_http
+        self.allow_absolute = allow_absolute
         self.max_bytes = max_bytes
         self._permit = permit
         self._archive = None
@@ -88,7 +90,7 @@ class ImageStore:
         path = _strip_file(ref.path)
         if _protocol(path):
             return self._read_url(path, chosen_by_user=False)
-        if self.root is None:
+        if self.root is None or (self.allow_absolute and os.path.isabs(path)):
             return self._read_unrooted(path)
         return self._read_rooted(self.root, path)
 
@@ -139,7 +141,10 @@ def _inside(root: str, path: str) -> str:
     """``path`` normalised and relative; RejectError where it leads out of the root."""
     inside = posixpath.normpath(path)
     if inside.startswith(("/", "..")) and (inside[0] == "/" or inside.split("/")[0] == ".."):
-        raise RejectError("image_forbidden", f"{path!r} leads out of the image root {root}")
+        raise RejectError(
+            "image_forbidden",
+            f"{path!r} leads out of the image root {root}; give --image-root a folder above",
+        )
     return inside
 
 
@@ -148,9 +153,7 @@ def _join_local(root: str, path: str) -> str:
     if os.path.isabs(path):
         top, whole = os.path.abspath(root), os.path.normpath(path)
         if os.path.commonpath((top, whole)) != top:
-            detail = (
-                f"{path!r} is outside the image root {root}; leave --image-root out, or give one above it"
-            )
+            detail = f"{path!r} is outside the image root {root}; give --image-root a folder above both"
             raise RejectError("image_forbidden", detail)
         return whole
     return os.path.join(root, _inside(root, path))

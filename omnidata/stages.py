@@ -108,7 +108,9 @@ class Stages:
         settings = self.settings
         if source not in self.stores:
             root = settings.image_root or os.path.dirname(source) or "."
-            self.stores[source] = ImageStore(root, allow_http=settings.allow_http)
+            self.stores[source] = ImageStore(
+                root, allow_http=settings.allow_http, allow_absolute=settings.image_root is None
+            )
         return process_image(
             self.stores[source].read(reference),
             policy=settings.image_policy,

@@ -160,6 +160,8 @@ def test_absolute_paths(folder):
         assert reason(ImageStore(str(folder)), prefix + outside) == "image_forbidden"
         assert reason(ImageStore(str(folder)), f"{prefix}{folder}/../outside.jpg") == "image_forbidden"
     assert reason(ImageStore(str(folder)), str(folder.parent / "root2/x.jpg")) == "image_forbidden"
+    assert ImageStore(str(folder), allow_absolute=True).read(ImageRef(outside)) == b"secret"
+    assert reason(ImageStore(str(folder), allow_absolute=True), "../outside.jpg") == "image_forbidden"
 
 
 def test_a_relative_path_needs_a_root():
