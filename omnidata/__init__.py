@@ -11,7 +11,7 @@ from typing import Any
 
 _LAZY = {
     "Dataset": "omnidata.dataset",
-    "webdataset_pipeline": "omnidata.loader",
+    "webdataset_pipeline": "omnidata.wds",
     "Renderer": "omnidata.render",
     "EpochPlan": "omnidata.plan",
     "PackLoader": "omnidata.loader",

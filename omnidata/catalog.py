@@ -163,7 +163,7 @@ class IndexCatalog:
 
     def shorten(self, row: int, *, max_tokens: int, max_images: int | None) -> tuple[int, int, int] | None:
         """Tokens, supervised tokens and images to keep of an oversize sample; None: nothing."""
-        place = self.locate(np.array([row]))[row]
+        [place] = self.locate(np.array([row])).find(np.array([row]))
         sample = read_sample(self.dataset.read_range(place.shard, place.offset, place.nbytes))
         starts = np.flatnonzero(sample.input_ids == self.dataset.manifest.special_tokens[IM_START])
         return cut_length(sample.labels, starts, max_tokens=max_tokens, max_images=max_images)
@@ -194,11 +194,19 @@ class Places:
 
     def __init__(self, rows: np.ndarray, table: pa.Table) -> None:
         self._rows = rows  # sorted
-        self._columns = [table[name].combine_chunks() for name in PLACES]
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        self._shard_names = shards.dictionary.to_pylist()
+        self._shards = shards.indices.to_numpy()
+        self._offsets, self._nbytes = (table[name].to_numpy() for name in ("offset", "nbytes"))
+        self._strings = [table[name].combine_chunks() for name in ("key", "content_hash")]
 
-    def __getitem__(self, row: int) -> Place:
-        position = int(np.searchsorted(self._rows, row))
-        return Place(*(column[position].as_py() for column in self._columns))
+    def find(self, rows: np.ndarray) -> list[Place]:
+        """The place of each row."""
+        at = np.searchsorted(self._rows, rows)
+        shards = [self._shard_names[shard] for shard in self._shards[at].tolist()]
+        numbers = [column[at].tolist() for column in (self._offsets, self._nbytes)]
+        strings = [column.take(at).to_pylist() for column in self._strings]
+        return [Place(*values) for values in zip(shards, *numbers, *strings, strict=True)]
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -71,6 +71,11 @@ class Dataset:
         return digest.hexdigest()
 
     @property
+    def local_root(self) -> str | None:
+        """The folder on a local disk, or None for a remote dataset."""
+        return self._root if self._is_local else None
+
+    @property
     def tokenizer_dir(self) -> str:
         """Where the tokenizer of the build is (``save_pretrained`` layout)."""
         return f"{self.path}/{TOKENIZER_DIR}"
@@ -84,14 +89,18 @@ class Dataset:
 
     table = property(lambda self: self.index, doc="The index, under the name that notebooks expect.")
 
-    def index_columns(self, columns: list[str] | None) -> pa.Table:
-        """The index with only these columns (None: all): a million rows in a fraction of a second."""
-        import pyarrow.compute as pc
+    def index_columns(self, columns: list[str] | None, *, dictionary: Sequence[str] = ()) -> pa.Table:
+        """The index with only these columns (None: all): a million rows in a fraction of a second.
 
-        wanted = None if columns is None else list(dict.fromkeys([*columns, "split"]))
+        ``dictionary`` names string columns to leave dictionary-encoded.
+        """
+        whole = columns is None or self.split is None
         with self._fs.open(f"{self._root}/{INDEX}", "rb") as file:
-            table = read_table(file, index_schema(), columns=wanted)
+            wanted = columns if whole else list(dict.fromkeys([*columns, "split"]))
+            table = read_table(file, index_schema(), columns=wanted, dictionary=dictionary)
         if self.split is not None:
+            import pyarrow.compute as pc
+
             table = table.filter(pc.equal(table["split"], self.split))
         return table if columns is None else table.select(columns)
 
@@ -100,6 +109,11 @@ class Dataset:
         """The refused records, columns as schema.REJECT_COLUMNS."""
         with self._fs.open(f"{self._root}/{REJECTS}", "rb") as file:
             return read_table(file, reject_schema())
+
+    def reject_columns(self, columns: list[str], *, dictionary: Sequence[str] = ()) -> pa.Table:
+        """The rejects with only these columns: the raw records may be large."""
+        with self._fs.open(f"{self._root}/{REJECTS}", "rb") as file:
+            return read_table(file, reject_schema(), columns=columns, dictionary=dictionary)
 
     # --- samples ------------------------------------------------------------------------------------------
 

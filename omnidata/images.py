@@ -87,6 +87,11 @@ def decode_rgb(data: bytes) -> np.ndarray:
     return _decode(data, header, size=header.upright_size)
 
 
+def decode_resized(data: bytes, width: int, height: int) -> np.ndarray:
+    """``resize_rgb(decode_rgb(data), width, height)``; large JPEGs are decoded at a part of their size."""
+    return _decode(data, read_header(data), size=(width, height))
+
+
 def resize_rgb(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
     """uint8 ``[H, W, 3]`` -> ``[height, width, 3]``: antialiased bicubic, as the model's ImageProcessor."""
     import torch

@@ -2,31 +2,31 @@
 
     EpochPlan.steps(...)                  in the training process: what to read, no data
       -> Work (documents)                 to a worker, in order
-      -> SampleReader.read                one ranged read a sample
-      -> decode, resize                   uint8, straight into shared memory
-      -> lay_out -> Parts                 back to the training process
+      -> Assembler -> Parts               reads, decodes, lays out; back through shared memory
       -> expand -> Microbatch
 
-The state is the position in the plan: a few integers. Workers hold no index, no order and no state.
+The state is the position in the plan: a few integers.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from omnidata.catalog import Places
-from omnidata.microbatch import Microbatch, Parts, expand, lay_out
+from omnidata.assembler import Assembler, ImageSettings, OnError, Work
+from omnidata.augment import Augment
+from omnidata.catalog import Place, Places
+from omnidata.microbatch import Microbatch, Parts, expand
 from omnidata.oversize import Oversize
 from omnidata.plan import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
 from omnidata.reader import Document, LoadError, SampleReader
-from omnidata.schema import IGNORE_INDEX, IM_START, RejectError, Sample, UserError
+from omnidata.remote import Remote
+from omnidata.schema import IM_START, UserError
 
-OnError = Literal["raise", "skip"]
 _STATE_VERSION = 1
 
 
@@ -41,10 +41,9 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What to read for one microbatch."""
+class Sent:
+    """What the training process keeps of the work that it has handed out."""
 
-    documents: tuple[Document, ...]
     num_supervised_tokens: int  # of the whole step
     step: int
     epoch: int
@@ -84,8 +83,10 @@ class PackLoader:
         window_samples: int = WINDOW_SAMPLES,
         image_size: int | None = None,
         decode_images: bool = True,
+        augment: Augment | Mapping[str, float] | None = None,
         on_error: OnError = "raise",
         checksum: bool = False,
+        remote: Remote | Mapping[str, Any] | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
@@ -107,10 +108,14 @@ class PackLoader:
         self._state = State()
         datasets = [source.catalog.dataset for source in self.plan.sources]
         manifest = datasets[0].manifest
-        self._worker = Worker(
-            SampleReader(datasets, checksum=checksum),
-            image_size=image_size or manifest.image_size,
-            decode_images=decode_images,
+        self._assembler = Assembler(
+            SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),
+            images=ImageSettings(
+                size=image_size or manifest.image_size,
+                decode=decode_images,
+                augment=_as(Augment, augment) if augment else None,
+                seed=seed,
+            ),
             on_error=on_error,
             im_start=manifest.special_tokens[IM_START],
         )
@@ -147,34 +152,39 @@ class PackLoader:
         The state moves on just before a step's last microbatch is yielded, so a checkpoint taken after the
         update of a step resumes at the next one.
         """
-        sent: deque[Work] = deque()
-        for parts in self._read(_remember(self._works(), sent)):
-            work = sent.popleft()
+        sent: deque[Sent] = deque()  # in the order in which the answers come
+        for parts in self._assemble(_remember(self._works(), sent)):
+            about = sent.popleft()
             if isinstance(parts, LoadError):
                 raise parts
             microbatch = expand(
-                parts, num_supervised_tokens=work.num_supervised_tokens, step=work.step, epoch=work.epoch
+                parts, num_supervised_tokens=about.num_supervised_tokens, step=about.step, epoch=about.epoch
             )
-            if work.after:
-                self._state = work.after
+            if about.after:
+                self._state = about.after
             yield microbatch
 
-    def _read(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:
-        """Parts in the order of ``works``, read by the workers."""
+    def _assemble(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:
+        """Parts in the order of ``works``, read by the workers or, without any, right here."""
         import torch
         from torch.utils.data import DataLoader
 
+        if not self._num_workers:
+            for work in works:
+                parts = self._assembler[work]
+                yield parts.pin_memory() if self._pin_memory and isinstance(parts, Parts) else parts
+            return
         yield from DataLoader(
-            self._worker,  # type: ignore[arg-type]
+            self._assembler,  # type: ignore[arg-type]
             batch_size=None,
             sampler=works,  # type: ignore[arg-type]
             num_workers=self._num_workers,
-            prefetch_factor=self._prefetch if self._num_workers else None,
+            prefetch_factor=self._prefetch,
             pin_memory=self._pin_memory,
             generator=torch.Generator(),  # of its own: the training's random state stays untouched
         )
 
-    def _works(self) -> Iterator[Work]:
+    def _works(self) -> Iterator[tuple[Work, Sent]]:
         """This rank's work from the current position on, epoch after epoch."""
         state = self._state
         while self.num_epochs is None or state.epoch < self.num_epochs:
@@ -191,25 +201,35 @@ class PackLoader:
                 )
             state = State(step=state.step, epoch=state.epoch + 1)
 
-    def _works_of_step(self, step: Step, after: State, places: _PlacesOfWindows) -> Iterator[Work]:
+    def _works_of_step(
+        self, step: Step, after: State, places: _PlacesOfWindows
+    ) -> Iterator[tuple[Work, Sent]]:
         mine = [step.packs[position] for position in step.ranks[self.rank]]
+        denominator = step.num_supervised
         for number in range(self.microbatches_per_step):
             first = number * self.packs_per_microbatch
             packs = mine[first : first + self.packs_per_microbatch]
-            yield Work(
-                documents=tuple(document for pack in packs for document in places.documents(pack)),
-                num_supervised_tokens=step.num_supervised,
-                step=after.step - 1,
-                epoch=after.epoch,
-                after=after if number == self.microbatches_per_step - 1 else None,
-            )
+            documents = tuple([document for pack in packs for document in places.documents(pack)])
+            work = Work(documents, sum(pack.num_supervised for pack in packs), after.epoch)
+            last = number == self.microbatches_per_step - 1
+            yield work, Sent(denominator, after.step - 1, after.epoch, after if last else None)
 
 
-def _remember(works: Iterator[Work], sent: deque[Work]) -> Iterator[Work]:
-    """Keep what was handed out: answers come back in the same order."""
-    for work in works:
-        sent.append(work)
+def _remember(works: Iterator[tuple[Work, Sent]], sent: deque[Sent]) -> Iterator[Work]:
+    """Keep what belongs to the work that was handed out."""
+    for work, about in works:
+        sent.append(about)
         yield work
+
+
+def _as(kind: type, value: Any) -> Any:
+    """A settings object from itself or from a recipe's mapping."""
+    if isinstance(value, kind):
+        return value
+    unknown = sorted(value.keys() - {field.name for field in fields(kind)})
+    if unknown:
+        raise UserError(f"{kind.__name__.lower()} has no setting {unknown}")
+    return kind(**value)
 
 
 class _PlacesOfWindows:
@@ -219,22 +239,17 @@ class _PlacesOfWindows:
         self._plan = plan
         self._places: dict[int, dict[int, Places]] = {}  # window -> dataset -> places
 
-    def documents(self, pack: Pack) -> Iterator[Document]:
+    def documents(self, pack: Pack) -> list[Document]:
         """The documents of a pack."""
-        places = self._of_window(pack.window)
-        lengths = pack.lengths
-        columns = (
-            pack.dataset,
-            lengths.rows,
-            lengths.tokens,
-            lengths.supervised,
-            lengths.images,
-            pack.passes,
-        )
-        for dataset, row, tokens, supervised, images, passes in zip(
-            *(column.tolist() for column in columns), strict=True
-        ):
-            yield Document(dataset, places[dataset][row], tokens, supervised, images, passes)
+        of_dataset = self._of_window(pack.window)
+        places: list[Place] = [None] * len(pack.dataset)  # type: ignore[list-item]
+        for dataset, found in of_dataset.items():
+            mine = np.flatnonzero(pack.dataset == dataset)
+            for position, place in zip(mine.tolist(), found.find(pack.lengths.rows[mine]), strict=True):
+                places[position] = place
+        numbers = (pack.lengths.tokens, pack.lengths.images, pack.passes)
+        columns = [pack.dataset.tolist(), places, *(column.tolist() for column in numbers)]
+        return [Document(*values) for values in zip(*columns, strict=True)]
 
     def _of_window(self, window: Window) -> dict[int, Places]:
         if window.number not in self._places:
@@ -247,72 +262,3 @@ class _PlacesOfWindows:
             for old in sorted(self._places)[:-2]:
                 del self._places[old]
         return self._places[window.number]
-
-
-class Worker:
-    """Reads and lays out one microbatch; runs in a worker process, or in the training process itself."""
-
-    def __init__(
-        self, reader: SampleReader, *, image_size: int, decode_images: bool, on_error: OnError, im_start: int
-    ) -> None:
-        self._reader, self._image_size, self._decode_images = reader, image_size, decode_images
-        self._on_error, self._im_start = on_error, im_start
-
-    def __getitem__(self, work: Work) -> Parts | LoadError:
-        """A LoadError is returned, not raised: torch would wrap it in a worker's traceback."""
-        samples, pixels, num_skipped = [], [], 0
-        for document, sample in zip(work.documents, self._reader.read(work.documents), strict=True):
-            try:
-                kept = _cut(document, sample)
-                pixels += [self._image(document, image) for image in kept.images]
-            except LoadError as error:
-                if self._on_error == "raise":
-                    return error
-                num_skipped += 1
-            else:
-                samples.append(kept)
-        images = self._batch(pixels) if self._decode_images else tuple(pixels)
-        return lay_out(samples, images, im_start=self._im_start, filler=0, num_skipped=num_skipped)
-
-    def _image(self, document: Document, data: bytes) -> Any:
-        if not self._decode_images:
-            return data
-        from omnidata.images import decode_rgb, resize_rgb
-
-        try:
-            return resize_rgb(decode_rgb(data), self._image_size, self._image_size)
-        except RejectError as error:
-            place = document.place
-            raise LoadError(
-                f"cannot decode an image of {place.key} in {place.shard}: {error.detail}"
-            ) from error
-
-    def _batch(self, pixels: list[np.ndarray]) -> Any:
-        """uint8 [N, 3, S, S], in channels-last memory: no transposition on the CPU."""
-        import torch
-
-        size = self._image_size
-        batch = torch.empty(len(pixels), size, size, 3, dtype=torch.uint8)
-        for row, rgb in zip(batch.numpy(), pixels, strict=True):
-            row[:] = rgb
-        return batch.permute(0, 3, 1, 2)
-
-
-def _cut(document: Document, sample: Sample | LoadError) -> Sample:
-    """The sample as the plan keeps it, checked against the plan."""
-    if isinstance(sample, LoadError):
-        raise sample
-    kept = replace(
-        sample,
-        input_ids=sample.input_ids[: document.num_tokens],
-        labels=sample.labels[: document.num_tokens],
-        images=sample.images[: document.num_images],
-    )
-    found = len(kept.input_ids), int((kept.labels[1:] != IGNORE_INDEX).sum()), len(kept.images)
-    planned = document.num_tokens, document.num_supervised, document.num_images
-    if found != planned:
-        raise LoadError(
-            f"sample {sample.key} of {document.place.shard} has {found} (tokens, supervised, images) where "
-            f"the index says {planned}: the dataset is damaged, run `omnidata verify`"
-        )
-    return kept

@@ -76,7 +76,6 @@ def lay_out(
     images: torch.Tensor | tuple[bytes, ...],
     *,
     im_start: int,
-    filler: int,
     num_skipped: int = 0,
 ) -> Parts:
     """Lay samples end to end and shift their labels.
@@ -85,9 +84,8 @@ def lay_out(
         samples: at most the tokens that the model takes at once.
         images: all their images, in order.
         im_start: id that opens an image block.
-        filler: the one token of an empty microbatch.
     """
-    ids = [sample.input_ids for sample in samples] or [np.array([filler], np.int32)]
+    ids = [sample.input_ids for sample in samples] or [np.zeros(1, np.int32)]
     lengths = np.array([len(document) for document in ids])
     labels = np.full(lengths.sum(), IGNORE_INDEX, np.int32)
     start = 0
@@ -105,15 +103,13 @@ def expand(parts: Parts, *, num_supervised_tokens: int, step: int, epoch: int) -
     """The microbatch that ``parts`` stand for."""
     import torch
 
-    lengths = torch.from_numpy(parts.lengths)
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    cu_seqlens = np.concatenate(([0], np.cumsum(parts.lengths)))
+    starts = np.repeat(cu_seqlens[:-1], parts.lengths)
     return Microbatch(
-        input_ids=torch.from_numpy(parts.input_ids).long(),
-        labels=torch.from_numpy(parts.labels).long(),
-        position_ids=torch.arange(len(parts.input_ids)) - starts,
-        cu_seqlens=cu_seqlens.int(),
+        input_ids=torch.from_numpy(parts.input_ids.astype(np.int64)),
+        labels=torch.from_numpy(parts.labels.astype(np.int64)),
+        position_ids=torch.from_numpy(np.arange(len(starts)) - starts),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(parts.lengths.max()),
         images=parts.images,
         image_positions=torch.from_numpy(parts.image_positions),
