@@ -70,8 +70,14 @@ def write_tables(file: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table]) 
     return num_rows
 
 
-def read_table(file: BinaryIO, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file written by ``write_tables``.
+def read_table(
+    file: BinaryIO,
+    schema: pa.Schema,
+    *,
+    columns: Sequence[str] | None = None,
+    dictionary: Sequence[str] = (),
+) -> pa.Table:
+    """Read a Parquet file written by ``write_tables``; ``dictionary`` names string columns to leave encoded.
 
     Raises:
         UserError: the file is no Parquet file, or lacks a column of the schema.
@@ -80,7 +86,7 @@ def read_table(file: BinaryIO, schema: pa.Schema, *, columns: Sequence[str] | No
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, read_dictionary=list(dictionary))
         missing = [name for name in columns or schema.names if name not in parquet.schema_arrow.names]
         if missing:
             raise UserError(
@@ -111,6 +117,22 @@ def read_rows(file: BinaryIO, positions: Sequence[int]) -> list[dict[str, Any]]:
         tables[group].slice(position - first, 1).to_pylist()[0]
         for position, group, first in zip(positions, groups, firsts, strict=True)
     ]
+
+
+def codes(table: pa.Table, column: str) -> tuple[list[str], np.ndarray]:
+    """A column read dictionary-encoded: its distinct strings, and the position of each row's among them."""
+    import pyarrow as pa
+
+    encoded = table[column].unify_dictionaries()
+    if not encoded.num_chunks:
+        return [], np.zeros(0, np.int32)
+    indices = pa.chunked_array([chunk.indices for chunk in encoded.chunks]).combine_chunks()
+    return encoded.chunk(0).dictionary.to_pylist(), np.from_dlpack(indices)
+
+
+def numbers(table: pa.Table, column: str) -> np.ndarray:
+    """A numeric column as an array. (ChunkedArray.to_numpy would import pandas: half a second.)"""
+    return np.from_dlpack(table[column].combine_chunks())
 
 
 def rows_of_shards(index: pa.Table) -> dict[str, np.ndarray]:

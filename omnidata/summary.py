@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnidata.cost import Assumptions, Cost, epoch_cost
+from omnidata.index import codes, numbers
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,8 +110,8 @@ class Summary:
 def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary:
     """Read the numeric columns of the index and add everything up."""
     manifest = dataset.manifest
-    table = dataset.index_columns(COLUMNS)
-    tokens, supervised, images = (table[name].to_numpy() for name in COLUMNS[:3])
+    table = dataset.index_columns(COLUMNS, dictionary=["source"])
+    tokens, supervised, images = (numbers(table, name) for name in COLUMNS[:3])
     sides, owners = image_sides(table)
     shards = [shard for shard in manifest.shards if dataset.split in (None, shard.split)]
     return Summary(
@@ -137,7 +138,9 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
         supervised_per_sample=share_distribution(supervised / np.maximum(tokens, 1)),
         images_per_sample=count_distribution(images),
         longer_side=count_distribution(sides.max(axis=1)),
-        sources=source_totals(table["source"], tokens, supervised, images, _rejects_by_source(dataset)),
+        sources=source_totals(
+            codes(table, "source"), tokens, supervised, images, _rejects_by_source(dataset)
+        ),
         rejects=dict(sorted(manifest.rejects.items(), key=lambda item: -item[1])),
         extremes=find_extremes(tokens, supervised, images, sides, owners),
         cost=epoch_cost(tokens, num_images=int(images.sum()), image_size=manifest.image_size, assume=assume),
@@ -149,32 +152,26 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
 
 def image_sides(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """All images in order: sides int32 ``[N, 2]`` (width, height) and the row int64 ``[N]`` of each."""
-    import pyarrow.compute as pc
-
     sizes = table["image_sizes"].combine_chunks()
-    owners = pc.list_parent_indices(sizes).to_numpy()
-    flat = pc.list_flatten(pc.list_flatten(sizes)).to_numpy()
-    return flat.reshape(-1, 2), owners
+    sides = np.from_dlpack(sizes.flatten().flatten())
+    return sides.reshape(-1, 2), np.from_dlpack(sizes.value_parent_indices())
 
 
 def _rejects_by_source(dataset: Dataset) -> dict[str, int]:
-    import pyarrow.compute as pc
-
-    counts = pc.value_counts(dataset.rejects["source"])
-    return {str(pair["values"]): pair["counts"].as_py() for pair in counts}
+    names, rows = codes(dataset.reject_columns(["source"], dictionary=["source"]), "source")
+    return dict(zip(names, np.bincount(rows, minlength=len(names)).tolist(), strict=True))
 
 
 def source_totals(
-    source: pa.ChunkedArray,
+    source: tuple[list[str], np.ndarray],
     tokens: np.ndarray,
     supervised: np.ndarray,
     images: np.ndarray,
     rejects: dict[str, int],
 ) -> tuple[SourceTotals, ...]:
     """Totals of each source, most samples first; a source that gave only rejects is listed too."""
-    encoded = source.combine_chunks().dictionary_encode()
-    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
-    sums = [np.bincount(codes, weights=w, minlength=len(names)) for w in (None, tokens, supervised, images)]
+    names, rows = source
+    sums = [np.bincount(rows, weights=w, minlength=len(names)) for w in (None, tokens, supervised, images)]
     found = [
         SourceTotals(name, *(int(total[i]) for total in sums), rejects.get(name, 0))
         for i, name in enumerate(names)
@@ -232,34 +229,29 @@ def find_extremes(
 ) -> dict[str, tuple[SampleRef, ...]]:
     """The NUM_EXTREMES samples at each edge; ties go to the earlier sample."""
     areas = sides[:, 0].astype(np.int64) * sides[:, 1]
-    largest = np.zeros(len(tokens), np.int64)
-    np.maximum.at(largest, owners, areas)
-    scores = {
-        "longest": -tokens.astype(np.int64),
-        "shortest": tokens.astype(np.int64),
-        "least_supervised": supervised / np.maximum(tokens, 1),
-        "largest_image": -largest,
+    # The largest images may all be of one sample: look at enough of them to have NUM_EXTREMES samples.
+    enough = NUM_EXTREMES * int(images.max(initial=0))
+    rows = {
+        "longest": lowest(-tokens, NUM_EXTREMES),
+        "shortest": lowest(tokens, NUM_EXTREMES),
+        "least_supervised": lowest(supervised / np.maximum(tokens, 1), NUM_EXTREMES),
+        "largest_image": list(dict.fromkeys(owners[lowest(-areas, enough)].tolist()))[:NUM_EXTREMES],
     }
-    firsts = np.searchsorted(owners, np.arange(len(tokens) + 1)) if len(sides) else None
 
     def ref(row: int) -> SampleRef:
-        size = None
-        if images[row] and firsts is not None:
-            own = slice(firsts[row], firsts[row + 1])
-            width, height = sides[own][areas[own].argmax()].tolist()
-            size = (width, height)
+        own = slice(*np.searchsorted(owners, [row, row + 1]))
+        size = tuple(sides[own][areas[own].argmax()].tolist()) if images[row] else None
         return SampleRef(row, int(tokens[row]), int(supervised[row]), int(images[row]), size)
 
-    found = {name: [ref(row) for row in lowest(score, NUM_EXTREMES)] for name, score in scores.items()}
-    found["largest_image"] = [sample for sample in found["largest_image"] if sample.largest_image]
-    return {name: tuple(samples) for name, samples in found.items()}
+    return {name: tuple(ref(row) for row in positions) for name, positions in rows.items()}
 
 
 def lowest(scores: np.ndarray, count: int) -> list[int]:
     """Positions of the ``count`` lowest scores, lowest first, ties by position, without a full sort."""
-    if len(scores) == 0:
+    count = min(count, len(scores))
+    if count == 0:
         return []
-    cut = np.partition(scores, min(count, len(scores)) - 1)[min(count, len(scores)) - 1]
+    cut = np.partition(scores, count - 1)[count - 1]
     candidates = np.flatnonzero(scores <= cut)  # may be many on ties: a stable sort keeps the earliest
     order = np.argsort(scores[candidates], kind="stable")[:count]
     return candidates[order].tolist()
