@@ -8,8 +8,8 @@ pieces of text around each content::
 
 Step (1) ``ChatTemplate.shape(roles)`` finds those pieces once per sequence of roles. Step (2) each record is
 ``piece + content + piece + ...``. That is exact where the template only prints contents and never looks at
-them (``contents_are_opaque``, decided on its syntax tree); for any other template step (3) prints the record
-itself and compares, and a difference means that the mask cannot be proven.
+them (``is_opaque``, decided on its syntax tree by omnidata.opacity). For any other template step (3)
+``prove`` prints the record itself and compares; a difference means that the mask cannot be proven.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from omnidata.opacity import contents_are_opaque
 from omnidata.schema import RejectError, UserError
 
 # What Zephyr, and so OmniLMM, trains on: <|role|>, newline, content, </s>, newline.
@@ -86,6 +87,7 @@ class ChatTemplate:
             special_tokens  # {"eos_token": "</s>", ...}, as apply_chat_template passes them
         )
         try:
+            self.is_opaque = contents_are_opaque(_environment().parse(text))
             self._template = _environment().from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template, line {error.lineno}: {error.message}") from error
@@ -95,6 +97,19 @@ class ChatTemplate:
     def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = False) -> str:
         """What the template prints; RejectError where it refuses the messages."""
         return _without_marks(self._render(messages, generation_prompt))
+
+    def prove(
+        self, shape: Shape, roles: Sequence[str], contents: Sequence[str], *, generation_prompt: bool
+    ) -> None:
+        """Refuse contents that the template does not print as the shape says."""
+        if self.is_opaque:
+            return  # true of all contents
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        if self.render(messages, generation_prompt=generation_prompt) != shape.text(shape.contents(contents)):
+            raise RejectError(
+                "mask_unproven",
+                "the chat template changes a content, or reacts to one, so its place is unknown",
+            )
 
     def _render(self, messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
         try:

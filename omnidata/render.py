@@ -181,10 +181,11 @@ class Renderer:
 
     def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
         messages = self._with_system(conversation.messages)
+        roles = tuple(message.role for message in messages)
         contents = [_content(message) for message in messages]
-        plan = self._plan(tuple(message.role for message in messages), generation_prompt)
+        plan = self._plan(roles, generation_prompt)
+        self._template.prove(plan.shape, roles, contents, generation_prompt=generation_prompt)
         printed = plan.shape.contents(contents)
-        self._prove(plan.shape, printed, messages, contents, generation_prompt)
         num_images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
         if num_images and self._encoder.image_ids is None:
             raise UserError(
@@ -205,19 +206,6 @@ class Renderer:
         if self.default_system is None or (messages and messages[0].role == "system"):
             return tuple(messages)
         return (Message("system", (TextPart(self.default_system),)), *messages)
-
-    def _prove(
-        self, shape: Shape, printed: list[str], messages: Sequence[Message], contents: list[str], prompt: bool
-    ) -> None:
-        """The template's own rendering of this very record is what the pieces and contents give."""
-        raw = [
-            {"role": message.role, "content": text} for message, text in zip(messages, contents, strict=True)
-        ]
-        if self._template.render(raw, generation_prompt=prompt) != shape.text(printed):
-            raise RejectError(
-                "mask_unproven",
-                "the chat template changes a content (or reacts to one), so its place is unknown",
-            )
 
     # --- step 4: encoding -> ids and labels -------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ def prepare_tokenizer(source: str | Path, out: str | Path, *, chat_template: str
     """
     from omnidata.sentencepiece_bpe import tokenizer_from_model
 
-    is_model = str(source).endswith(".model") and Path(source).is_file()
+    is_model = Path(source).is_file()
     tokenizer = tokenizer_from_model(Path(source)) if is_model else load_tokenizer(source)
     tokenizer.chat_template = _resolve_template(chat_template, tokenizer, source=source)
     _add_tokens(tokenizer)

@@ -1,0 +1,112 @@
+"""How far is rendering (template, mask, image blocks) from the tokenizer's own encode_batch?
+
+    python benchmarks/render.py [--json] [--records 4000]
+
+Both sides run in one process on one thread and take turns; the fastest round of each counts. The floor
+encodes ready-made texts in which each image is a single token, so it is a floor that also skips the blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+BATCH, ROUNDS = 128, 5
+WORDS = (
+    "the a of and in to is it on with photograph table window street two people red car standing near "
+    "large building, behind which sky looks grey; she holds small umbrella. What colour Why How many"
+).split()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=int, default=4000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result = measure(options.records)
+    print(
+        json.dumps(result)
+        if options.json
+        else "\n".join(f"{name:28} {value:10.3f}" for name, value in result.items())
+    )
+
+
+def measure(num_records: int) -> dict[str, float]:
+    """Microseconds a record of each side, and their ratios."""
+    from omnidata.render import Renderer
+
+    tokenizer = mistral_tokenizer()
+    renderer = Renderer(tokenizer, max_length=None)
+    conversations = [talk(i) for i in range(num_records)]
+    drafts = [renderer._draft(conversation).text for conversation in conversations]
+    plain = [as_messages(conversation) for conversation in conversations]
+    sides = {
+        "encode_batch": lambda batch: renderer._encoder.encode_batch(drafts[batch]),
+        "encode_batch, ids as lists": lambda batch: [
+            e.ids for e in renderer._encoder.encode_batch(drafts[batch])
+        ],
+        "render_batch": lambda batch: renderer.render_batch(conversations[batch]),
+        "apply_chat_template": lambda batch: [
+            tokenizer.apply_chat_template(messages, return_dict=False) for messages in plain[batch]
+        ],
+    }
+    best = {name: min(timed(side, num_records) for _ in range(ROUNDS)) for name, side in sides.items()}
+    result = {f"{name}, us": seconds / num_records * 1e6 for name, seconds in best.items()}
+    result["render / encode_batch"] = best["render_batch"] / best["encode_batch"]
+    result["apply_chat_template / render"] = best["apply_chat_template"] / best["render_batch"]
+    result["tokens a record"] = (
+        sum(len(r.input_ids) for r in renderer.render_batch(conversations)) / num_records
+    )
+    return result
+
+
+def timed(side: Callable[[slice], Any], num_records: int) -> float:
+    """Seconds for all records in batches."""
+    start = time.perf_counter()
+    for first in range(0, num_records, BATCH):
+        side(slice(first, first + BATCH))
+    return time.perf_counter() - start
+
+
+def mistral_tokenizer() -> Any:
+    """The real Mistral tokenizer, prepared as the demo prepares it."""
+    import mistral_common
+
+    from omnidata.tokenizer import prepare_tokenizer
+
+    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    with TemporaryDirectory() as folder:
+        return prepare_tokenizer(model, folder)
+
+
+def talk(seed: int) -> Any:
+    """One to four questions about a picture, of the lengths that LLaVA's have."""
+    from omnidata.schema import Conversation, ImagePart, ImageRef, Message, TextPart
+
+    rng = random.Random(seed)
+    messages = []
+    for turn in range(rng.randint(1, 4)):
+        question = TextPart("\n" * (turn == 0) + " ".join(rng.choices(WORDS, k=rng.randint(5, 20))) + "?")
+        answer = TextPart(" ".join(rng.choices(WORDS, k=rng.choice([3, 20, 60, 120]))) + ".")
+        messages.append(Message("user", (ImagePart(0), question) if turn == 0 else (question,)))
+        messages.append(Message("assistant", (answer,)))
+    return Conversation(str(seed), tuple(messages), (ImageRef(path="x.jpg"),))
+
+
+def as_messages(conversation: Any) -> list[dict[str, str]]:
+    """For apply_chat_template, without pictures."""
+    return [{"role": message.role, "content": message.text} for message in conversation.messages]
+
+
+if __name__ == "__main__":
+    main()
