@@ -153,8 +153,12 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
 def image_sides(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """All images in order: sides int32 ``[N, 2]`` (width, height) and the row int64 ``[N]`` of each."""
     sizes = table["image_sizes"].combine_chunks()
-    sides = np.from_dlpack(sizes.flatten().flatten())
-    return sides.reshape(-1, 2), np.from_dlpack(sizes.value_parent_indices())
+    if not len(sizes):
+        return np.zeros((0, 2), np.int32), np.zeros(0, np.int64)
+    # By the offsets, since ListArray.flatten() would import pyarrow.compute: 0.1 s.
+    firsts, ends = np.from_dlpack(sizes.offsets), np.from_dlpack(sizes.values.offsets)
+    sides = np.from_dlpack(sizes.values.values)[ends[firsts[0]] : ends[firsts[-1]]]
+    return sides.reshape(-1, 2), np.repeat(np.arange(len(sizes)), np.diff(firsts))
 
 
 def _rejects_by_source(dataset: Dataset) -> dict[str, int]:
