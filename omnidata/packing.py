@@ -64,7 +64,7 @@ def even_fit(
     counted = np.asarray(images, np.int64)  # evened out even where they are not limited
     tokens, images, max_images = _checked(tokens, images, max_tokens, max_images)
     needed = max(tokens.sum() / max_tokens, images.sum() / max(max_images, 1))
-    num_packs = int(np.ceil(needed / _TARGET_FILL))
+    num_packs = min(len(tokens), max(int(np.ceil(needed)), round(needed / _TARGET_FILL)))
     pack_of = _deal(tokens, counted, num_packs)
     misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
     fitting = np.ones(len(tokens), bool)
