@@ -41,6 +41,7 @@ class Vocabulary:
             raise UserError(f"{where} is not the tokenizer.json of a fast tokenizer: {error!r}") from error
         names = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         self._tokens = {token_id: token for token, token_id in names.items()}
+        self._bytes: dict[int, bytes] = {}  # of the ids met so far
         self._is_byte_level = "ByteLevel" in str(data.get("decoder")) + str(data.get("pre_tokenizer"))
 
     def is_special(self, token_id: int) -> bool:
@@ -49,6 +50,12 @@ class Vocabulary:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes of one id; an id outside the vocabulary is shown as ``<?123>``."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
         if token_id in self.added:
             return self.added[token_id].encode()
         token = self._tokens.get(token_id)

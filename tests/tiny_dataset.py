@@ -101,7 +101,7 @@ def make_sample(i: int, tokenizer: Any, *, image_size: int = 32) -> Sample:
         add(tokenizer.encode(f"Question {i}: what is {'this' if turn == 0 else 'that'}?").ids)
         add([specials["</s>"]])
         add(tokenizer.encode("\n<|assistant|>\n").ids)
-        add(tokenizer.encode(ANSWERS[i % len(ANSWERS)] * (1 + i // 8)).ids, supervised=True)
+        add(tokenizer.encode(ANSWERS[i % len(ANSWERS)] * (1 + i // 8 % 16)).ids, supervised=True)
         add([specials["</s>"]], supervised=True)
     return Sample(
         key=f"sample-{i:06d}",
