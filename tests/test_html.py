@@ -251,5 +251,5 @@ def test_a_thousand_samples_are_fine(browser, tmp_path):
         "filter(); document.body.offsetHeight; return performance.now() - t; })()"
     )
     assert visible(page) == [777]
-    assert took < 1000, f"filtering took {took} ms"
+    assert took < 2000, f"filtering took {took} ms"
     assert page.problems == []

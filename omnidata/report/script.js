@@ -6,7 +6,7 @@ const { summary, samples, rejects } = data;
 const find = (id) => document.getElementById(id);
 const whole = (n) => Math.round(n).toLocaleString("en");
 const short = (n) => (Number.isInteger(n) || n >= 100 ? whole(n) : n.toFixed(1));
-const percent = (n) => `${(100 * n).toFixed(n < 0.1 ? 1 : 0)} %`;
+const percent = (n) => `${(100 * n).toFixed(n > 0 && n < 0.1 ? 1 : 0)} %`;
 const plural = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 
 function make(tag, properties = {}, ...children) {
@@ -82,7 +82,7 @@ function drawOverview() {
   drawTotals();
   find("charts").append(
     drawChart("Tokens a sample", summary.tokens_per_sample, short),
-    drawChart("Supervised share of a sample", summary.supervised_per_sample, percent),
+    drawChart("Supervised share", summary.supervised_per_sample, percent),
     drawChart("Images a sample", summary.images_per_sample, short),
     drawChart("Longer side of an image, px", summary.longer_side, short));
   const head = ["Source", "Samples", "Tokens", "Supervised", "Images", "Rejected"];
@@ -107,7 +107,9 @@ const orders = {
   "least supervised first": (a, b) => a.supervised / a.tokens - b.supervised / b.tokens,
   "largest image first": (a, b) => area(b) - area(a),
 };
-let shown = [];
+let shown = []; // the samples that the filter lets through, in order
+let sorted = []; // all of them, in order
+let sortedBy = null;
 
 function drawCard(sample) {
   const thumbs = sample.thumbs.map((thumb) => make("img", { src: thumb, alt: "", loading: "lazy", decoding: "async" }));
@@ -150,16 +152,26 @@ function drawGallery() {
   filter();
 }
 
+function sortGallery(order) {
+  if (order === sortedBy) return; // moving a thousand cards is the slow part
+  sorted = [...samples].sort(orders[order]);
+  sortedBy = order;
+  find("gallery").append(...sorted.map((sample) => sample.item));
+}
+
 function filter() {
   const words = find("query").value.toLowerCase().split(/\s+/).filter(Boolean);
   const [split, source, images] = ["split", "source", "images"].map((id) => find(id).value);
   const fits = (sample) =>
     words.every((word) => sample.haystack.includes(word)) && (!split || sample.split === split) &&
     (!source || sample.source === source) && (!images || Math.min(2, sample.sizes.length) === Number(images));
-  shown = samples.filter(fits).sort(orders[find("order").value]);
+  sortGallery(find("order").value);
+  shown = sorted.filter(fits);
   const keep = new Set(shown);
-  for (const sample of samples) sample.item.hidden = !keep.has(sample);
-  find("gallery").append(...shown.map((sample) => sample.item));
+  for (const sample of samples) {
+    const hide = !keep.has(sample);
+    if (sample.item.hidden !== hide) sample.item.hidden = hide;
+  }
   const all = samples.length < summary.num_samples ? `; the report holds ${whole(samples.length)} of the dataset's ${whole(summary.num_samples)}` : "";
   find("count").textContent = `${whole(shown.length)} of ${plural(samples.length, "sample")} shown${all}`;
 }
