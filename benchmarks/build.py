@@ -1,0 +1,315 @@
+"""Speed, quality and memory of ``omnidata build-shards``, beside its peers and the floors.
+
+    python benchmarks/build.py [--samples 4000] [--workers 2] [--repeat 3] [--json] [--memory]
+                               [--peers-python .bench/bin/python] [--folder DIR]
+
+(1) A corpus: LLaVA JSON lines, real photographs of mixed sizes (benchmarks/corpus.py), a real tokenizer.
+(2) Each contender runs as a process of its own on a quarter of the records and on all of them; its rate is
+    the difference of samples over the difference of times, so what it takes to start does not count.
+    Contenders take turns, and the best of ``--repeat`` turns counts. CPU time is measured as well: on a
+    machine that is busy with other work, trust the ratios of that.
+(3) The floors, on one core: what libjpeg-turbo, the tokenizer and the disk take at the least.
+(4) Quality: mean |difference| of our decode + resize to Pillow's, in 1/255.
+(5) With ``--memory``: the largest process at 1,000, 10,000 and 100,000 records.
+
+webdataset's script needs nothing else. The other peers want package versions that exclude ours: give an
+environment with benchmarks/peers-requirements.txt by ``--peers-python``; without it they are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from corpus import make_photos, write_records
+from PIL import Image
+
+HERE = Path(__file__).parent
+TOKENIZER = HERE.parent / "tests" / "golden" / "tokenizer"
+OURS = {
+    "ours, shrink": ["--image-policy", "shrink"],
+    "ours, keep, quick check": ["--image-policy", "keep", "--check-images", "quick"],
+    "ours, keep, full check": ["--image-policy", "keep", "--check-images", "full"],
+}
+PEERS = {
+    "webdataset script, shrink": ("script", "shrink"),
+    "webdataset script, keep": ("script", "keep"),
+    "MDSWriter, shrink": ("mds", "shrink"),
+    "litdata.optimize, shrink": ("litdata", "shrink"),
+    "img2dataset, shrink (no text)": ("img2dataset", "shrink"),
+}
+
+
+class Corpus:
+    """Photographs, two lists of records and a tokenizer in one folder."""
+
+    def __init__(self, folder: Path, *, samples: int, photos: int) -> None:
+        self.folder, self.samples = folder, samples
+        self.images = folder / "photos"
+        names = make_photos(self.images, photos)
+        self.sizes = {samples // 4: folder / "quarter.jsonl", samples: folder / "whole.jsonl"}
+        for count, path in self.sizes.items():
+            write_records(path, count, names)
+        self.tokenizer = folder / "tokenizer"
+        shutil.copytree(TOKENIZER, self.tokenizer, ignore=shutil.ignore_patterns("*.xz"))
+        packed = (TOKENIZER / "tokenizer.json.xz").read_bytes()
+        (self.tokenizer / "tokenizer.json").write_bytes(lzma.decompress(packed))
+
+    @property
+    def photos(self) -> list[bytes]:
+        """The files' bytes."""
+        return [path.read_bytes() for path in sorted(self.images.iterdir())]
+
+
+# --- (2) contenders -----------------------------------------------------------------------------------------
+
+
+def command(name: str, corpus: Corpus, records: Path, out: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of one contender."""
+    common = ["--out", str(out), "--tokenizer", str(corpus.tokenizer), "--workers", str(args.workers)]
+    if name in OURS:
+        main = [
+            sys.executable,
+            "-m",
+            "omnidata.cli",
+            "build-shards",
+            str(records),
+            "--image-root",
+            str(corpus.images),
+        ]
+        return [*main, *common, *OURS[name], "--quiet"]
+    peer, policy = PEERS[name]
+    python = sys.executable if peer == "script" else args.peers_python
+    main = [python, str(HERE / "peers.py"), peer, "--records", str(records), "--images", str(corpus.images)]
+    return [*main, *common, "--policy", policy]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one run took."""
+
+    seconds: float
+    cpu_seconds: float  # of all its processes
+    peak_bytes: int  # of the largest one
+
+
+def run(command: list[str], out: Path) -> Usage:
+    """Run to the end; the output is removed."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(
+                f"{' '.join(command)}\nexited with {process.returncode}:\n{log.read().decode()[-3000:]}"
+            )
+    shutil.rmtree(out, ignore_errors=True)
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def race(corpus: Corpus, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """name -> samples/s and samples/CPU second, both without the start; seconds of the whole run."""
+    names = [*OURS, *(name for name, (peer, _) in PEERS.items() if peer == "script" or args.peers_python)]
+    usages = {name: {count: [] for count in corpus.sizes} for name in names}
+    for _ in range(args.repeat):
+        for name in names:
+            for count, records in corpus.sizes.items():
+                out = corpus.folder / "out"
+                usages[name][count].append(run(command(name, corpus, records, out, args), out))
+    return {name: rates_of(*taken.items()) for name, taken in usages.items()}
+
+
+def rates_of(fewer: tuple[int, list[Usage]], more: tuple[int, list[Usage]]) -> dict[str, float]:
+    """Rates between two numbers of records, from the best run of each."""
+    row = {"seconds": min(usage.seconds for usage in more[1])}
+    for rate, field in (("samples_per_second", "seconds"), ("samples_per_cpu_second", "cpu_seconds")):
+        best = [min(getattr(usage, field) for usage in usages) for _, usages in (fewer, more)]
+        row[rate] = (more[0] - fewer[0]) / (best[1] - best[0])
+    return row
+
+
+# --- (3) floors ---------------------------------------------------------------------------------------------
+
+
+def milliseconds(function: Callable[[Any], object], inputs: list[Any], *, rounds: int = 3) -> float:
+    """Mean over the inputs of the best of the rounds."""
+    best = [float("inf")] * len(inputs)
+    for _ in range(rounds):
+        for position, value in enumerate(inputs):
+            started = time.process_time()
+            function(value)
+            best[position] = min(best[position], time.process_time() - started)
+    return 1000 * sum(best) / len(best)
+
+
+def floors(corpus: Corpus) -> dict[str, float]:
+    """Milliseconds a sample on one core, of what no builder can do without."""
+    import simplejpeg
+    import torch
+
+    from omnidata.images import resize_rgb
+
+    torch.set_num_threads(1)
+    photos = corpus.photos[:200]
+    decoded = [simplejpeg.decode_jpeg(data) for data in photos]
+    shrunk = [resize_rgb(rgb, *small_size(rgb)) for rgb in decoded]
+    encode = lambda rgb: simplejpeg.encode_jpeg(rgb, 90, "RGB", "420")  # noqa: E731
+    target = corpus.folder / "copy"
+    return {
+        "decode (libjpeg-turbo)": milliseconds(simplejpeg.decode_jpeg, photos),
+        "resize (torch)": milliseconds(lambda rgb: resize_rgb(rgb, *small_size(rgb)), decoded),
+        "encode (libjpeg-turbo)": milliseconds(encode, shrunk),
+        "tokenize (encode_batch)": tokenizing(corpus),
+        "copy (read + write the file)": milliseconds(
+            lambda path: target.write_bytes(path.read_bytes()), sorted(corpus.images.iterdir())
+        ),
+    }
+
+
+def small_size(rgb: np.ndarray) -> tuple[int, int]:
+    """(width, height) with the shorter side at 448."""
+    scale = 448 / min(rgb.shape[:2])
+    return round(rgb.shape[1] * scale), round(rgb.shape[0] * scale)
+
+
+def tokenizing(corpus: Corpus) -> float:
+    """``encode_batch`` of the bare tokenizer on the records' text, one thread."""
+    from tokenizers import Tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
+    lines = corpus.sizes[corpus.samples].read_text().splitlines()[:1024]
+    texts = ["\n".join(turn["value"] for turn in json.loads(line)["conversations"]) for line in lines]
+    batches = [texts[start : start + 128] for start in range(0, len(texts), 128)]
+    return milliseconds(tokenizer.encode_batch, batches) / 128
+
+
+# --- (4) quality, (5) memory --------------------------------------------------------------------------------
+
+
+def quality(corpus: Corpus) -> dict[str, float]:
+    """Mean |difference| of decode + resize to Pillow's decode + bicubic: of all photographs, of the worst."""
+    from omnidata.images import decode_resized
+
+    differences = []
+    for data in corpus.photos[:200]:
+        theirs = Image.open(io.BytesIO(data)).convert("RGB")
+        size = small_size(np.asarray(theirs))
+        theirs = np.asarray(theirs.resize(size, Image.Resampling.BICUBIC), int)
+        differences.append(np.abs(decode_resized(data, *size) - theirs).mean())
+    return {"mean": float(np.mean(differences)), "worst image": float(np.max(differences))}
+
+
+def memory(corpus: Corpus, args: argparse.Namespace) -> dict[int, float]:
+    """Records -> MB of the largest process; the records share twenty photographs."""
+    peaks = {}
+    names = sorted(path.name for path in corpus.images.iterdir())[:20]
+    for count in (1_000, 10_000, 100_000):
+        records, out = corpus.folder / f"{count}.jsonl", corpus.folder / "out"
+        write_records(records, count, names)
+        peaks[count] = (
+            run(command("ours, keep, quick check", corpus, records, out, args), out).peak_bytes / 1e6
+        )
+    return peaks
+
+
+# --- report -------------------------------------------------------------------------------------------------
+
+
+def ratios(rate: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
+    """What the targets are about, from the samples/s of one core."""
+    shrink, quick, full = (rate[name] for name in OURS)
+    script = "webdataset script, keep"
+    decode, copy = floor["decode (libjpeg-turbo)"], floor["copy (read + write the file)"]
+    peers = [name for name in rate if name in PEERS and name != script]
+    return {f"ours / {name}": shrink / rate[name] for name in peers} | {
+        "keep, quick check: ours / webdataset script": quick / rate[script],
+        "keep, full check: ours / webdataset script, which checks nothing": full / rate[script],
+        "keep, full check: time / libjpeg-turbo's decoding time": 1000 / full / decode,
+        "shrink: time / floor (decode, resize, encode, tokenize)": 1000
+        / shrink
+        / (sum(floor.values()) - copy),
+        "keep, quick: time / floor (tokenize, copy)": 1000
+        / quick
+        / (floor["tokenize (encode_batch)"] + copy),
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as plain text."""
+    print(f"{report['samples']} samples, {report['workers']} workers, best of {report['repeat']}")
+    print(f"{report['versions']}\n\n{'':32} samples/s   a core   a CPU second   whole run")
+    for name, row in report["rates"].items():
+        rate, cpu = row["samples_per_second"], row["samples_per_cpu_second"]
+        print(f"{name:32} {rate:9.0f} {rate / report['workers']:8.0f} {cpu:14.0f} {row['seconds']:9.1f} s")
+    for title in TABLES:
+        if title in report:
+            print(f"\n{title}")
+        for name, value in report.get(title, {}).items():
+            print(f"  {name!s:66} {value:8.3f}")
+
+
+TABLES = (
+    "floors, ms a sample on one core",
+    "ratios",
+    "ratios by CPU time",
+    "mean |difference| to Pillow, of 255",
+    "largest process, MB, by records",
+)
+
+
+def measure(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as JSON values."""
+    from omnidata.images import backend
+
+    rates, floor = race(corpus, args), floors(corpus)
+    per_core = {name: row["samples_per_second"] / args.workers for name, row in rates.items()}
+    per_cpu = {name: row["samples_per_cpu_second"] for name, row in rates.items()}
+    results = (floor, ratios(per_core, floor), ratios(per_cpu, floor), quality(corpus))
+    report = {"samples": args.samples, "workers": args.workers, "repeat": args.repeat, "versions": backend()}
+    report |= {"rates": rates} | dict(zip(TABLES, results, strict=False))
+    return report | ({TABLES[-1]: memory(corpus, args)} if args.memory else {})
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--photos", type=int, default=400, help="different image files")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--peers-python", help="interpreter that has benchmarks/peers-requirements.txt")
+    parser.add_argument("--memory", action="store_true", help="also build 1,000 to 100,000 records")
+    parser.add_argument("--folder", help="where to work (several hundred MB)  [default: a temporary folder]")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        corpus = Corpus(Path(folder), samples=args.samples, photos=args.photos)
+        report = measure(corpus, args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The corpus that benchmarks/build.py builds from: LLaVA JSON lines and real photographs of mixed sizes.
+
+70 % of the photographs are about 640×480, 20 % 1024×768 and 10 % 2000×1500: random cuts of scikit-image's
+own, JPEG quality 90. Records ask two or three questions and may share a photograph.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import skimage
+from PIL import Image
+
+SIZES = [((640, 480), 0.7), ((1024, 768), 0.2), ((2000, 1500), 0.1)]
+PHOTOS = ["astronaut.png", "coffee.png", "chelsea.png", "motorcycle_left.png", "motorcycle_right.png"]
+PHOTOS += ["rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png"]
+TEXT = """
+the a of in on with and to it is are was red green small large wooden metal table chair window street
+person child woman man dog cat bird tree mountain river building car bicycle holding standing sitting walking
+looking near behind under above left right corner background photograph shows appears likely because sunlight
+shadow texture surface colour bright dark several two three many people objects scene describe what where how
+restaurant landscape astronaut telescope galaxy coffee spoon saucer rocket engine tissue sample motorcycle
+"""
+WORDS = TEXT.split()
+
+
+def make_photos(folder: Path, count: int) -> list[str]:
+    """Write ``count`` JPEG files; their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB") for name in PHOTOS]
+    rng = np.random.default_rng(0)
+    names = []
+    for number in range(count):
+        index = int(np.searchsorted(np.cumsum([share for _, share in SIZES]), (number * 0.618) % 1))
+        width, height = (round(side * rng.uniform(0.9, 1.1)) for side in SIZES[min(index, 2)][0])
+        if rng.random() < 0.25:
+            width, height = height, width
+        names.append(f"{number:05d}.jpg")
+        _cut(sources[number % len(sources)], width, height, rng).save(folder / names[-1], quality=90)
+    return names
+
+
+def _cut(photo: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
+    """A random part of a photograph at this size, never less than half of it."""
+    share = rng.uniform(0.5, 1.0) * min(photo.width / width, photo.height / height)
+    part = (width * share, height * share)
+    left, top = rng.uniform(0, photo.width - part[0]), rng.uniform(0, photo.height - part[1])
+    return photo.resize((width, height), Image.Resampling.LANCZOS, (left, top, left + part[0], top + part[1]))
+
+
+def write_records(path: Path, count: int, photos: list[str]) -> None:
+    """LLaVA records, one a line; with no photos they are text only."""
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for number in range(count):
+            turns = [turn for _ in range(rng.randint(2, 3)) for turn in _exchange(rng)]
+            record = {"id": f"r{number:07d}", "conversations": turns}
+            if photos:
+                turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+                record["image"] = photos[number % len(photos)]
+            file.write(json.dumps(record) + "\n")
+
+
+def _exchange(rng: random.Random) -> list[dict[str, str]]:
+    question = " ".join(rng.choices(WORDS, k=rng.randint(6, 14))).capitalize() + "?"
+    answer = " ".join(rng.choices(WORDS, k=rng.randint(15, 80))).capitalize() + "."
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
