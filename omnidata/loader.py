@@ -174,7 +174,7 @@ class PackLoader:
                 parts = self._assembler[work]
                 yield parts.pin_memory() if self._pin_memory and isinstance(parts, Parts) else parts
             return
-        yield from DataLoader(
+        workers = DataLoader(
             self._assembler,  # type: ignore[arg-type]
             batch_size=None,
             sampler=works,  # type: ignore[arg-type]
@@ -183,6 +183,15 @@ class PackLoader:
             pin_memory=self._pin_memory,
             generator=torch.Generator(),  # of its own: the training's random state stays untouched
         )
+        try:
+            yield from workers
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise LoadError(
+                f"a loader worker died ({error}). If the machine ran out of memory, use fewer workers, a "
+                "smaller prefetch, or more /dev/shm"
+            ) from error
 
     def _works(self) -> Iterator[tuple[Work, Sent]]:
         """This rank's work from the current position on, epoch after epoch."""

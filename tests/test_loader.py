@@ -1,0 +1,395 @@
+"""From packs to tensors: exact, elastic, loud when something cannot be read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny_dataset import NUM_QUERY, build_tiny_dataset
+
+import omnidata
+from omnidata import Dataset
+from omnidata.augment import Augment
+from omnidata.images import decode_rgb, resize_rgb
+from omnidata.loader import PackLoader
+from omnidata.plan import EpochPlan
+from omnidata.reader import LoadError
+from omnidata.schema import IGNORE_INDEX, UserError
+
+SETTINGS = {"global_batch": 6, "max_tokens": 450, "window_samples": 60, "image_size": 24, "num_epochs": 1}
+PLAN = {name: SETTINGS[name] for name in ("max_tokens", "window_samples")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """150 training samples of 0-2 images in 10 shards."""
+    folder = tmp_path_factory.mktemp("loader") / "data"
+    return build_tiny_dataset(folder, num_samples=158, samples_per_shard=15)
+
+
+@pytest.fixture
+def own(data, tmp_path):
+    """A copy of the data to damage."""
+    return shutil.copytree(data, tmp_path / "data")
+
+
+def loader(path, **settings) -> PackLoader:
+    return PackLoader(path, **(SETTINGS | settings))
+
+
+def global_batches(path, *, world_size=1, state=None, num_steps=None, **settings):
+    """Keys of each pack by step, over all ranks; and the state that follows."""
+    batches: dict[int, list[tuple[str, ...]]] = {}
+    for rank in range(world_size):
+        one = loader(path, rank=rank, world_size=world_size, **settings)
+        if state:
+            one.load_state_dict(json.loads(json.dumps(state)))
+        count = None if num_steps is None else num_steps * one.microbatches_per_step
+        for microbatch in itertools.islice(one, count):
+            batches.setdefault(microbatch.step, []).append(microbatch.keys)
+    return {step: sorted(filter(None, packs)) for step, packs in batches.items()}, one.state_dict()
+
+
+# --- what a microbatch holds ------------------------------------------------------------------------------
+
+
+def test_documents_are_the_samples_with_labels_shifted_once(data):
+    dataset = Dataset(data, "train")
+    samples = {sample.key: sample for sample in map(dataset.__getitem__, range(len(dataset)))}
+    seen = []
+    for microbatch in loader(data, global_batch=1):
+        assert microbatch.input_ids.dtype == microbatch.labels.dtype == torch.int64
+        assert microbatch.cu_seqlens.dtype == torch.int32 and microbatch.cu_seqlens[0] == 0
+        assert microbatch.cu_seqlens[-1] == microbatch.num_tokens <= 450
+        edges = itertools.pairwise(microbatch.cu_seqlens.tolist())
+        for key, (start, stop) in zip(microbatch.keys, edges, strict=True):
+            expected = np.append(samples[key].labels[1:], IGNORE_INDEX)
+            assert microbatch.input_ids[start:stop].tolist() == samples[key].input_ids.tolist()
+            assert microbatch.labels[start:stop].tolist() == expected.tolist()
+            assert microbatch.position_ids[start:stop].tolist() == list(range(stop - start))
+        assert microbatch.max_seqlen == max(len(samples[key].input_ids) for key in microbatch.keys)
+        assert microbatch.num_supervised_tokens == (microbatch.labels != IGNORE_INDEX).sum()
+        seen += microbatch.keys
+    assert sorted(seen) == sorted(samples)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_come_in_placeholder_order_as_the_model_sees_them(data, num_workers):
+    dataset = Dataset(data, "train")
+    samples = {sample.key: sample for sample in map(dataset.__getitem__, range(len(dataset)))}
+    start, patch = (dataset.manifest.special_tokens[name] for name in ("<im_start>", "<im_patch>"))
+    num_images = 0
+    for microbatch in loader(data, global_batch=1, num_workers=num_workers):
+        images = [image for key in microbatch.keys for image in samples[key].images]
+        assert microbatch.images.shape == (len(images), 3, 24, 24) and microbatch.images.dtype == torch.uint8
+        for found, expected in zip(microbatch.images, images, strict=True):
+            pixels = resize_rgb(decode_rgb(expected), 24, 24)
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+        for position in microbatch.image_positions.tolist():
+            block = microbatch.input_ids[position - 1 : position + NUM_QUERY].tolist()
+            assert block == [start] + [patch] * NUM_QUERY
+        assert len(microbatch.image_positions) == len(images)
+        num_images += len(images)
+    assert num_images == sum(len(sample.images) for sample in samples.values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_undecoded_images_are_the_stored_bytes(data, num_workers):
+    dataset = Dataset(data, "train")
+    samples = {sample.key: sample for sample in map(dataset.__getitem__, range(len(dataset)))}
+    for microbatch in loader(data, decode_images=False, num_workers=num_workers):
+        assert microbatch.images == tuple(image for key in microbatch.keys for image in samples[key].images)
+
+
+def test_the_denominator_counts_all_ranks_of_the_step(data):
+    counted, stated = {}, {}
+    for rank in range(3):
+        for microbatch in loader(data, rank=rank, world_size=3):
+            supervised = int((microbatch.labels != IGNORE_INDEX).sum())
+            counted[microbatch.step] = counted.get(microbatch.step, 0) + supervised
+            stated.setdefault(microbatch.step, set()).add(microbatch.num_supervised_tokens)
+    assert stated == {step: {count} for step, count in counted.items()}
+
+
+# --- exact and elastic ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size, num_workers", [(1, 2), (2, 0), (3, 1), (4, 0), (8, 0)])
+def test_global_batches_are_the_same_for_all_ranks_and_workers(data, world_size, num_workers):
+    expected, state = global_batches(data, num_epochs=2)
+    found = global_batches(data, num_epochs=2, world_size=world_size, num_workers=num_workers)
+    assert found == (expected, state)
+    assert len(expected) == sum(EpochPlan(data, epoch=e, **PLAN).num_steps(6) for e in (0, 1))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_resume_changes_nothing_with_other_ranks_and_workers(data, stop):
+    whole, _ = global_batches(data, num_epochs=2)
+    begun, state = global_batches(data, num_epochs=2, world_size=2, num_workers=1, num_steps=stop)
+    rest, _ = global_batches(data, num_epochs=2, world_size=3, num_workers=2 * (stop == 3), state=state)
+    assert begun | rest == whole and len(begun) == stop and not begun.keys() & rest.keys()
+
+
+def test_every_rank_runs_the_same_number_of_microbatches(data):
+    counts, empty = [], 0
+    for rank in range(4):
+        one = loader(data, rank=rank, world_size=4, packs_per_microbatch=1)
+        microbatches = list(one)
+        assert len(microbatches) == one.steps_per_epoch() * one.microbatches_per_step
+        counts.append(len(microbatches))
+        for microbatch in microbatches:
+            if not microbatch.keys:
+                empty += 1
+                assert microbatch.labels.tolist() == [IGNORE_INDEX] and len(microbatch.images) == 0
+                assert microbatch.cu_seqlens.tolist() == [0, 1] and microbatch.num_supervised_tokens > 0
+    assert len(set(counts)) == 1 and empty == 2 * one.steps_per_epoch()  # 6 packs on 4 ranks, 2 rounds
+
+
+def test_packs_may_share_a_microbatch(data):
+    two = loader(data, packs_per_microbatch=2)
+    assert two.microbatches_per_step == 3
+    sizes = [microbatch.num_tokens for microbatch in two]
+    assert 450 < max(sizes) <= 900
+    assert len(sizes) == 3 * two.steps_per_epoch()
+
+
+def test_a_padded_tail_reaches_every_sample(data):
+    for world_size in (1, 4):
+        padded, _ = global_batches(data, world_size=world_size, tail="pad")
+        keys = list(itertools.chain(*itertools.chain(*padded.values())))
+        assert len(keys) == len(set(keys)) == 150
+
+
+def test_state_is_small_json_and_knows_its_plan(data):
+    one = loader(data)
+    next(iter(one))
+    assert len(json.dumps(one.state_dict())) < 1024
+    for other in (loader(data, seed=1), loader(data, max_tokens=1200)):
+        with pytest.raises(UserError, match="another plan"):
+            other.load_state_dict(one.state_dict())
+
+
+def test_state_moves_on_with_the_last_microbatch_of_a_step(data):
+    one = loader(data, world_size=2, rank=1)
+    for number, _ in enumerate(itertools.islice(one, 7), start=1):
+        assert one.state_dict()["step"] == number // one.microbatches_per_step
+
+
+def test_reading_leaves_the_training_random_state_alone(data):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(loader(data, num_workers=1)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_augmentation_depends_on_seed_epoch_and_key_alone(data):
+    def images(**settings) -> dict[str, torch.Tensor]:
+        settings = {"global_batch": 1, "augment": {"crop": 0.3, "brightness": 0.2}} | settings
+        found = {}
+        for microbatch in loader(data, **settings):
+            if len(microbatch.images):
+                found[microbatch.keys, microbatch.epoch] = microbatch.images.clone()
+        return found
+
+    plain, one, again = images(augment=None), images(), images(num_workers=2)
+    assert one.keys() == again.keys()
+    assert all(torch.equal(one[keys], again[keys]) for keys in one)
+    assert sum(torch.equal(one[keys], plain[keys]) for keys in one) == 0
+
+
+def test_augment_changes_with_epoch_and_refuses_nonsense(data):
+    rgb = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
+    change = Augment(crop=0.5)
+    one, other = (change.apply(rgb, seed=0, epoch=epoch, key="a") for epoch in (0, 1))
+    assert one.shape != other.shape and min(one.shape[:2]) >= 15
+    assert np.array_equal(Augment().apply(rgb, seed=0, epoch=0, key="a"), rgb)
+    assert Augment(brightness=0.5).apply(rgb, seed=0, epoch=0, key="a").dtype == np.uint8
+    with pytest.raises(UserError, match=r"augment\.crop"):
+        Augment(crop=1.5)
+    with pytest.raises(UserError, match="flip"):
+        loader(data, augment={"flip": True})
+
+
+# --- blends, exclusions, cuts -----------------------------------------------------------------------------
+
+
+def test_excluded_keys_are_left_out_without_a_rebuild(data, tmp_path):
+    (tmp_path / "bad.txt").write_text("sample-000003\n# a comment\n\nsample-000017  # blurred\n")
+    entry = {"path": str(data), "exclude": str(tmp_path / "bad.txt")}
+    found, _ = global_batches(entry, tail="pad")
+    keys = set(itertools.chain(*itertools.chain(*found.values())))
+    expected = set(Dataset(data, "train").index["key"].to_pylist())
+    assert keys == expected - {"sample-000003", "sample-000017"}
+    with pytest.raises(UserError, match="another plan"):
+        loader(data).load_state_dict(loader(entry).state_dict())
+    (tmp_path / "bad.txt").write_text("no-such-key\n")
+    with pytest.raises(UserError, match="'no-such-key'"):
+        loader(entry)
+
+
+def test_a_blend_reads_each_dataset(data, tmp_path):
+    other = build_tiny_dataset(tmp_path / "other", num_samples=28, samples_per_shard=10)
+    entries = [{"path": str(data), "weight": 1}, {"path": str(other), "split": "val", "weight": 1}]
+    counts = [0, 0]
+    val = set(Dataset(other, "val").index["key"].to_pylist())
+    for microbatch in loader(entries, tail="pad"):
+        counts[1] += sum(key in val for key in microbatch.keys)
+        counts[0] += len(microbatch.keys)
+    assert counts[0] == 158 and counts[1] >= 79
+
+
+def test_datasets_of_different_tokenizers_do_not_blend(data, own):
+    manifest = json.loads((own / "manifest.json").read_text())
+    (own / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_fingerprint": "other"}))
+    with pytest.raises(UserError, match="differ in tokenizer_fingerprint"):
+        loader([{"path": str(data)}, {"path": str(own)}])
+
+
+def test_oversize_samples_are_cut_after_a_reply(data):
+    dataset = Dataset(data, "train")
+    samples = {sample.key: sample for sample in map(dataset.__getitem__, range(len(dataset)))}
+    shortest = 120
+    one = loader(data, max_tokens=shortest, oversize="cut", global_batch=1)
+    num_cut = 0
+    for microbatch in one:
+        for key, (start, stop) in zip(
+            microbatch.keys, itertools.pairwise(microbatch.cu_seqlens.tolist()), strict=True
+        ):
+            sample, length = samples[key], stop - start
+            assert microbatch.input_ids[start:stop].tolist() == sample.input_ids[:length].tolist()
+            if length < len(sample.input_ids):
+                num_cut += 1
+                assert sample.labels[length - 1] != IGNORE_INDEX and sample.labels[length] == IGNORE_INDEX
+    totals = one.plan.totals
+    assert num_cut == totals.num_cut > 0
+    assert totals.num_samples + totals.num_left_out == 150 and totals.num_left_out > 0
+
+
+@pytest.mark.parametrize("data_argument", [[], {"weight": 1}, {"path": "x", "wieght": 1}])
+def test_bad_data_is_refused(data_argument):
+    with pytest.raises(UserError):
+        PackLoader(data_argument, global_batch=1)
+
+
+def test_an_epoch_smaller_than_a_step_is_refused(data):
+    with pytest.raises(UserError, match="fewer packs than one step"):
+        list(loader(data, global_batch=10_000))
+
+
+# --- damage -----------------------------------------------------------------------------------------------
+
+
+def damage(own, position: int, change) -> str:
+    """Apply ``change(bytearray of the shard, index row)`` to the shard of one sample; return its key."""
+    row = Dataset(own, "train").row(position)
+    path = own / row["shard"]
+    raw = bytearray(path.read_bytes())
+    path.write_bytes(change(raw, row))
+    return row["key"]
+
+
+def cut_short(raw, row):
+    return raw[: row["offset"] + 700]
+
+
+def break_header(raw, row):
+    raw[row["offset"]] ^= 1
+    return raw
+
+
+def break_picture(raw, row):
+    end = row["offset"] + row["nbytes"]
+    raw[end - 700 : end] = bytes(700)
+    return raw
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("change", [cut_short, break_header, break_picture])
+def test_what_cannot_be_read_stops_the_run_and_is_named(own, change, num_workers):
+    position = 14 if change is cut_short else 2  # the last of its shard; one with two images
+    key = damage(own, position, change)
+    with pytest.raises(LoadError, match=key) as caught:
+        list(loader(own, tail="pad", num_workers=num_workers))
+    assert "train-00000.tar" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [cut_short, break_header, break_picture])
+def test_what_cannot_be_read_is_left_out_and_counted_on_request(data, own, change):
+    key = damage(own, 14 if change is cut_short else 2, change)
+    whole, _ = global_batches(data, tail="pad")
+    batches, num_skipped, images = {}, 0, 0
+    for microbatch in loader(own, tail="pad", on_error="skip"):
+        batches.setdefault(microbatch.step, []).append(microbatch.keys)
+        num_skipped += microbatch.num_skipped
+        images += len(microbatch.images)
+        assert len(microbatch.images) == len(microbatch.image_positions)
+    assert num_skipped == 1
+    without = {step: [tuple(k for k in pack if k != key) for pack in packs] for step, packs in whole.items()}
+    assert {step: sorted(filter(None, packs)) for step, packs in batches.items()} == {
+        step: sorted(packs) for step, packs in without.items()
+    }
+
+
+def test_a_missing_shard_stops_the_run(own):
+    (own / "shards" / "train-00003.tar").unlink()
+    with pytest.raises(LoadError, match=r"train-00003\.tar.*FileNotFoundError"):
+        list(loader(own, tail="pad"))
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(own):
+    def flip(raw, row):
+        raw[row["offset"] + row["nbytes"] - 600] ^= 1  # inside the last image
+        return raw
+
+    key = damage(own, 2, flip)
+    with pytest.raises(LoadError, match=f"{key}.*content hash"):
+        list(loader(own, tail="pad", checksum=True))
+
+
+def test_labels_that_the_index_does_not_know_stop_the_run(own):
+    def unsupervise(raw, row):
+        sample = Dataset(own, "train")[2]
+        labels = sample.labels.tobytes()
+        at = raw.index(labels, row["offset"])
+        raw[at + len(labels) - 4 : at + len(labels)] = np.int32(IGNORE_INDEX).tobytes()
+        return raw
+
+    key = damage(own, 2, unsupervise)
+    with pytest.raises(LoadError, match=f"{key}.*index says"):
+        list(loader(own, tail="pad"))
+
+
+def test_index_and_manifest_that_disagree_are_refused(own):
+    manifest = json.loads((own / "manifest.json").read_text())
+    manifest["shards"][0]["num_samples"] -= 1
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="row groups"):
+        loader(own)
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored")  # torch complains from a destructor as well
+def test_a_killed_worker_is_an_error(data):
+    microbatches = iter(loader(data, num_workers=1, num_epochs=None))
+    next(microbatches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(LoadError, match="worker died"):
+        list(itertools.islice(microbatches, 500))
+
+
+# --- webdataset -------------------------------------------------------------------------------------------
+
+
+def test_a_plain_webdataset_pipeline_reads_the_same_samples(data):
+    dataset = Dataset(data, "train")
+    found = list(omnidata.webdataset_pipeline(data).decode())
+    assert [sample["__key__"] for sample in found] == dataset.index["key"].to_pylist()
+    assert found[5]["input_ids.npy"].tolist() == dataset[5].input_ids.tolist()
+    assert found[5]["1.jpg"] == dataset[5].images[1]
