@@ -42,7 +42,7 @@ from omnidata.progress import Progress
 from omnidata.schema import MANIFEST, TOKENIZER_DIR, UserError
 from omnidata.settings import BuildSettings, RunOptions
 from omnidata.worker import PRELOAD, Job, ShardResult, Tally, last_words, read_part, work
-from omnidata.workspace import check_folder, clear, hold_locks
+from omnidata.workspace import check_folder, clear, hold_locks, leave
 
 EARLY_RECORDS, EARLY_SHARE = 1000, 0.05  # seen before --max-rejects, as a share, is applied to a part
 
@@ -64,13 +64,17 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
         files, identity, tokenizer = open_inputs(settings, folder)
         with hold_locks(store, options):
             plan = resume_plan(store, identity, options)
-            if plan is None and store.exists(MANIFEST):
+            if store.exists(MANIFEST):
                 return _built_before(store, identity)
             job = Job(out, settings, files, f"{store.url}/{TOKENIZER_DIR}")
             with open_executor(job, options) as executor:
-                if plan is None:
-                    plan = prepare(store, job, identity, executor, folder)
-                return _Run(store, job, plan, options, executor, tokenizer).run()
+                try:
+                    plan = plan or prepare(store, job, identity, executor, folder)
+                    return _Run(store, job, plan, options, executor, tokenizer).run()
+                except FileNotFoundError:
+                    if options.task is None or not store.exists(MANIFEST):
+                        raise
+                    return _built_before(store, identity)  # another task just completed the dataset
 
 
 # --- (4) the plan -----------------------------------------------------------------------------------------
@@ -100,6 +104,7 @@ def prepare(
     with locked(store, "plan", wait=True):
         if (plan := read_plan(store)) is not None:
             return plan
+        clear(store)
         store.write_folder(TOKENIZER_DIR, tokenizer_folder)
         run = functools.partial(run_tasks, executor)
         plan = make_plan(identity, job.settings, len(job.files), run)
@@ -108,12 +113,13 @@ def prepare(
 
 
 def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
-    """For a task that comes when the dataset is complete: all is well if it is the same dataset."""
+    """For whoever comes when the dataset is complete: all is well if it is the same dataset."""
     manifest = manifest_from_json(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
     if manifest.settings != identity["settings"]:
         raise UserError(
             f"{store.url} already holds a complete dataset of other settings. Choose another --out."
         )
+    leave(store)
     return report_of(
         manifest,
         out=store.url,
@@ -132,7 +138,7 @@ def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     private = Store(job.out).is_private or any(
         "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
     )
-    if private:
+    if private or options.executor == "inline":
         executor: Executor = InlineExecutor(function)
     elif options.executor == "ray":
         executor = RayExecutor(function, num_workers=options.workers)

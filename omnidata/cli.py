@@ -268,7 +268,8 @@ def run(args: list[str] | None = None) -> int:
         click.echo(f"Error: {error}", err=True)
         return 1
     except (click.Abort, KeyboardInterrupt) as interrupt:
-        click.echo(str(interrupt) or "Interrupted.", err=True)
+        # click wraps what it caught; a build's own interrupt says how to go on
+        click.echo(str(interrupt.__cause__ or interrupt) or "Interrupted.", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # `omnidata … | head` closed our stdout: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from omnidata.build_plan import BuildPlan
-from omnidata.durable import SCRATCH, Store
+from omnidata.durable import Store
 from omnidata.images import backend
 from omnidata.index import index_schema, read_table, reject_schema, write_tables
 from omnidata.interop import dataset_card, energon_files
@@ -26,6 +26,7 @@ from omnidata.schema import CARD, INDEX, MANIFEST, REJECTS, SCHEMA_VERSION, Mani
 from omnidata.settings import BuildSettings
 from omnidata.tokenizer import fingerprint, special_token_ids, template_fingerprint
 from omnidata.worker import ShardResult, part_path, rejects_path
+from omnidata.workspace import leave
 
 Results = Sequence[tuple[ShardTask, ShardResult]]  # in the order of the shards
 
@@ -52,7 +53,7 @@ def complete(
         store.write_bytes(path, content)
     store.write_bytes(CARD, dataset_card(manifest).encode())
     store.write_bytes(MANIFEST, manifest_to_json(manifest))
-    store.remove(SCRATCH)
+    leave(store)
     return manifest
 
 

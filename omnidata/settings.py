@@ -70,7 +70,7 @@ class RunOptions:
     """How a build runs. None of it changes a byte of the dataset."""
 
     workers: int | None = None  # None: the CPUs this process may use; on Ray, the cluster's
-    executor: str = "local"  # local | ray
+    executor: str = "local"  # local | ray; inline: in this process, for debuggers and tests
     task: tuple[int, int] | None = None  # (I, N): build the I-th of N parts
     finalize: bool = False  # only complete a dataset whose tasks are done
     max_rejects: float | None = None  # fraction of the records (below 1) or a number of them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from omnidata.build_plan import read_plan
+from omnidata.build_plan import PLAN, read_plan
 from omnidata.durable import SCRATCH, Store, locked
 from omnidata.schema import CARD, INDEX, MANIFEST, NV_META, REJECTS, SHARDS_DIR, TOKENIZER_DIR, UserError
 from omnidata.settings import RunOptions
@@ -23,16 +23,19 @@ def check_folder(store: Store, options: RunOptions) -> None:
     if foreign and (options.overwrite or read_plan(store) is None):
         remedy = "Choose another --out" + (", or remove them yourself" if options.overwrite else "")
         raise UserError(f"{store.url} holds files that are no part of a dataset ({foreign[0]}, …). {remedy}.")
-    if options.overwrite or options.task or options.finalize or read_plan(store) is not None:
+    if options.overwrite or not names or read_plan(store) is not None:
         return
+    if SCRATCH in names and MANIFEST not in names:
+        return  # stopped before it had a plan, or while it removed what --overwrite said
+    if MANIFEST in names and (options.task or options.finalize):
+        return  # a task that comes late; build() compares the settings
     if MANIFEST in names:
         raise UserError(
             f"{store.url} already holds a complete dataset. Choose another --out, or --overwrite."
         )
-    if names - {SCRATCH}:
-        raise UserError(
-            f"{store.url} is not empty, and holds no unfinished build. Choose another --out, or --overwrite."
-        )
+    raise UserError(
+        f"{store.url} is not empty, and holds no unfinished build. Choose another --out, or --overwrite."
+    )
 
 
 def clear(store: Store) -> None:
@@ -43,6 +46,15 @@ def clear(store: Store) -> None:
     for name in store.names(SCRATCH):
         if not name.endswith(".lock"):
             store.remove(f"{SCRATCH}/{name}")
+
+
+def leave(store: Store) -> None:
+    """Remove .build/ of a complete dataset; the plan last, so that a run after a crash knows what to do."""
+    for name in store.names(SCRATCH):
+        if name != PLAN.rpartition("/")[2] and not name.endswith(".lock"):
+            store.remove(f"{SCRATCH}/{name}")
+    store.remove(PLAN)
+    store.remove(SCRATCH)
 
 
 @contextlib.contextmanager
