@@ -58,6 +58,12 @@ class Dataset:
     def __repr__(self) -> str:
         return f"Dataset({self.path!r}, split={self.split!r}, samples={len(self)})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: totals and a small gallery."""
+        from omnidata.notebook import gallery
+
+        return gallery(self)
+
     # --- identity -----------------------------------------------------------------------------------------
 
     @cached_property
