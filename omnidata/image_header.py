@@ -92,7 +92,7 @@ def read_header(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MA
 
 def _jpeg_header(data: bytes) -> ImageHeader:
     frame: tuple[int, int, int] | None = None
-    orientation, adobe, profile = 0, False, {}
+    orientation, adobe, profile, progressive = 0, False, {}, False
     position = 2
     while True:
         marker, position = _next_marker(data, position)
@@ -104,6 +104,7 @@ def _jpeg_header(data: bytes) -> ImageHeader:
         body = data[position + 2 : position + length]
         if marker in _JPEG_FRAMES:
             frame = _jpeg_frame(body)
+            progressive = marker & 3 == 2  # SOF2, SOF6, SOF10, SOF14
         elif marker == 0xE1 and body[:6] == b"Exif\0\0":
             orientation = orientation or exif_orientation(body[6:])
         elif marker == 0xE2 and body[:12] == b"ICC_PROFILE\0":
@@ -114,7 +115,8 @@ def _jpeg_header(data: bytes) -> ImageHeader:
     if frame is None:
         raise RejectError("image_corrupt", "jpeg: pixels before the frame header")
     height, width, channels = frame
-    _refuse_scan_bomb(data)
+    if progressive or data[position + 2] < channels:  # the first scan does not hold every channel
+        _refuse_scan_bomb(data)
     return ImageHeader(
         "jpeg",
         width,
