@@ -138,7 +138,7 @@ def _check_kept(data: bytes, header: ImageHeader, check: Check) -> None:
             raise RejectError("image_corrupt", f"jpeg: no end marker in {len(data):,} bytes: truncated")
         if check == "full":
             # An eighth of the size skips most of the arithmetic, but reads and checks every coefficient.
-            _decode_jpeg(data, header, min_size=(1, 1))
+            _decode_jpeg(data, mode="RGB", min_size=(1, 1))
     elif check == "full":
         _open_whole(data, header)
     elif header.format == "webp":
@@ -166,10 +166,21 @@ def _decode(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.nd
 
 def _jpeg_rgb(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.ndarray:
     """sRGB at ``size`` or larger."""
-    pixels = _decode_jpeg(data, header, min_size=_dct_size(header, size))
-    if header.num_channels == 4 or _to_srgb(header.icc, "RGB") is not None:
-        return _jpeg_to_srgb(pixels, header)
-    return pixels
+    from PIL import Image
+
+    mode = _JPEG_MODES.get(header.num_channels, "RGB")
+    transform = _to_srgb(header.icc, mode)
+    min_size = _dct_size(header, size)
+    if mode != "CMYK" and transform is None:
+        return _decode_jpeg(data, mode="RGB", min_size=min_size)
+    pixels = _decode_jpeg(data, mode=mode, min_size=min_size)
+    if header.inverted_cmyk:
+        pixels = 255 - pixels
+    image = Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
+    return np.array(_apply(transform, image) if transform else image.convert("RGB"))
+
+
+_JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # by number of channels, as Pillow names them
 
 
 def _dct_size(header: ImageHeader, size: tuple[int, int]) -> tuple[int, int]:
@@ -181,32 +192,16 @@ def _dct_size(header: ImageHeader, size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _decode_jpeg(data: bytes, header: ImageHeader, *, min_size: tuple[int, int]) -> np.ndarray:
+def _decode_jpeg(data: bytes, *, mode: str, min_size: tuple[int, int]) -> np.ndarray:
     import simplejpeg
 
+    colours = "GRAY" if mode == "L" else mode
     try:
         return simplejpeg.decode_jpeg(
-            data,
-            "CMYK" if header.num_channels == 4 else "RGB",
-            min_width=min_size[0],
-            min_height=min_size[1],
-            strict=True,
+            data, colours, min_width=min_size[0], min_height=min_size[1], strict=True
         )
     except ValueError as error:
         raise RejectError("image_corrupt", f"jpeg: {error}") from None
-
-
-def _jpeg_to_srgb(pixels: np.ndarray, header: ImageHeader) -> np.ndarray:
-    from PIL import Image
-
-    mode = "CMYK" if header.num_channels == 4 else "RGB"
-    if header.inverted_cmyk:
-        pixels = 255 - pixels
-    image = Image.frombuffer(
-        mode, (pixels.shape[1], pixels.shape[0]), np.ascontiguousarray(pixels), "raw", mode, 0, 1
-    )
-    transform = _to_srgb(header.icc, mode)
-    return np.array(_apply(transform, image) if transform else image.convert("RGB"))
 
 
 def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:

@@ -302,6 +302,27 @@ def test_icc_profile_is_honoured(format):
     )
 
 
+def linear_gray_profile():
+    """A gray profile with a straight curve: 55 is a fifth of the light of white, which sRGB writes as 128."""
+    xyz = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + xyz, b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, 256) + b"\0\0"}
+    table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(tag))
+        body += tag
+    head = struct.pack(
+        ">I4sI4s4s4s12x4s28x", start + len(body), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp"
+    )
+    return head + xyz + bytes(48) + table + body
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_gray_profile_is_honoured(format):
+    data = encode(Image.new("L", (32, 32), 55), format, icc_profile=linear_gray_profile())
+    rgb = decode_rgb(data)
+    assert np.ptp(rgb) == 0 and abs(int(rgb[0, 0, 0]) - 128) <= 2
+
+
 def test_icc_profile_under_alpha_and_palette():
     for mode in ("RGBA", "P"):
         rgb = decode_rgb(encode(smooth(64, 64).convert(mode), "PNG", icc_profile=swapped_profile()))
