@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnidata.findings import Finding
-from omnidata.schema import INDEX, KEY_PATTERN, MANIFEST, REASONS, REJECTS, Manifest
+from omnidata.schema import IMAGE_TOKENS, INDEX, KEY_PATTERN, MANIFEST, REASONS, REJECTS, Manifest
 from omnidata.shards import BLOCK
 
 if TYPE_CHECKING:
@@ -142,6 +142,9 @@ def check_manifest(manifest: Manifest) -> Iterator[Finding]:
             yield Finding(
                 "manifest", f"{MANIFEST}, {name}", f"is {getattr(manifest, name)}, parts give {value}"
             )
+    missing = [name for name in IMAGE_TOKENS if name not in manifest.special_tokens]
+    if missing:
+        yield Finding("manifest", f"{MANIFEST}, special_tokens", f"lacks {', '.join(missing)}")
     if sum(entry["num_records"] for entry in manifest.inputs) != manifest.num_records:
         yield Finding("manifest", f"{MANIFEST}, inputs", "their num_records do not add up to num_records")
 

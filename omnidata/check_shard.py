@@ -125,7 +125,7 @@ def check_ids(sample: Sample, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _check_blocks(sample: Sample, supervised: np.ndarray, manifest: Manifest) -> Iterator[tuple[str, str]]:
     ids, num_query = sample.input_ids, manifest.num_query
-    start, patch, end = (manifest.special_tokens[name] for name in (IM_START, IM_PATCH, IM_END))
+    start, patch, end = (manifest.special_tokens.get(name, -1) for name in (IM_START, IM_PATCH, IM_END))
     starts = np.flatnonzero(ids == start)
     expected = np.full(len(ids), -1)
     for at in starts:

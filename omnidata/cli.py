@@ -31,6 +31,13 @@ def cli() -> None:
     omnidata inspect data
     omnidata verify data
     omnidata plan data --max-tokens 4096
+
+    Shell completion (bash; zsh and fish likewise), for example in ~/.bashrc:
+
+    \b
+    eval "$(_OMNIDATA_COMPLETE=bash_source omnidata)"
+
+    NO_COLOR=1 takes colours away; a pipe or a file never gets any.
     """
 
 
@@ -225,7 +232,7 @@ def verify(dataset: str, **options: Any) -> int:
 @click.option("--max-images", type=click.IntRange(0), help="Images a pack; by default no limit.")
 @click.option("--global-batch", type=click.IntRange(1), help="Packs a step; by default one a rank.")
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
-@click.option("--split", help="Plan this split; by default train, where there is one.")
+@click.option("--split", help="Split to plan; by default train.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle.")
 @click.option("--epoch", default=0, show_default=True, help="Epoch, from 0.")
 @click.option(
