@@ -24,6 +24,7 @@ import numpy as np
 
 EVENNESS = 1.01  # times the packs of best fit that even packs may take
 _TARGET_FILL = 0.998  # of the packs that even_fit deals to: a little slack saves many misfits
+_MOST_IMAGES = 1.3  # times the images of the mean pack that an even pack may hold
 _TOKEN_ROUNDS = 3  # the last rounds even out tokens alone, those before them tokens and images
 
 Packed = tuple[np.ndarray, int]  # the pack of each sample, int64 [N]; and the number of packs
@@ -61,11 +62,14 @@ def even_fit(
     tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None
 ) -> Packed:
     """Deal samples to as many packs as they need at least; place what does not fit by best fit."""
-    counted = np.asarray(images, np.int64)  # evened out even where they are not limited
-    tokens, images, max_images = _checked(tokens, images, max_tokens, max_images)
-    needed = max(tokens.sum() / max_tokens, images.sum() / max(max_images, 1))
+    tokens, images = np.asarray(tokens, np.int64), np.asarray(images, np.int64)
+    bound = np.inf if max_images is None else max(max_images, 1)
+    needed = max(tokens.sum() / max_tokens, images.sum() / bound)
     num_packs = min(len(tokens), max(int(np.ceil(needed)), round(needed / _TARGET_FILL)))
-    pack_of = _deal(tokens, counted, num_packs)
+    # No pack may end with many more images than the mean one, limited or not: ranks would wait for it.
+    most = int(max(_MOST_IMAGES * images.sum() / max(needed, 1), images.max(initial=1))) + 1
+    tokens, images, max_images = _checked(tokens, images, max_tokens, min(most, bound))
+    pack_of = _deal(tokens, images, num_packs)
     misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
     fitting = np.ones(len(tokens), bool)
     fitting[misfits] = False
