@@ -51,17 +51,17 @@ class ImageStore:
         root: str | os.PathLike[str] | None,
         *,
         allow_http: bool = False,
-        allow_absolute: bool = False,  # for a root that nobody chose, such as the corpus's own folder
+        assumed: bool = False,  # nobody chose the root (the corpus's own folder): it need not exist or confine
         max_bytes: int = MAX_BYTES,
         permit: Permit = is_public,  # which addresses allow_http may reach
     ) -> None:
         self.root = None if root is None else _strip_file(os.fspath(root))
         self.allow_http = allow_http
-        self.allow_absolute = allow_absolute
+        self.assumed = assumed
         self.max_bytes = max_bytes
         self._permit = permit
         self._archive = None
-        if self.root is not None:
+        if self.root is not None and not assumed:
             self._check_root(self.root)
 
     def _check_root(self, root: str) -> None:
@@ -90,7 +90,7 @@ class ImageStore:
         path = _strip_file(ref.path)
         if _protocol(path):
             return self._read_url(path, chosen_by_user=False)
-        if self.root is None or (self.allow_absolute and os.path.isabs(path)):
+        if self.root is None or (self.assumed and os.path.isabs(path)):
             return self._read_unrooted(path)
         return self._read_rooted(self.root, path)
 

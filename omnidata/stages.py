@@ -56,7 +56,7 @@ class Stages:
 
     settings: BuildSettings
     renderer: Renderer
-    stores: dict[str, ImageStore] = field(default_factory=dict)  # by source
+    stores: dict[str, ImageStore] = field(default_factory=dict)  # by image root
 
     @classmethod
     def load(cls, settings: BuildSettings, tokenizer: str) -> Stages:
@@ -106,18 +106,22 @@ class Stages:
 
     def _image(self, source: str, reference: ImageRef) -> EncodedImage:
         settings = self.settings
-        if source not in self.stores:
-            root = settings.image_root or os.path.dirname(source) or "."
-            self.stores[source] = ImageStore(
-                root, allow_http=settings.allow_http, allow_absolute=settings.image_root is None
-            )
         return process_image(
-            self.stores[source].read(reference),
+            self._store(settings.image_root or os.path.dirname(source) or ".").read(reference),
             policy=settings.image_policy,
             image_size=settings.image_size,
             check=settings.check_images,
             quality=settings.quality,
         )
+
+    def _store(self, root: str) -> ImageStore:
+        if root not in self.stores:  # an archive is indexed once, however many sources share it
+            self.stores[root] = ImageStore(
+                root,
+                allow_http=self.settings.allow_http,
+                assumed=self.settings.image_root is None,
+            )
+        return self.stores[root]
 
 
 def _converse(record: Record | Reject) -> Conversation | RejectError | Reject:
