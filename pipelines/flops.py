@@ -8,6 +8,7 @@ MFU = model FLOPs / (seconds x peak of all devices). Tower and language model: o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +33,12 @@ class FlopCount:
     def microbatch(self, microbatch: Microbatch) -> float:
         """FLOPs of one forward and backward."""
         lengths = np.diff(microbatch.cu_seqlens.numpy())
-        tokens = float(token_flops(self.shape, lengths).sum()) * self.token_multiplier
-        head = self.head_flops * num_supervised(microbatch)
-        return tokens + head + self.image_flops * len(microbatch.images)
+        return self.of(lengths, images=len(microbatch.images), supervised=num_supervised(microbatch))
+
+    def of(self, lengths: Sequence[float] | np.ndarray, *, images: int, supervised: int) -> float:
+        """FLOPs for documents of ``lengths`` tokens."""
+        tokens = float(token_flops(self.shape, np.asarray(lengths)).sum()) * self.token_multiplier
+        return tokens + self.head_flops * supervised + self.image_flops * images
 
 
 def count_flops(model: OmniLMMForCausalLM) -> FlopCount:

@@ -11,17 +11,17 @@ What no trace shows is added as OVERHEAD: the CUDA context, workspaces of cuBLAS
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -101,16 +101,18 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch would trace attention step by step, with all its weights."""
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device torch would trace attention step by step, with all its weights.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            return _fused(query, key, value)
-        return func(*args, **(kwargs or {}))
+    A patch rather than a torch function mode: what is recomputed in the backward pass would not see a mode.
+    """
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _fused(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -145,7 +147,7 @@ def estimate(
         strategy = "fsdp" if num_ranks > 1 else "single"
     kept, peak = trace(model, shape)
     sizes = _Sizes.of(model)
-    shards = {"fsdp": num_ranks, "hsdp": recipe.parallel.shard_size or 1}.get(strategy, 1)
+    shards = {"fsdp": num_ranks, "hsdp": min(num_ranks, recipe.parallel.shard_size or 1)}.get(strategy, 1)
     grads = 4 * sizes.trainable  # float32, made while tracing in the compute dtype
     weights = 4 * sizes.sharded / shards + sizes.replicated_bytes
     compute = DTYPES[recipe.run.dtype].itemsize
@@ -199,7 +201,7 @@ def trace(model: OmniLMMForCausalLM, shape: Shape, *, keep_gradients: bool = Fal
     live.ignore(
         x for x in [*model.parameters(), *model.buffers(), *inputs.values()] if isinstance(x, torch.Tensor)
     )
-    with live, _FusedAttention():
+    with live, _fused_attention():
         loss = model(**inputs).loss
         kept = live.now
         loss.backward()
