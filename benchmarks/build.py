@@ -288,6 +288,16 @@ def measure(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     return report | ({TABLES[-1]: memory(corpus, args)} if args.memory else {})
 
 
+def check_peers(python: str) -> None:
+    """Stop now rather than after an hour, if a peer cannot be imported."""
+    imports = (
+        "from streaming import MDSWriter; from litdata import optimize; from img2dataset import download"
+    )
+    answer = subprocess.run([python, "-c", imports], cwd=HERE, capture_output=True, text=True)
+    if answer.returncode:
+        raise SystemExit(f"{python} lacks benchmarks/peers-requirements.txt:\n{answer.stderr[-1000:]}")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -302,6 +312,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work (several hundred MB)  [default: a temporary folder]")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.peers_python:
+        check_peers(args.peers_python)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         corpus = Corpus(Path(folder), samples=args.samples, photos=args.photos)
         report = measure(corpus, args)

@@ -51,7 +51,7 @@ class ImageStore:
         root: str | os.PathLike[str] | None,
         *,
         allow_http: bool = False,
-        assumed: bool = False,  # nobody chose the root (the corpus's own folder): it need not exist or confine
+        assumed: bool = False,  # nobody chose the root: it need not exist, absolute paths pass
         max_bytes: int = MAX_BYTES,
         permit: Permit = is_public,  # which addresses allow_http may reach
     ) -> None:
