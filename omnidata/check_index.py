@@ -65,7 +65,9 @@ def _check_numbers(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
 
     tokens, supervised, images = (table[n].to_numpy() for n in ("n_tokens", "n_supervised", "n_images"))
     sizes = pc.list_value_length(table["image_sizes"]).to_numpy()
+    offsets, nbytes = table["offset"].to_numpy(), table["nbytes"].to_numpy()
     rules = (
+        ((offsets < 0) | (nbytes <= 0), "offset or nbytes is not a place in a file"),
         (supervised < 1, "n_supervised is below 1"),
         (supervised > tokens, "n_supervised is above n_tokens"),
         (sizes != images, "n_images is not the number of image_sizes"),
@@ -145,7 +147,9 @@ def check_manifest(manifest: Manifest) -> Iterator[Finding]:
     missing = [name for name in IMAGE_TOKENS if name not in manifest.special_tokens]
     if missing:
         yield Finding("manifest", f"{MANIFEST}, special_tokens", f"lacks {', '.join(missing)}")
-    if sum(entry["num_records"] for entry in manifest.inputs) != manifest.num_records:
+    if any(not {"source", "num_records"} <= entry.keys() for entry in manifest.inputs):
+        yield Finding("manifest", f"{MANIFEST}, inputs", "an entry lacks its source or num_records")
+    elif sum(entry["num_records"] for entry in manifest.inputs) != manifest.num_records:
         yield Finding("manifest", f"{MANIFEST}, inputs", "their num_records do not add up to num_records")
 
 
@@ -167,8 +171,8 @@ def check_sources(index: pa.Table, rejects: pa.Table, manifest: Manifest) -> Ite
         found.update({pair["values"]: pair["counts"] for pair in table["source"].value_counts().to_pylist()})
     records: Counter[str] = Counter()
     for entry in manifest.inputs:
-        records[entry["source"]] += entry["num_records"]
-    for source in sorted(found.keys() | records.keys()):
+        records[entry.get("source", "")] += entry.get("num_records", 0)
+    for source in sorted(found.keys() | records.keys(), key=str):
         if found[source] != records[source]:
             what = f"{found[source]} samples and rejects, the manifest says {records[source]} records"
             yield Finding("totals", f"source {source}", what)

@@ -62,7 +62,8 @@ def write_tables(file: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table]) 
     import pyarrow.parquet as pq
 
     num_rows = 0
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    # A flipped bit in a page would otherwise pass as another id, offset or hash.
+    with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         for table in tables:
             if table.num_rows:
                 writer.write_table(table, row_group_size=table.num_rows)
@@ -86,14 +87,16 @@ def read_table(
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file, read_dictionary=list(dictionary))
+        parquet = pq.ParquetFile(file, read_dictionary=list(dictionary), page_checksum_verification=True)
         missing = [name for name in columns or schema.names if name not in parquet.schema_arrow.names]
         if missing:
             raise UserError(
                 f"the table lacks the columns {missing}: it was not written by this schema version"
             )
         return parquet.read(columns=list(columns) if columns else schema.names)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's or the network's; Arrow's own errors about content have no number
         raise UserError(f"not a readable Parquet file: {error}") from error
 
 

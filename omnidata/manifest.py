@@ -32,5 +32,8 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
     if data.keys() != names:
         missing, unknown = sorted(names - data.keys()), sorted(data.keys() - names)
         raise UserError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+    shard_keys = {field.name for field in fields(ShardInfo)}
+    if any(shard.keys() != shard_keys for shard in data["shards"]):
+        raise UserError(f"{where}: a shard has other keys than {sorted(shard_keys)}: the dataset is damaged")
     shards = [ShardInfo(**shard) for shard in data.pop("shards")]
     return Manifest(**data, shards=shards)

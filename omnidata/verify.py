@@ -99,12 +99,16 @@ def read_manifest(store: Store) -> Manifest:
 
 def read_or_none(store: Store, name: str) -> pa.Table | None:
     """The index or the rejects; None where the file is missing or no such table."""
+    import pyarrow as pa
+
     schema = index_schema() if name == INDEX else reject_schema()
     try:
         with store.open(name) as file:
-            return read_table(file, schema)
-    except (FileNotFoundError, UserError, OSError):
+            table = read_table(file, schema)
+        table.validate(full=True)  # offsets and UTF-8 of every string
+    except (FileNotFoundError, UserError, pa.ArrowInvalid):
         return None  # the caller reports it
+    return table
 
 
 def quick_findings(store: Store, manifest: Manifest, index: pa.Table | None) -> Iterator[Finding]:

@@ -11,7 +11,9 @@ import pytest
 from tiny_dataset import make_jpeg
 
 from omnidata import cli
+from omnidata.check_index import check_index
 from omnidata.check_shard import ShardChecker, ShardTask, check_ids
+from omnidata.durable import Store
 from omnidata.findings import CODES
 from omnidata.index import index_schema, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
@@ -19,7 +21,7 @@ from omnidata.repair import repair
 from omnidata.schema import IGNORE_INDEX, INDEX, MANIFEST, REJECTS, Sample, UserError
 from omnidata.shard_walk import Damage, ShardWalk
 from omnidata.shards import content_hash, read_sample, write_shard
-from omnidata.verify import verify
+from omnidata.verify import read_or_none, verify
 
 FIRST = "shards/train-00000.tar"
 
@@ -119,6 +121,9 @@ QUICK = {
     "other totals": ("totals", lambda d: put_manifest(d, num_supervised=1)),
     "other splits": ("totals", lambda d: put_manifest(d, splits={"train": 24})),
     "another template": ("tokenizer", lambda d: (d / "tokenizer/chat_template.jinja").write_text("x")),
+    "an input without a source": ("manifest", lambda d: put_manifest(d, inputs=[{"num_records": 27}])),
+    "no image tokens": ("manifest", lambda d: put_manifest(d, special_tokens={"bos": 1})),
+    "a negative offset": ("index", lambda d: put_rows(d, [r | {"offset": -512} for r in rows(d)])),
     "a lost tokenizer": ("tokenizer", lambda d: shutil.rmtree(d / "tokenizer")),
     "a dropped row": ("totals", lambda d: put_rows(d, rows(d)[:3] + rows(d)[4:])),
     "a repeated key": ("duplicate_key", lambda d: put_rows(d, [r | {"key": "same"} for r in rows(d)])),
@@ -139,6 +144,41 @@ def test_the_quick_check_finds(name, data):
     code, damage = QUICK[name]
     damage(data)
     assert code in codes(data, deep=False)
+
+
+@pytest.mark.parametrize("name", [INDEX, REJECTS])
+def test_a_flipped_bit_of_a_table_never_passes_as_other_data(name, data):
+    """Either it is found, or it lay in metadata that nothing reads and the table is what it was."""
+    raw, store = (data / name).read_bytes(), Store(data)
+    good = read_or_none(store, name)
+    outcomes = set()
+    for offset in range(0, len(raw), len(raw) // 120):
+        flip(data / name, offset)
+        table = read_or_none(store, name)
+        same = table is not None and table.equals(good)
+        findings = (
+            list(check_index(table, manifest_of(data))) if table is not None and name == INDEX else [table]
+        )
+        assert same or table is None or findings, f"flip at byte {offset}"
+        outcomes.add(same)
+        (data / name).write_bytes(raw)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("sha256", "sha257"),
+        ("num_tokens", "num_tokenz"),
+        ('"schema_version": 1', '"schema_version": 9'),
+        ("{", "("),
+    ],
+)
+def test_a_damaged_manifest_is_one_clear_line(before, after, data):
+    text = (data / MANIFEST).read_text()
+    (data / MANIFEST).write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=MANIFEST):
+        verify(data)
 
 
 # --- deep -------------------------------------------------------------------------------------------------
