@@ -6,6 +6,7 @@ from typing import Any
 
 from omnidata import corpus
 from omnidata.build_plan import identity_of
+from omnidata.image_store import ImageStore
 from omnidata.schema import IMAGE_TOKENS, UserError
 from omnidata.settings import BuildSettings
 from omnidata.tokenizer import fingerprint, load_tokenizer, prepare_tokenizer, template_fingerprint
@@ -19,6 +20,8 @@ def open_inputs(
     A tokenizer that lacks the image tokens or a chat template gets them here.
     """
     files = open_sources(settings)
+    if settings.image_root is not None:
+        ImageStore(settings.image_root, allow_http=settings.allow_http)  # raises where there is none
     tokenizer = save_tokenizer(settings.tokenizer, folder)
     marks = {"behaviour": fingerprint(tokenizer), "chat template": template_fingerprint(tokenizer)}
     return files, identity_of(settings, files, marks), tokenizer

@@ -16,7 +16,7 @@ ENERGON_VERSION = "7.4.1"  # the release that this layout is tested with
 def energon_files(manifest: Manifest) -> dict[str, bytes]:
     """Path -> content of the files by which Energon knows a WebDataset.
 
-    Each sample arrives there as a dict of its members (CrudeWebdataset); our order of shards is its order.
+    Each sample arrives there as a dict of its members (CrudeWebdataset), for the user's cooker.
     """
     info = {
         "energon_version": ENERGON_VERSION,
@@ -84,15 +84,37 @@ for sample in dataset:
 ## Megatron-Energon
 
 ```python
-from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_train_dataset, get_loader
+from megatron.energon import (
+    Cooker, DefaultTaskEncoder, Sample, WorkerConfig, basic_sample_keys, edataclass, get_loader,
+    get_train_dataset, stateless,
+)
 
-workers = WorkerConfig.default_worker_config(num_workers=0)
+
+@edataclass
+class Example(Sample):
+    input_ids: object  # int32 [L]
+    labels: object
+    images: list  # decoded, in the order of their blocks
+
+
+@stateless
+def cook(raw):
+    images = [raw[name] for name in raw if name.endswith(("jpg", "png", "webp"))]
+    arrays = {{"input_ids": raw["input_ids.npy"], "labels": raw["labels.npy"]}}
+    return Example(**basic_sample_keys(raw), **arrays, images=images)
+
+
+class Encoder(DefaultTaskEncoder):
+    cookers = [Cooker(cook)]
+
+
 dataset = get_train_dataset(
-    ".", split_part="{first_split}", worker_config=workers, batch_size=None, shuffle_buffer_size=None,
-    max_samples_per_sequence=None, repeat=False, task_encoder=DefaultTaskEncoder(),
+    ".", split_part="{first_split}", worker_config=WorkerConfig.default_worker_config(num_workers=0),
+    task_encoder=Encoder(), batch_size=None, shuffle_buffer_size=None, max_samples_per_sequence=None,
+    repeat=False,
 )
 for sample in get_loader(dataset):
-    print(sample["__key__"], sample["input_ids.npy"].shape)
+    print(sample.__key__, sample.input_ids.shape, len(sample.images))
 ```
 
 ## Hugging Face datasets

@@ -7,10 +7,10 @@ spoils a model without an error. So there is one way to load one, and one number
     fingerprint(tokenizer)         hash of the ids of a fixed probe text: behaviour, not files
     special_token_ids(tokenizer)   {"bos": 1, "eos": 2, ..., "<im_patch>": 32000, ...}
     prepare_tokenizer(source, out) a tokenizer with the image and grounding tokens and a chat template
-                                   (a sentencepiece ``.model`` is first converted: see omnidata.sentencepiece_bpe)
+                                   (a sentencepiece ``.model`` is converted first: omnidata.sentencepiece_bpe)
 
-``tokenizer.json`` is the truth. transformers would rebuild a Llama tokenizer's pre-tokenizer from a ``legacy``
-key that its own ``save_pretrained`` drops, and every ``▁`` after a special token would go missing; so every
+``tokenizer.json`` is the truth. transformers would rebuild a Llama tokenizer's pre-tokenizer from a key,
+``legacy``, that its own ``save_pretrained`` drops, and every ``▁`` after a special token would go missing; so every
 tokenizer is loaded as the generic ``TokenizersBackend``, and what was loaded is compared with the file.
 """
 
@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
 
 # Blanks, line ends, digits, scripts, bytes outside the vocabulary, code: where tokenizers differ.
 PROBE = (
     "Hello world  two   three    four \n\n\tTab\r\nline 0123456789 3.14 — naïve Café ﬁ "
-    "图像描述:一只猫。日本語 한국어 العربية हिन्दी 👩‍👩‍👧 \u2028 \xa0 def f(x):\n        return {'a': [1, 2]}\n"
+    "图像描述:一只猫。日本語 한국어 العربية हिन्दी 👩‍👩‍👧 \u2028 \xa0 "
+    "def f(x):\n        return {'a': [1, 2]}\n"
     "<|user|>\nHi<|assistant|>\n[INST] x [/INST]  trailing  "
 )
 
@@ -52,8 +56,9 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
 def _from_pretrained(name: str) -> Any:
     from transformers import TokenizersBackend
 
+    cached_only = not Path(name).is_dir() and _hub_is_unknown()
     try:
-        return TokenizersBackend.from_pretrained(name)
+        return TokenizersBackend.from_pretrained(name, local_files_only=cached_only)
     except (
         OSError,
         ValueError,
@@ -61,8 +66,20 @@ def _from_pretrained(name: str) -> Any:
     ) as error:  # what transformers raises for unknown names and bad files
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"tokenizer {name}: neither a folder with tokenizer.json nor a Hub id that can be reached ({first_line})"
+            f"tokenizer {name}: no folder with tokenizer.json, and no Hub id that can be reached ({first_line})"
         ) from error
+
+
+def _hub_is_unknown() -> bool:
+    """Whether the Hub's name does not resolve: then huggingface_hub would try again for minutes."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False  # the proxy may know it
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _check_against_file(tokenizer: Any, file: Path) -> None:

@@ -1,0 +1,194 @@
+"""The command line: instant help, one clear line for a mistake, exit codes, --config, --dry-run, --json."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny_corpus import digests, write_corpus
+
+from omnidata import cli
+from omnidata.dataset import Dataset
+from omnidata.settings import (
+    BuildSettings,
+    RunOptions,
+    parse_limit,
+    parse_size,
+    parse_split,
+    parse_task,
+    read_config,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("cli") / "c")
+
+
+def flags(corpus, out):
+    settings = corpus.settings
+    return [
+        *("build-shards", *settings.source, "--out", str(out), "--tokenizer", settings.tokenizer),
+        *("--image-root", settings.image_root, "--num-query", "4", "--image-size", "32"),
+        *("--samples-per-shard", "15", "--split", "val=0.1", "--workers", "1"),
+    ]
+
+
+# --- help -------------------------------------------------------------------------------------------------
+
+
+def test_help_is_instant_and_loads_nothing_heavy():
+    code = "import sys; from omnidata.cli import run; run(['--help']); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("torch", "transformers", "numpy", "pyarrow", "rich", "fsspec", "yaml", "tokenizers"):
+        assert f"'{heavy}'" not in out
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "omnidata.cli", "--help"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # time on the CPU, which a busy machine does not stretch; it waits for nothing else
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for name, command in cli.cli.commands.items():
+        assert cli.run([name, "--help"]) == 0
+        assert f"omnidata {name}" in capsys.readouterr().out, f"{name} shows no example"
+        assert all(option.help or option.choices for option in command.params if hasattr(option, "choices"))
+
+
+def test_version_is_the_package_version(capsys):
+    from importlib.metadata import version
+
+    assert cli.run(["--version"]) == 0
+    assert version("omnilmm-toolkit") in capsys.readouterr().out
+
+
+# --- exit codes -------------------------------------------------------------------------------------------
+
+
+def test_a_build_prints_what_it_came_to(corpus, tmp_path, capsys):
+    assert cli.run(flags(corpus, tmp_path / "data")) == 0
+    out, errors = capsys.readouterr()
+    assert "94 samples (train " in out and "6 of 100 records refused" in out
+    assert "no_assistant" in out and "llava.json, item 7: " in out
+    assert "Traceback" not in errors
+    assert cli.run(flags(corpus, tmp_path / "data")) == 1
+    out, errors = capsys.readouterr()
+    assert errors.startswith("Error: ") and errors.count("\n") == 1 and "complete dataset" in errors
+
+
+def test_json_is_for_scripts(corpus, tmp_path, capsys):
+    assert cli.run([*flags(corpus, tmp_path / "data"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_samples"] == 94 and report["num_rejects"] == 6 == sum(report["rejects"].values())
+    assert report["complete"] is True and report["splits"].keys() == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--source", "x"], 2, "No such option"),
+        (["--image-policy", "stretch"], 2, "stretch"),
+        (["--workers", "0"], 2, "--workers"),
+        (["--samples-per-shard", "many"], 2, "--samples-per-shard"),
+        (["--tokenizer", "no/such/tokenizer"], 1, "no/such/tokenizer"),
+        (["--image-root", "no/such/folder"], 1, "no/such/folder"),
+        (["--shard-bytes", "1MB"], 1, "exclude each other"),
+        (["--split", "val=2"], 1, "val=0.01"),
+        (["--split", "val=0.1"], 1, "given twice"),
+        (["--max-rejects", "few"], 1, "5%"),
+        (["--task", "9/8"], 1, "I/N"),
+        (["--config", "no.yaml"], 1, "no.yaml"),
+        (["no/such/corpus.json"], 1, "no/such/corpus.json"),
+    ],
+)
+def test_mistakes(corpus, tmp_path, capsys, change, code, message):
+    assert cli.run([*flags(corpus, tmp_path / "data"), *change]) == code
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_is_missing_is_named(capsys):
+    assert cli.run(["build-shards", "x.json"]) == 2
+    assert "--tokenizer, --out" in capsys.readouterr().err
+    assert cli.run(["build-shards", "--out", "x", "--tokenizer", "y"]) == 2
+    assert "source" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error(corpus, tmp_path):
+    command = [sys.executable, "-m", "omnidata.cli", "build-shards", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait()
+
+
+# --- --config ---------------------------------------------------------------------------------------------
+
+
+def test_a_config_file_says_the_same_as_flags(corpus, tmp_path, capsys):
+    settings = corpus.settings
+    config = {
+        "source": list(settings.source),
+        "tokenizer": settings.tokenizer,
+        "image-root": settings.image_root,
+        "num-query": 4,
+        "image_size": 32,
+        "samples-per-shard": 15,
+        "split": {"val": 0.1},
+        "workers": 1,
+    }
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(config))
+    options = ["build-shards", "--config", str(tmp_path / "build.yaml"), "--quiet"]
+    assert cli.run([*options, "--out", str(tmp_path / "a")]) == 0
+    corpus.build(tmp_path / "b", options=RunOptions(executor="inline", quiet=True))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert cli.run([*options, "--out", str(tmp_path / "c"), "--samples-per-shard", "50"]) == 0
+    assert Dataset(tmp_path / "c").manifest.settings["samples_per_shard"] == 50, "a flag wins"
+    capsys.readouterr()
+    (tmp_path / "build.yaml").write_text("sauce: x\n")
+    assert cli.run(options) == 1
+    assert "no flag is named sauce" in capsys.readouterr().err
+
+
+def test_read_config_takes_scalars_lists_and_maps(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("source: a.json\nsplit: [val=0.1, test=0.2]\n")
+    assert read_config(str(file), names={"source", "split"}) == {
+        "source": ["a.json"],
+        "split": ["val=0.1", "test=0.2"],
+    }
+
+
+# --- --dry-run --------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_what_would_come_and_writes_nothing(corpus, tmp_path, capsys):
+    assert cli.run([*flags(corpus, tmp_path / "data"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "100 records (train " in out and "llava " in out and "messages " in out
+    assert "about 8 shards" in out and "6 refused" in out and "item 7" in out
+    assert "«No. " in out, "supervised text is marked"
+    assert not (tmp_path / "data").exists()
+    assert cli.run([*flags(corpus, tmp_path / "data"), "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_records"] == 100 and len(report["samples"]) == 10
+    corpus.build(tmp_path / "real", options=RunOptions(executor="inline", quiet=True))
+    real = sum(shard.num_bytes for shard in Dataset(tmp_path / "real").manifest.shards)
+    assert 0.5 * real < report["estimated_bytes"] < 2 * real
+
+
+# --- notations --------------------------------------------------------------------------------------------
+
+
+def test_notations():
+    sizes = {"512MB": 512_000_000, "1GiB": 2**30, "4096": 4096, "1.5 kb": 1500, "2T": 2 * 10**12}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    assert parse_split("val=0.01") == parse_split("val=1%") == ("val", 0.01)
+    assert parse_limit("5%") == 0.05 and parse_limit("200") == 200
+    assert parse_task("0/8") == parse_task("8/8") == (0, 8) and parse_task("3/8") == (3, 8)
+    assert BuildSettings(("a",), "t", split={"val": 0.1}).splits == ("train", "val")
