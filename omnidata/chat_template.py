@@ -1,7 +1,7 @@
 """A chat template, and what can be proven about it.
 
 A template is a program that prints messages. To know where each assistant turn is in what it prints, its
-contents are replaced by marks that nobody can have typed, the template prints those, and the marks show the
+contents are replaced by marks, the template prints those, and the marks show the
 pieces of text around each content::
 
     pieces(("user", "assistant"))  ->  ["<|user|>\\n", "</s>\\n<|assistant|>\\n", "</s>\\n"]
@@ -126,7 +126,7 @@ class ChatTemplate:
             ) from error
 
     def _shape(self, roles: tuple[str, ...], generation_prompt: bool = False) -> Shape:
-        marks = [f"x{NONCE}n{i}x" for i in range(len(roles))]
+        marks = [f"{_MARK}{i}\ue001" for i in range(len(roles))]
         bare = _split(self._print(roles, marks, generation_prompt), marks)
         padded = _split(
             self._print(roles, [f"{_LEFT}{mark}{_RIGHT}" for mark in marks], generation_prompt), marks
@@ -149,6 +149,7 @@ class ChatTemplate:
         return tuple(marked)
 
 
+_MARK = "\ue000"  # private use; stands in place of contents, so it need not be a secret
 _LEFT, _RIGHT = "  \n", "\n"  # blanks of different lengths, so that it shows which of them were removed
 
 
@@ -157,7 +158,7 @@ def _split(text: str, marks: Sequence[str]) -> list[str]:
     pieces, rest = [], text
     for i, mark in enumerate(marks):
         piece, found, rest = rest.partition(mark)
-        if not found or mark in rest or NONCE in _without_marks(piece):
+        if not found or mark in rest or _MARK in piece:
             raise RejectError(
                 "mask_unproven", f"the chat template does not print message {i + 1} once and in order"
             )
@@ -184,9 +185,7 @@ def _find_strips(pieces: Sequence[str], padded: Sequence[str]) -> tuple[tuple[bo
 
 
 def _without_marks(text: str) -> str:
-    return (
-        text.replace(GENERATION_START, "").replace(GENERATION_END, "") if GENERATION_START in text else text
-    )
+    return text.replace(GENERATION_START, "").replace(GENERATION_END, "")
 
 
 class _GenerationTag(Extension):

@@ -2,7 +2,7 @@
 
 What a record may look like (the keys decide, not the file it came from)::
 
-    {"id", "image", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}
+    {"id", "image", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}
     {"id", "images": [...], "messages": [{"role": "user", "content": "text" or [parts]}, ...]}
     {"images": [...], "texts": [{"user": ..., "assistant": ...}, ...]}              The Cauldron
     {"image": ..., "question": ..., "answer" or "chosen": ...}                      RLAIF-V
@@ -13,7 +13,8 @@ Step (2) ``read_images``: ``image`` / ``images`` (a path, URL, base64, bytes, {"
          those, or MiniCPM-V's {"<image_00>": path}) -> a pool of references.
 Step (3) ``_Placer``: each placeholder in the text, or image part, takes its image from the pool; every image
          is used exactly once. With no placeholder at all the images lead the first user turn.
-Step (4) ``_check_order``: a system turn comes first or not at all, the others alternate, one is an assistant's.
+Step (4) ``_check_order``: a system turn comes first or not at all, the others alternate, one is the
+         assistant's.
 
 ``<image>`` in text is a placeholder only where no content has image parts of its own: those who write
 ``{"type": "image"}`` have said where their images are, and their text is text.
@@ -142,7 +143,7 @@ _READERS = {
 }
 
 
-# --- step 4: order (before the images, which cost more to look at) -------------------------------------------
+# --- step 4: order (done early: it is cheap) ----------------------------------------------------------------
 
 
 def _role(speaker: Any) -> Role:
@@ -226,7 +227,7 @@ class _Placer:
         if self.images:
             raise RejectError(
                 "placeholder_mismatch",
-                f"{len(self.images)} image placeholders, {len(self.images) + len(left)} images; write one for each",
+                f"{len(self.images)} placeholders, {len(self.images) + len(left)} images; write one each",
             )
         leader = roles.index("user") if "user" in roles else roles.index("assistant")
         line_end = (

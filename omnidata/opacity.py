@@ -110,7 +110,7 @@ class _Flow:
         self.statements(node.body)
 
     def _do_macro(self, node: nodes.Macro) -> None:
-        """A macro gets clean arguments only (see ``_kind_call``), so it must not reach for messages itself."""
+        """A macro gets clean arguments only (see ``_kind_call``), so it may not reach for messages."""
         if any(self.names.get(name.name, CLEAN) for name in node.find_all(nodes.Name)):
             raise NotOpaque
 

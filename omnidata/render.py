@@ -177,7 +177,7 @@ class Renderer:
         rest = header.removeprefix(prompt) if header.startswith(prompt) else ""
         return len(rest) if not rest.strip() else 0
 
-    # --- step 2: conversation -> guarded text -----------------------------------------------------------------
+    # --- step 2: conversation -> guarded text ---------------------------------------------------------------
 
     def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
         messages = self._with_system(conversation.messages)
@@ -207,7 +207,7 @@ class Renderer:
             return tuple(messages)
         return (Message("system", (TextPart(self.default_system),)), *messages)
 
-    # --- step 4: encoding -> ids and labels -------------------------------------------------------------------
+    # --- step 4: encoding -> ids and labels -----------------------------------------------------------------
 
     def _finish(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
@@ -258,7 +258,7 @@ class Renderer:
             f"{length} tokens, over max_length {self.max_length}, and no assistant turn ends before that",
         )
 
-    # --- what kind of tokenizer -------------------------------------------------------------------------------
+    # --- what kind of tokenizer -----------------------------------------------------------------------------
 
     def _prints_zephyr(self) -> bool:
         messages = [
@@ -286,7 +286,15 @@ def _caught(function: Any, *arguments: Any) -> Any:
 
 
 def _content(message: Message) -> str:
-    return "".join(part.text if isinstance(part, TextPart) else IMAGE_GUARD for part in message.parts)
+    text = "".join([part.text if isinstance(part, TextPart) else IMAGE_GUARD for part in message.parts])
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON of other tools may hold half of a surrogate pair
+            raise RejectError(
+                "bad_content", f"character {error.start} of a message is no Unicode text"
+            ) from error
+    return text
 
 
 def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[int], str]:

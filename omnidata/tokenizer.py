@@ -10,7 +10,7 @@ spoils a model without an error. So there is one way to load one, and one number
                                    (a sentencepiece ``.model`` is converted first: omnidata.sentencepiece_bpe)
 
 ``tokenizer.json`` is the truth. transformers would rebuild a Llama tokenizer's pre-tokenizer from a key,
-``legacy``, that its own ``save_pretrained`` drops, and every ``▁`` after a special token would go missing; so every
+``legacy``, that its own ``save_pretrained`` drops, and every ``▁`` after a special token would go; so every
 tokenizer is loaded as the generic ``TokenizersBackend``, and what was loaded is compared with the file.
 """
 
@@ -66,7 +66,7 @@ def _from_pretrained(name: str) -> Any:
     ) as error:  # what transformers raises for unknown names and bad files
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"tokenizer {name}: no folder with tokenizer.json, and no Hub id that can be reached ({first_line})"
+            f"tokenizer {name}: no folder with tokenizer.json, nor a Hub id in reach ({first_line})"
         ) from error
 
 

@@ -148,7 +148,7 @@ class _Finder:
 
 
 def _trailing_backslashes(block: bytes, stop: int, before: int) -> int:
-    """Backslashes in a row that end at ``stop``; those ``before`` the block join where it starts with them."""
+    """Backslashes in a row that end at ``stop``; those ``before`` the block count where it starts with."""
     start = stop
     while start > 0 and block[start - 1] == _BACKSLASH:
         start -= 1

@@ -112,7 +112,7 @@ def _closing(reader: Any, raw: BinaryIO) -> Any:
 
 
 class _ZstdFile(io.RawIOBase):
-    """zstd frames, one after the other; unlike the library's own reader it notices that the last is cut off."""
+    """zstd frames, one after the other; unlike the library's reader it notices that the last is cut off."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self._ready, self._position = raw, memoryview(b""), 0
