@@ -20,11 +20,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "omnilmm"
+# torch 2.11 has not yet; there keys and values are repeated for each query head.
+KERNEL_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def omnilmm_attention(
@@ -120,34 +123,16 @@ def varlen_attention(
     window: int | None,
 ) -> torch.Tensor:
     """torch's variable-length flash attention: CUDA, half precision."""
-    from torch.nn.attention.varlen import varlen_attn
-
     if max_seqlen is None:
         raise ValueError("cu_seqlens on a GPU needs max_seqlen: the kernel is launched from the host")
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    options = varlen_options(window, inspect.signature(varlen_attn).parameters)
-    if "enable_gqa" not in options:  # torch 2.11
+    grouped = {"enable_gqa": True} if KERNEL_GROUPS_HEADS else {}
+    if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **options)
-
-
-def varlen_options(window: int | None, parameters: object) -> dict[str, object]:
-    """Causality, window and grouped heads as this torch's ``varlen_attn`` spells them.
-
-    The kernel's window counts the tokens to the left, transformers' also the token itself.
-    """
-    options: dict[str, object] = {}
-    if "window_size" in parameters:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is not None:
-        raise ValueError(
-            f"this torch ({torch.__version__}) has no sliding window in varlen_attn; use 2.12 or newer"
-        )
-    else:
-        options["is_causal"] = True
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = True
-    return options
+    # The kernel's window counts the tokens to the left, transformers' the token itself as well.
+    left = -1 if window is None else window - 1
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return varlen_attn(q, k, v, *bounds, scale=scale, window_size=(left, 0), **grouped)
 
 
 def _causal_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -108,17 +108,15 @@ def test_the_kernel_is_called_with_its_own_layout_heads_and_window(has_gqa, wind
             q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=False
         )
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel if has_gqa else old_kernel)
+    monkeypatch.setattr(attention, "varlen_attn", kernel if has_gqa else old_kernel)
+    monkeypatch.setattr(attention, "KERNEL_GROUPS_HEADS", has_gqa)
     query, key, value = heads(20)
     expected = attention.masked_attention(query, key, value, BOUNDS, 12, 0.25, window)
     actual = attention.varlen_attention(query, key, value, BOUNDS, 12, 0.25, window)
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_kernel_without_windows_says_so():
-    assert attention.varlen_options(None, {"is_causal": 0}) == {"is_causal": True}
-    with pytest.raises(ValueError, match="no sliding window"):
-        attention.varlen_options(8, {"is_causal": 0})
+def test_the_kernel_needs_the_longest_length():
     with pytest.raises(ValueError, match="max_seqlen"):
         attention.varlen_attention(*heads(20), BOUNDS, None, 0.25, None)
 
