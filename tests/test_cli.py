@@ -1,9 +1,11 @@
 """The command line: instant help, one clear line for a mistake, exit codes, --config, --dry-run, --json."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -192,3 +194,37 @@ def test_notations():
     assert parse_limit("5%") == 0.05 and parse_limit("200") == 200
     assert parse_task("0/8") == parse_task("8/8") == (0, 8) and parse_task("3/8") == (3, 8)
     assert BuildSettings(("a",), "t", split={"val": 0.1}).splits == ("train", "val")
+
+
+# --- cluster files ----------------------------------------------------------------------------------------
+
+CLUSTER = Path(__file__).parents[1] / "pipelines" / "cluster"
+
+
+def test_the_cluster_files_build_a_dataset(corpus, tmp_path):
+    """The commands of the Slurm array and the Kubernetes job, each task as its scheduler would start it."""
+    config = {
+        "source": list(corpus.settings.source),
+        "tokenizer": corpus.settings.tokenizer,
+        "image-root": corpus.settings.image_root,
+        "num-query": 4,
+        "image-size": 32,
+        "samples-per-shard": 50,
+        "split": "val=0.1",
+        "out": str(tmp_path / "data"),
+    }
+    file = tmp_path / "build.yaml"
+    file.write_text(yaml.safe_dump(config))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "1"}
+    script = ["bash", str(CLUSTER / "build-shards.slurm.sh"), str(file)]
+    subprocess.run(script, env=os.environ | {"PATH": path} | slurm, check=True, capture_output=True)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+    job = yaml.safe_load((CLUSTER / "build-shards.kubernetes.yaml").read_text())["spec"]
+    pod = job["template"]["spec"]["containers"][0]
+    assert {entry["name"]: entry["value"] for entry in pod["env"]} == {"TASKS": str(job["completions"])}
+    command = [*pod["command"], pod["args"][0].replace("/config/build.yaml", str(file))]
+    kubernetes = {"JOB_COMPLETION_INDEX": "1", "TASKS": "2"}
+    subprocess.run(command, env=os.environ | {"PATH": path} | kubernetes, check=True, capture_output=True)
+    assert len(Dataset(tmp_path / "data")) == 94
