@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "omnilmm"
-# torch 2.11 has not yet; there keys and values are repeated for each query head.
+# torch 2.11's kernel wants a key and value for each query head; they are repeated there.
 KERNEL_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -59,6 +59,8 @@ def omnilmm_attention(
             f"{query.shape[2]} queries and {key.shape[2]} keys"
         )
     window = sliding_window if sliding_window and sliding_window < (max_length_q or query.shape[2]) else None
+    # Under autocast rotary tables, and so queries and keys, are float32; values have the kernel's dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     attend = _choose(query)
     output_THd = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
     return output_THd[None], None

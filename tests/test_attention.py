@@ -121,6 +121,16 @@ def test_the_kernel_needs_the_longest_length():
         attention.varlen_attention(*heads(20), BOUNDS, None, 0.25, None)
 
 
+def test_under_autocast_the_half_precision_kernel_is_chosen(monkeypatch):
+    """The rotary tables make queries float32 there, which would choose the quadratic path on a GPU."""
+    dtypes = []
+    choose = attention._choose
+    monkeypatch.setattr(attention, "_choose", lambda query: dtypes.append(query.dtype) or choose(query))
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model()(**pack())
+    assert set(dtypes) == {torch.bfloat16}
+
+
 def test_a_batch_of_packs_is_refused():
     query, key, value = (torch.cat([x, x]) for x in heads(20))
     with pytest.raises(ValueError, match="one row"):
