@@ -28,6 +28,7 @@ from omnidata.manifest import manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, Manifest, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 OnShard = Callable[[int, int], None]  # (shards checked, shards in all)
@@ -175,5 +176,12 @@ def shard_tasks(manifest: Manifest, index: pa.Table | None) -> Iterator[ShardTas
     """One task a shard, its rows made into dicts only when it starts; rows are None without an index."""
     rows = {} if index is None else rows_of_shards(index)
     for shard in manifest.shards:
-        mine = rows.get(shard.path, [])
-        yield ShardTask(shard, None if index is None else index.take(mine).to_pylist() if len(mine) else [])
+        mine = rows.get(shard.path)
+        yield ShardTask(shard, None if index is None else [] if mine is None else _take(index, mine))
+
+
+def _take(index: pa.Table, rows: np.ndarray) -> list[dict[str, Any]]:
+    """These rows as dicts; ``rows`` is not empty, and in a sound index it is one run, which needs no copy."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return index.slice(rows[0], len(rows)).to_pylist()
+    return index.take(rows).to_pylist()
