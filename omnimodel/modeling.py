@@ -206,7 +206,8 @@ class OmniLMMModel(_OmniLMM, MistralModel):
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(needs_grad):
             features, grid = vision.patch_features(tower, images)
-        return self.resampler(features, grid)
+        # A frozen tower may be kept in half precision beside a float32 resampler.
+        return self.resampler(features.to(self.resampler.query.dtype), grid)
 
     def _tower_dtype(self) -> torch.dtype:
         return self.vision_tower.patch_embed.proj.weight.dtype

@@ -196,6 +196,15 @@ def test_a_frozen_tower_keeps_no_activations_and_the_resampler_still_learns():
     assert grads["model.vision_tower.pos_embed"] is None and grads["model.norm.weight"] is None
 
 
+def test_a_half_precision_tower_serves_a_float32_model():
+    model = tiny_model()
+    exact = model(**pack()).loss.item()
+    model.model.vision_tower.bfloat16()
+    loss, grads = gradients(model, pack())
+    assert loss.item() == pytest.approx(exact, rel=1e-2)
+    assert grads["model.resampler.query"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_images", [True, False])
 def test_forward_and_backward_read_nothing_back_from_the_device(dtype, with_images):
