@@ -20,7 +20,7 @@ from omnidata.schema import IGNORE_INDEX
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.config import Recipe
 from pipelines.flops import count_flops
-from pipelines.memory import Shape, estimate
+from pipelines.memory import Shape, estimate, shape_of
 from pipelines.model import build_model
 from pipelines.optim import build_optimizer
 from pipelines.parallel import World, compute_dtype
@@ -28,12 +28,12 @@ from pipelines.parallel import World, compute_dtype
 
 def measure(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> dict[str, float]:
     """Predicted and measured memory and seconds of one microbatch with its update."""
-    from pipelines.plan_memory import shape_of
-
     is_cuda = torch.cuda.is_available() and recipe.run.device != "cpu"
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
     world = World(0, 1, device, "single")
     shape = shape_of(recipe, config, dataset)
+    if not is_cuda:
+        _give_back_at_once()
     before = _memory_now(device)
     model = build_model(recipe, config, world).model
     optimizer = build_optimizer(model, recipe.optim)
@@ -121,6 +121,14 @@ def random_inputs(config: OmniLMMConfig, shape: Shape, device: torch.device) -> 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _give_back_at_once() -> None:
+    """Let malloc map every tensor by itself: otherwise it holds on to a third of what was freed."""
+    libc = ctypes.CDLL("libc.so.6")
+    threshold, max_maps = -3, -4  # M_MMAP_THRESHOLD, M_MMAP_MAX of mallopt(3)
+    libc.mallopt(threshold, 1 << 16)
+    libc.mallopt(max_maps, 1 << 20)
 
 
 def _memory_now(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,15 +28,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from omnidata import Dataset
+from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from omnimodel.attention import varlen_attention
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from pipelines.config import Recipe
 from pipelines.model import choose_trainable
-from pipelines.parallel import DTYPES
+from pipelines.parallel import DTYPES, World
 
 ADAM_BYTES = 8  # two float32 moments
 OVERHEAD = {"cpu": 0.0, "cuda": 1.5e9}  # bytes: CUDA context, NCCL and cuBLAS workspaces
+# Of a dataset that is not there yet: an image and this much text a sample, a quarter of it supervised.
+TEXT_TOKENS, SUPERVISED = 96, 0.25
 _PLANNED_ATTENTION = "flash_planned"  # the name must say flash: only such kernels take packed documents
 
 
@@ -66,6 +71,21 @@ class Memory:
         return (
             self.weights + self.gradients + self.optimizer + self.activations + self.passing + self.overhead
         )
+
+
+def shape_of(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> Shape:
+    """A full pack: as the dataset's samples are on average, but with as many images as the recipe lets in."""
+    tokens = recipe.data.max_tokens
+    if dataset is None:
+        documents = max(1, tokens // (config.num_query + 2 + TEXT_TOKENS))
+        images, supervised = documents, int(tokens * SUPERVISED)
+    else:
+        manifest = dataset.manifest
+        share = tokens / manifest.num_tokens
+        documents = max(1, round(manifest.num_samples * share))
+        images, supervised = round(manifest.num_images * share), round(manifest.num_supervised * share)
+    most = recipe.data.max_images
+    return Shape(tokens, images if most is None else most, documents, max(1, supervised))
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -173,6 +193,34 @@ def estimate(
         passing=peak - kept,
         overhead=OVERHEAD[device],
     )
+
+
+def check_fits(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset, world: World) -> str:
+    """The estimate in a line; UserError where the device cannot hold it.
+
+    The estimate of a GPU may be off by some percent, so only what is clearly too large is refused.
+    """
+    microbatches = math.ceil(recipe.data.global_batch / world.size)
+    needed = estimate(
+        recipe,
+        config,
+        shape_of(recipe, config, dataset),
+        num_ranks=world.size,
+        device=world.device.type,
+        microbatches=microbatches,
+    ).total
+    if world.device.type == "cuda":
+        there = torch.cuda.mem_get_info(world.device)[1]
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
+    line = f"memory: about {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB"
+    if needed > 1.1 * there:
+        raise UserError(
+            f"{line} a rank: it would not fit. Lower data.max_tokens or data.max_images, set "
+            "model.activation_checkpointing=full, freeze more, or use more GPUs with parallel.strategy=fsdp; "
+            "python pipelines/plan_memory.py RECIPE shows what takes how much"
+        )
+    return line + (" - close to the limit" if needed > 0.9 * there else "")
 
 
 def planned_model(recipe: Recipe, config: OmniLMMConfig) -> OmniLMMForCausalLM:

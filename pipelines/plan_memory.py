@@ -28,27 +28,10 @@ from omnimodel import OmniLMMConfig
 from pipelines.config import Recipe, load_recipe
 from pipelines.data import model_config
 from pipelines.flops import count_flops
-from pipelines.memory import Shape, estimate, planned_model
+from pipelines.memory import Shape, estimate, planned_model, shape_of
 
 GPU_MEMORY = {"b200": 180e9, "h200": 141e9, "h100": 80e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}
 PUBLISHED = {"vocab_size": 32009}  # OmniLMM-12B; everything else is OmniLMMConfig's default
-# Of a dataset that is not there yet: an image and this much text a sample, a quarter of it supervised.
-TEXT_TOKENS, SUPERVISED = 96, 0.25
-
-
-def shape_of(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> Shape:
-    """A full pack: as the dataset's samples are on average, but with as many images as the recipe lets in."""
-    tokens = recipe.data.max_tokens
-    if dataset is None:
-        documents = max(1, tokens // (config.num_query + 2 + TEXT_TOKENS))
-        images, supervised = documents, int(tokens * SUPERVISED)
-    else:
-        manifest = dataset.manifest
-        share = tokens / manifest.num_tokens
-        documents = max(1, round(manifest.num_samples * share))
-        images, supervised = round(manifest.num_images * share), round(manifest.num_supervised * share)
-    most = recipe.data.max_images
-    return Shape(tokens, images if most is None else most, documents, max(1, supervised))
 
 
 def open_for_planning(recipe: Recipe) -> tuple[OmniLMMConfig, Dataset | None]:

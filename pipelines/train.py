@@ -48,6 +48,7 @@ from pipelines.data import (
 from pipelines.evaluate import Evaluation
 from pipelines.export import export
 from pipelines.guard import LossGuard, StopSignal, Watchdog
+from pipelines.memory import check_fits
 from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
 from pipelines.model import BuiltModel, build_model
 from pipelines.optim import NewTokenRows, build_optimizer, clip_gradients, lr_factor, set_lr
@@ -112,6 +113,8 @@ def prepare(recipe: Recipe, world: World) -> Training:
     refuse_mismatches(recipe, datasets, config)
     loader = train_loader(recipe, world, image_size=config.image_size)
     total_steps = recipe.optim.steps or sum(loader.steps_per_epoch(e) for e in range(recipe.optim.epochs))
+    if world.is_main:
+        print(check_fits(recipe, config, datasets[0], world), flush=True)
     built = build_model(recipe, config, world)
     optimizer = build_optimizer(built.model, recipe.optim)
     rows = new_token_ids(manifest) if recipe.model.train_only_new_tokens else []
