@@ -74,6 +74,10 @@ def test_distributions():
     shown = count_distribution(np.array([20, 21, 60]))
     filled = [(bar.first, bar.last, bar.count) for bar in shown.histogram if bar.count]
     assert filled == [(20, 24, 2), (60, 64, 1)] and len(shown.histogram) == 9
+    assert (shown.min, shown.median, shown.max) == (20, 21, 60)
+    values = np.random.default_rng(0).integers(5, 900, 1001)
+    shown = count_distribution(values)
+    assert (shown.median, shown.p95) == (np.median(values), np.sort(values)[950])
     assert count_distribution(np.zeros(0, int)).histogram == ()
     assert [round_width(span) for span in (1, 16, 17, 33, 81, 1000)] == [1, 1, 2, 5, 10, 100]
     assert lowest(np.array([3, 1, 1, 2, 1]), 2) == [1, 2] and lowest(np.zeros(0), 2) == []
