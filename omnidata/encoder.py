@@ -23,8 +23,6 @@ from omnidata.chat_template import NONCE
 from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, UserError
 
 IMAGE_GUARD = f"\ufdd0{NONCE}image\ufdd1"
-_INNER_BLANK = re.compile("[^▁]▁")
-_SPLIT_WORDS = {"type": "Split", "pattern": {"Regex": "▁+"}, "behavior": "MergedWithNext", "invert": False}
 _BRACKETED = re.compile(r"<.*>|\[.*\]|\{.*\}|.*[|｜].*", re.DOTALL)  # how role markers and tags are spelt
 
 
@@ -104,28 +102,8 @@ def _guarded(state: dict[str, Any], guards: dict[str, str]) -> Any:
     _rename_pieces(state["model"], guards)
     state["post_processor"] = None  # BOS is the renderer's business; ByteLevel's would trim offsets
     state["truncation"] = state["padding"] = None
-    if _words_are_independent(state):
-        state["pre_tokenizer"] = _SPLIT_WORDS
     state["added_tokens"].append(_image_token(state))
     return Tokenizer.from_str(json.dumps(state))
-
-
-def _words_are_independent(state: dict[str, Any]) -> bool:
-    """May the text be cut in words before merging, without any id changing?
-
-    A sentencepiece BPE model without pre-tokenizer merges over the whole text at once. Where no piece has a
-    blank behind another character, no merge can ever join the end of one word to the blank before the next,
-    so words can be merged one by one: the same ids, and the library's cache of words makes it several times
-    faster.
-    """
-    model = state["model"]
-    return (
-        model["type"] == "BPE"
-        and state["pre_tokenizer"] is None
-        and model.get("byte_fallback", False)  # so that no run of unknown characters is fused across a cut
-        and not (model.get("dropout") or model.get("ignore_merges"))
-        and not any(_INNER_BLANK.search(piece) for piece in model["vocab"])
-    )
 
 
 def _image_token(state: dict[str, Any]) -> dict[str, Any]:
