@@ -12,7 +12,6 @@ mode) is fixed, so a shard's bytes are a function of its samples alone::
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -76,16 +75,18 @@ def tar_header(name: str, size: int) -> bytes:
     )
 
 
+_NPY_HEADER = 128  # bytes; numpy pads a vector's header to this
+_NPY_MAGIC = b"\x93NUMPY\x01\x00" + (_NPY_HEADER - 10).to_bytes(2, "little")
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     """An int32 vector as the bytes of a ``.npy`` file (format 1.0).
 
     Example: three ids become a 128-byte header and 12 bytes of data.
     """
-    buffer = io.BytesIO()
-    np.lib.format.write_array(
-        buffer, np.ascontiguousarray(array, dtype="<i4"), version=(1, 0), allow_pickle=False
-    )
-    return buffer.getvalue()
+    # what np.lib.format.write_array writes, in a fifth of its time
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (%d,), }" % len(array)
+    return _NPY_MAGIC + header.ljust(_NPY_HEADER - 11) + b"\n" + np.ascontiguousarray(array, "<i4").tobytes()
 
 
 def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
@@ -136,7 +137,6 @@ def end_archive(file: BinaryIO, position: int) -> None:
 
 # How write_array begins an int32 vector short enough for a 128-byte header: parsed without ``ast``.
 _NPY_PREFIX = npy_bytes(np.zeros(0, np.int32))[:10] + b"{'descr': '<i4', 'fortran_order': False, 'shape': ("
-_NPY_HEADER = 128
 
 
 def read_npy(raw: bytes | memoryview) -> np.ndarray:

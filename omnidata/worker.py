@@ -207,6 +207,8 @@ def write_part(
     if rejects:
         with store.write(rejects_path(task)) as out:
             write_tables(out, reject_schema(), [reject_table(map(asdict, rejects))])
+    else:
+        store.remove(rejects_path(task))  # of a run that was stopped before it wrote its part
     metadata = {"omnidata": json.dumps(asdict(result))}
     with store.write(part_path(task)) as out:
         write_tables(out, index_schema().with_metadata(metadata), [index_table(rows)])

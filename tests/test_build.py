@@ -181,11 +181,13 @@ def test_a_remote_store_gets_the_same(corpus, built, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A corpus of two shards, and its files when built in peace."""
+    """A corpus of three shards with a repeated sample, and its files when built in peace."""
     folder = tmp_path_factory.mktemp("small")
     corpus = write_corpus(folder / "c", num_llava=20, num_chat=6)
+    with open(corpus.folder / "chat.jsonl", "a") as file:  # for --dedup to find
+        file.write(json.dumps(chat_record(0) | {"id": "copy"}) + "\n")
     corpus = replace(corpus, settings=replace(corpus.settings, samples_per_shard=13, split={}, dedup="exact"))
-    corpus.build(folder / "peace", options=INLINE)
+    assert corpus.build(folder / "peace", options=INLINE).rejects["duplicate_sample"] == 1
     return corpus, digests(folder / "peace")
 
 
@@ -220,7 +222,7 @@ def test_killed_at_any_durable_step_the_same_command_completes_the_same_dataset(
     corpus, want = small
     total = count_steps(corpus, tmp_path / "count")
     assert total > 60
-    for step in [*range(1, total - 12, 3), *range(total - 12, total)]:
+    for step in [*range(1, total - 12, 4), *range(total - 12, total)]:
         out = tmp_path / "data"
         assert killed_at(step, corpus, out)
         if (out / MANIFEST).exists():  # only .build/ was left to remove
@@ -330,7 +332,7 @@ def test_a_changed_build_is_refused_naming_what_changed(small, tmp_path):
     with pytest.raises(UserError, match=r"chat.jsonl changed \([\d,]+ -> [\d,]+ bytes\)"):
         corpus.build(out, options=INLINE)
     report = corpus.build(out, options=replace(INLINE, overwrite=True))
-    assert report.complete and report.num_records == 27
+    assert report.complete and report.num_records == 28
 
 
 def test_folders_that_are_not_ours_are_left_alone(small, tmp_path):
@@ -525,5 +527,5 @@ def test_a_signal_becomes_a_clear_message(small, tmp_path, monkeypatch, number):
     with pytest.raises(BuildInterrupted, match="same command again"):
         corpus.build(tmp_path / "data", options=INLINE)
     monkeypatch.undo()
-    assert corpus.build(tmp_path / "data", options=INLINE).shards_built == 1
+    assert corpus.build(tmp_path / "data", options=INLINE).shards_built == 2, "of 3"
     assert digests(tmp_path / "data") == want
