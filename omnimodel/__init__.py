@@ -8,6 +8,8 @@ loss        cross-entropy on supervised positions only
 modeling    all of it as one transformers model
 processing  PIL images and arrays -> pixels for the model
 freezing    which parts train
+blocks      activation checkpointing and torch.compile
+weights     assemble, convert and list checkpoints (python -m omnimodel.weights)
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -212,13 +210,12 @@ def test_bad_parts_are_one_clear_line(parts, tmp_path, change, message, capsys):
     assert message in captured.err and not captured.out
 
 
-def test_the_commands_run_from_a_shell(parts, tmp_path):
-    parts_and_sizes = ["--llm", parts / "llm", "--vision", parts / "vit", "--out", tmp_path / "out"]
-    parts_and_sizes += ["--vision-kwargs", json.dumps(VISION), "--num-query", "4", "--image-size", "28"]
-    command = [sys.executable, "-m", "omnimodel.weights", "assemble", *map(str, parts_and_sizes)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["new_token_ids"]["<im_patch>"] == 87
+def test_the_commands_print_json(parts, tmp_path, capsys):
+    words = ["assemble", "--llm", parts / "llm", "--vision", parts / "vit", "--out", tmp_path / "out"]
+    words += ["--vision-kwargs", json.dumps(VISION), "--num-query", "4", "--image-size", "28"]
+    assert main([*map(str, words)]) == 0
+    assert json.loads(capsys.readouterr().out)["new_token_ids"]["<im_patch>"] == 87
     assert main(["names", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["lm_head.weight"] == [96, 128]
     with pytest.raises(SystemExit, match="2"):
         main(["assemble"])
