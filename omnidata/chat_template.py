@@ -83,9 +83,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, special_tokens: dict[str, str]) -> None:
         self.text = text
-        self._special_tokens = (
-            special_tokens  # {"eos_token": "</s>", ...}, as apply_chat_template passes them
-        )
+        self._special_tokens = special_tokens  # {"eos_token": "</s>", ...}, as transformers passes them
         try:
             self.is_opaque = contents_are_opaque(_environment().parse(text))
             self._template = _environment().from_string(text)
@@ -114,7 +112,11 @@ class ChatTemplate:
     def _render(self, messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=generation_prompt, tools=None, **self._special_tokens
+                messages=messages,
+                add_generation_prompt=generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
             )
         except jinja2.TemplateError as error:
             raise RejectError(
