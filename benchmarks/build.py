@@ -19,6 +19,7 @@ environment with benchmarks/peers-requirements.txt by ``--peers-python``; withou
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import json
 import lzma
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from corpus import make_photos, write_records
 from PIL import Image
 
 HERE = Path(__file__).parent
+PR_SET_CHILD_SUBREAPER = 36
 TOKENIZER = HERE.parent / "tests" / "golden" / "tokenizer"
 OURS = {
     "ours, shrink": ["--image-policy", "shrink"],
@@ -112,16 +114,36 @@ def run(command: list[str], out: Path) -> Usage:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        usages = dict(_reap())
         seconds = time.perf_counter() - started
+        process.returncode = usages[process.pid][0]
         if process.returncode:
             log.seek(0)
             raise SystemExit(
                 f"{' '.join(command)}\nexited with {process.returncode}:\n{log.read().decode()[-3000:]}"
             )
     shutil.rmtree(out, ignore_errors=True)
-    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    used = [usage for _, usage in usages.values()]
+    cpu_seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    return Usage(seconds, cpu_seconds, max(usage.ru_maxrss for usage in used) * 1024)
+
+
+def _reap() -> Iterator[tuple[int, tuple[int, Any]]]:
+    """(pid, (exit code, rusage)) of every child until none is left, orphans of children included.
+
+    Workers may belong to a fork server, whose parent ends without waiting for it.
+    """
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, 0)
+        except ChildProcessError:
+            return
+        yield pid, (os.waitstatus_to_exitcode(status), usage)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def race(corpus: Corpus, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -314,6 +336,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.peers_python:
         check_peers(args.peers_python)
+    adopt_orphans()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         corpus = Corpus(Path(folder), samples=args.samples, photos=args.photos)
         report = measure(corpus, args)
