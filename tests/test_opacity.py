@@ -11,7 +11,7 @@ PRINTS = {
     "trim": LOOP % "{{ m.content | trim }}{{ m.content.strip() }}",
     "type tests": LOOP
     % "{% if m.content is string and 'tool_calls' not in m %}{{ m.get('content') }}{% endif %}",
-    "slices": "{% set rest = messages[1:] %}{% for m in rest %}{{ m.content if loop.last else '' }}{% endfor %}",
+    "slices": "{% for m in messages[1:] %}{{ m.content if loop.last else '' }}{% endfor %}",
     "positions": LOOP % "{% if messages[loop.index0 - 1].role == 'user' %}{{ m.content }}{% endif %}",
     "length": "{% if messages | length > 1 %}{{ messages[0].content }}{% endif %}",
 }
