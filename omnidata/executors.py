@@ -217,7 +217,7 @@ class ProcessExecutor:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=_serve, args=(self._work, theirs, self._lifeline_end), daemon=True
+            target=_serve, args=(self._work, os.getcwd(), theirs, self._lifeline_end), daemon=True
         )
         with one_thread():
             process.start()
@@ -292,8 +292,9 @@ def _how(exitcode: int | None) -> str:
     return f"exit code {exitcode}"
 
 
-def _serve(work: Work, pipe: connection.Connection, lifeline: connection.Connection) -> None:
+def _serve(work: Work, folder: str, pipe: connection.Connection, lifeline: connection.Connection) -> None:
     """A worker's life: take a task, send what happens, until the pipe closes."""
+    os.chdir(folder)  # the server may have been started elsewhere, and paths may be relative
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
@@ -357,7 +358,7 @@ class RayExecutor:
 
     def submit(self, task: Any) -> None:
         """Start a Ray task."""
-        self._running[self._remote.remote(self._work, task)] = task
+        self._running[self._remote.remote(self._work, os.getcwd(), task)] = task
 
     def wait(self) -> list[Event]:
         """Block until a Ray task ended."""
@@ -382,8 +383,10 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def _ray_task(work: Work, task: Any) -> Any:
+def _ray_task(work: Work, folder: str, task: Any) -> Any:
     """Runs on a Ray worker. Nothing is reported on the way: the result says it all."""
+    if os.path.isdir(folder):  # relative paths, where the node has the folder
+        os.chdir(folder)
     try:
         return work(task, lambda data: None)
     except Exception as error:

@@ -128,6 +128,15 @@ def _threads(task, report):
     return os.environ["OMP_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"]
 
 
+def _where(task, report):
+    return os.getcwd()
+
+
+def test_workers_work_where_the_parent_is(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # their server was started somewhere else
+    assert dict(run_tasks(start(_where), [1])) == {1: str(tmp_path)}
+
+
 def test_one_thread_restores_the_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
