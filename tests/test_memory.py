@@ -1,0 +1,113 @@
+"""The planner's figures: against a real run of the same model, torch's own FLOP counter, and the recipes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import CONTEXT
+from torch.utils.flop_counter import FlopCounterMode
+
+from omnidata.schema import UserError
+from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
+from pipelines.config import load_recipe, parse_recipe
+from pipelines.flops import count_flops
+from pipelines.measure import measure, random_inputs
+from pipelines.memory import Shape, check_fits, planned_model, trace
+from pipelines.parallel import World
+from pipelines.plan_memory import estimate_line, plan
+
+CONFIG = {
+    "mm_vision_tower": "vit_tiny_patch16_224",
+    "vision_kwargs": {"depth": 3, "embed_dim": 128, "num_heads": 4, "patch_size": 8, "img_size": 64},
+    "image_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4000,
+    "num_query": 16,
+    "im_patch_token": 3997,
+    "im_start_token": 3998,
+    "im_end_token": 3999,
+}
+
+
+def recipe(**model):
+    return parse_recipe(
+        {
+            "run": {"dir": "unused", "device": "cpu", "threads": 1},
+            "data": {"train": [{"path": "nowhere"}], "max_tokens": 2048, "max_images": 8, "global_batch": 1},
+            "model": {"config": CONFIG, **model},
+            "optim": {"steps": 1},
+        }
+    )
+
+
+def measure_there(queue):
+    queue.put(measure(recipe(), OmniLMMConfig(**CONFIG), None))
+
+
+def test_memory_is_within_15_percent_of_what_the_process_took():
+    """In a process of its own: the peak of this one is somebody else's."""
+    queue = CONTEXT.Queue()
+    process = CONTEXT.Process(target=measure_there, args=(queue,))
+    process.start()
+    figures = queue.get(timeout=100)
+    process.join()
+    assert figures["predicted_memory_gb"] == pytest.approx(figures["measured_memory_gb"], rel=0.15), figures
+
+
+def test_checkpointing_and_freezing_show():
+    shape = Shape(2048, 8, 12, 500)
+    config = OmniLMMConfig(**CONFIG)
+    kept = {
+        mode: trace(planned_model(recipe(activation_checkpointing=mode), config), shape)[0]
+        for mode in ("none", "selective", "full")
+    }
+    assert kept["full"] < 0.3 * kept["none"] and kept["full"] < kept["selective"] < 0.8 * kept["none"]
+    frozen, _ = trace(planned_model(recipe(freeze=["vision_tower"]), config), shape)
+    assert frozen < kept["none"]
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision_tower"], ["vision_tower", "language_model"]])
+def test_flops_against_torch_counting_every_operation(freeze):
+    """Ours count causal attention once; torch counts the whole square, so documents are short here."""
+    torch.manual_seed(0)
+    model = planned_model(recipe(freeze=freeze), OmniLMMConfig(**CONFIG))
+    shape = Shape(512, 2, 16, 100)
+    real = OmniLMMForCausalLM(OmniLMMConfig(**CONFIG))
+    for name, parameter in real.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    inputs = random_inputs(real.config, Shape(512, 2, 4, 100), torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        real(**inputs).loss.backward()
+    ours = count_flops(real).of([128] * 4, images=shape.num_images, supervised=shape.num_supervised)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tried():
+    huge = parse_recipe(
+        {
+            "run": {"dir": "unused"},
+            "data": {"train": [{"path": "x"}], "max_tokens": 200_000_000},
+            "model": {"config": CONFIG},
+            "optim": {"steps": 1},
+        }
+    )
+    world = World(0, 1, torch.device("cpu"), "single")
+    with pytest.raises(UserError, match="would not fit"):
+        check_fits(huge, OmniLMMConfig(**CONFIG), None, world)
+
+
+@pytest.mark.parametrize("name", ["align", "lora"])
+def test_recipes_state_the_planners_estimates(name):
+    path = Path(__file__).parents[1] / "pipelines" / "recipes" / f"{name}.yaml"
+    stated = re.findall(r"^# (estimate: .*)$", path.read_text(), re.MULTILINE)
+    recipe = load_recipe(path)
+    assert len(stated) == 3
+    for line in stated:
+        gpus = int(line.split()[1])
+        if gpus == 8:  # one is enough to notice a change of either side
+            assert line == estimate_line(plan(recipe, gpus=gpus))
