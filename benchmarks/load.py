@@ -7,7 +7,8 @@
 (1) A corpus (benchmarks/corpus.py), built once by ``omnidata build-shards --image-policy keep``, and the
     same samples as MDS and litdata chunks.
 (2) speed: each contender (benchmarks/load_peers.py) in a process of its own, in turns; the best of
-    ``--repeat`` counts. (a) tokens + decoded 448x448 images, (b) tokens + encoded bytes; with each number of workers.
+    ``--repeat`` counts. (a) tokens + decoded 448x448 images, (b) tokens + encoded bytes; with each number of
+    workers.
 (3) floor: decode + resize of the same pictures and nothing else, on one core.
 (4) restart: stop in the middle of an epoch, go on from what was saved; count repeats and losses.
 (5) million: time to the first batch on an index of a million samples, beside a list of JSON lines.
