@@ -115,9 +115,10 @@ def prepare(
 def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
     """For whoever comes when the dataset is complete: all is well if it is the same dataset."""
     manifest = manifest_from_json(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
-    if manifest.settings != identity["settings"]:
+    inputs = [{key: entry[key] for key in entry if key != "num_records"} for entry in manifest.inputs]
+    if (manifest.settings, inputs) != (identity["settings"], identity["inputs"]):
         raise UserError(
-            f"{store.url} already holds a complete dataset of other settings. Choose another --out."
+            f"{store.url} already holds a complete dataset of other settings or inputs. Choose another --out."
         )
     leave(store)
     return report_of(

@@ -150,6 +150,8 @@ def test_tasks_build_the_same_dataset_and_the_last_one_completes_it(corpus, buil
     assert digests(tmp_path / "data") == digests(out)
     again = corpus.build(tmp_path / "data", options=options)
     assert again.complete and again.shards_built == 0, "a task that is started again finds all done"
+    with pytest.raises(UserError, match="other settings or inputs"):
+        corpus.build(tmp_path / "data", options=options, max_length=99)
 
 
 def test_finalize_says_what_is_missing(corpus, built, tmp_path):
