@@ -178,15 +178,14 @@ class LazyDataset(torch.utils.data.Dataset):
         for line in (folder / "records.jsonl").read_text().splitlines():
             row = json.loads(line)
             self.rows[row["id"]] = row
-        self.ids = list(self.rows)
         self.renderer = Renderer(load_tokenizer(folder / "tokenizer"), num_query=16)
         self.process = ImageProcessor(IMAGE_SIZE)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        row = self.rows[self.ids[number]]
+    def __getitem__(self, id: str) -> dict[str, torch.Tensor]:
+        row = self.rows[id]
         rendered = self.renderer.render(to_conversation(Record("", "", row["id"], row)))
         image = self.process(Image.open(self.folder / "photos" / row["image"]))
         ids, labels = (torch.from_numpy(x).long() for x in (rendered.input_ids, rendered.labels))
@@ -213,7 +212,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 class _Trainer(transformers.Trainer):
     """Takes its batches as they are given."""
 
-    batches: list[list[int]]
+    batches: list[list[str]]
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(
@@ -229,7 +228,7 @@ class _StepTimes(transformers.TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def run_trainer(recipe: Recipe, folder: Path, *, batches: list[list[int]]) -> dict[str, Any]:
+def run_trainer(recipe: Recipe, folder: Path, *, batches: list[list[str]]) -> dict[str, Any]:
     """Train with transformers.Trainer on the same samples."""
     config = model_config(recipe, Dataset(folder / "data").manifest)
     world = World(0, 1, torch.device("cpu"), "single")
@@ -281,13 +280,11 @@ class _Clock:
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def batches_of(recipe: Recipe, folder: Path) -> list[list[int]]:
-    """Numbers of the records of our steps, each step's shuffled and dealt to ACCUMULATION batches."""
+def batches_of(recipe: Recipe, folder: Path) -> list[list[str]]:
+    """Ids of the records of our steps, each step's shuffled and dealt to ACCUMULATION batches."""
     dataset = Dataset(folder / "data")
-    number = {
-        key: int(id[1:])
-        for key, id in zip(*(dataset.index[c].to_pylist() for c in ("key", "id")), strict=True)
-    }
+    columns = (dataset.index[name].to_pylist() for name in ("key", "id"))
+    id_of = dict(zip(*columns, strict=True))
     loader = PackLoader(
         [{"path": str(folder / "data"), "split": "train"}],
         global_batch=recipe.data.global_batch,
@@ -299,7 +296,7 @@ def batches_of(recipe: Recipe, folder: Path) -> list[list[int]]:
     )
     batches, draw = [], random.Random(0)
     for step in steps:
-        mine = [number[key] for microbatch in step for key in microbatch.keys]
+        mine = [id_of[key] for microbatch in step for key in microbatch.keys]
         draw.shuffle(mine)
         batches += [mine[first::ACCUMULATION] for first in range(ACCUMULATION)]
     return batches

@@ -88,17 +88,10 @@ def test_flops_against_torch_counting_every_operation(freeze):
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tried():
-    huge = parse_recipe(
-        {
-            "run": {"dir": "unused"},
-            "data": {"train": [{"path": "x"}], "max_tokens": 200_000_000},
-            "model": {"config": CONFIG},
-            "optim": {"steps": 1},
-        }
-    )
+    huge = CONFIG | {"intermediate_size": 10**8}  # five terabytes of weights, gradients and moments
     world = World(0, 1, torch.device("cpu"), "single")
     with pytest.raises(UserError, match="would not fit"):
-        check_fits(huge, OmniLMMConfig(**CONFIG), None, world)
+        check_fits(recipe(), OmniLMMConfig(**huge), None, world)
 
 
 @pytest.mark.parametrize("name", ["align", "lora"])
