@@ -82,16 +82,21 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(tiny_dataset, undisturbed, 
     assert_bit_equal(tmp_path / "run", undisturbed)
 
 
-@pytest.fixture
-def paused(tiny_dataset, tmp_path):
+@pytest.fixture(scope="module")
+def paused_once(tiny_dataset, tmp_path_factory):
     """A run stopped after step 7, with checkpoints of steps 6 and 7."""
-    recipe = recipe_for(tiny_dataset, tmp_path / "run")
-    train(load_recipe(recipe, ["run.stop_after=7"]))
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
-        "step-00000006",
-        "step-00000007",
-    ]
-    return recipe
+    run_dir = tmp_path_factory.mktemp("paused") / "run"
+    train(load_recipe(recipe_for(tiny_dataset, run_dir), ["run.stop_after=7"]))
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000007"]
+    return run_dir
+
+
+@pytest.fixture
+def paused(tiny_dataset, paused_once, tmp_path):
+    """The recipe of a copy of it."""
+    shutil.copytree(paused_once, tmp_path / "run")
+    return recipe_for(tiny_dataset, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no marker", "leftover"])

@@ -1,0 +1,100 @@
+"""Asking a model: the prompt is the one that was trained on, and mistakes are one clear line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_dataset import make_jpeg
+from tiny_recipe import MODEL, ROOT
+
+from omnidata import Dataset
+from omnidata.conversation import to_conversation
+from omnidata.render import Renderer
+from omnidata.schema import Record
+from omnidata.tokenizer import load_tokenizer
+from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
+from pipelines.generate import main, prompt_conversation
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_dataset, tmp_path_factory):
+    """An untrained model with the dataset's tokenizer."""
+    folder = tmp_path_factory.mktemp("generate") / "model"
+    manifest = Dataset(tiny_dataset).manifest
+    ids = {f"im_{name}_token": manifest.special_tokens[f"<im_{name}>"] for name in ("patch", "start", "end")}
+    ids |= {f"{name}_token_id": manifest.special_tokens[name] for name in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    config = OmniLMMConfig(**MODEL, **ids, vocab_size=manifest.vocab_size, num_query=manifest.num_query)
+    OmniLMMForCausalLM(config).save_pretrained(folder)
+    shutil.copytree(tiny_dataset / "tokenizer", folder, dirs_exist_ok=True)
+    (folder.parent / "cat.jpg").write_bytes(make_jpeg(1, 40, 32))
+    return folder
+
+
+@pytest.mark.parametrize("question", ["What is this?", "Left <image> or right <image>?"])
+def test_the_prompt_is_the_start_of_the_training_sample(tiny_dataset, question):
+    renderer = Renderer(load_tokenizer(tiny_dataset / "tokenizer"), num_query=4)
+    images = ["a.jpg"] * max(1, question.count("<image>"))
+    turns = [{"role": "user", "content": question}]
+    prompt = renderer.render_prompt(prompt_conversation(turns, images))
+    payload = {"messages": [*turns, {"role": "assistant", "content": "A cat."}], "images": images}
+    trained = renderer.render(to_conversation(Record("x", "line 1", "x", payload)))
+    start = int(np.argmax(trained.labels != -100))
+    assert np.array_equal(prompt, trained.input_ids[:start])
+
+
+def test_question_answer_truth(model_dir, capsys):
+    image = str(model_dir.parent / "cat.jpg")
+    arguments = ["--model", str(model_dir), "--image", image, "--question", "What?", "--max-new-tokens", "3"]
+    assert main([*arguments, "--truth", "a cat", "--greedy"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "question: What?" and lines[1].startswith("answer:") and lines[-1] == "truth:    a cat"
+
+
+def test_a_file_of_questions_as_json_is_repeatable(model_dir, tmp_path, capsys):
+    rows = [
+        {"image": str(model_dir.parent / "cat.jpg"), "question": "What?", "truth": "a cat"},
+        {"question": "No picture?"},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    arguments = ["--model", str(model_dir), "--questions", str(file), "--json", "--max-new-tokens", "4"]
+    outputs = []
+    for _ in range(2):  # sampled, with the same seed
+        assert main(arguments) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert outputs[0] == outputs[1]
+    assert [row["truth"] for row in outputs[0]] == ["a cat", None]
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "expected"),
+    [
+        ("nowhere.jpg", "What?", "cannot read the image nowhere.jpg"),
+        (__file__, "What?", "image"),
+        (None, "Where is <image>?", "cannot be asked"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(model_dir, capsys, image, question, expected):
+    arguments = ["--model", str(model_dir), "--question", question]
+    assert main(arguments + (["--image", image] if image else [])) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and expected in error and "\n" not in error
+
+
+def test_cluster_examples_hang_together():
+    """As far as can be seen without a cluster: files exist, YAML parses, names and numbers agree."""
+    folder = ROOT / "pipelines" / "cluster"
+    job = yaml.safe_load((folder / "train.kubernetes.yaml").read_text())
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    [container] = worker["template"]["spec"]["containers"]
+    assert job["kind"] == "PyTorchJob" and container["name"] == "pytorch"
+    assert int(job["spec"]["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert job["spec"]["elasticPolicy"]["maxReplicas"] == worker["replicas"]
+    script, recipe, *_ = container["args"]
+    assert (ROOT / script).exists() and (ROOT / recipe).exists()
+    for name in ("train.slurm.sh", "train.torchrun.sh"):
+        assert "pipelines/train.py" in (folder / name).read_text()
