@@ -26,6 +26,7 @@ class OmniLMMConfig(MistralConfig):
     mm_vision_tower: str = EVA02_E  # a timm ViT; its ``.tag`` names weights, otherwise inert
     vision_kwargs: dict[str, Any] | None = None  # passed on to timm.create_model
     num_query: int = 64  # features, and so <im_patch> tokens, an image; a square number
+    resampler_heads: int | None = None  # attention heads; None: one a 128 channels, as the original's
     image_size: int = 448  # pixels a side: images are squashed to this square
     im_patch_token: int = 32000
     im_start_token: int = 32001
@@ -36,6 +37,8 @@ class OmniLMMConfig(MistralConfig):
         self.vision_kwargs = dict(self.vision_kwargs or {})
         self.frozen = list(self.frozen or [])
         super().__post_init__(**kwargs)
+        if self.resampler_heads is None:
+            self.resampler_heads = max(1, self.hidden_size // 128)
         if math.isqrt(self.num_query) ** 2 != self.num_query or self.num_query < 1:
             raise ValueError(
                 f"num_query={self.num_query} is not a square number, and the Resampler's queries form a "
@@ -46,11 +49,6 @@ class OmniLMMConfig(MistralConfig):
     def query_grid(self) -> int:
         """Queries a side of the Resampler's grid."""
         return math.isqrt(self.num_query)
-
-    @property
-    def resampler_heads(self) -> int:
-        """Attention heads of the Resampler: one a 128 channels, at least one."""
-        return max(1, self.hidden_size // 128)
 
     @property
     def image_token_ids(self) -> list[int]:
