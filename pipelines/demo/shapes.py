@@ -48,10 +48,10 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 KINDS = ("circle", "square", "triangle", "cross")
-SIZES = {"small": (14, 17), "large": (24, 28)}  # pixels across, smallest and largest
+SIZES = {"small": (17, 19), "large": (27, 30)}  # pixels across, smallest and largest
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
 AXES = (("left", "right"), ("top", "bottom"))  # where two shapes stand opposite each other
-OFFSET, JITTER = 17, 3  # pixels from the middle to a place's centre, and how far from it a shape may stray
+OFFSET, JITTER = 16, 1.5  # pixels from the middle to a place's centre, and how far from it a shape may stray
 
 SCENES = {"one": 0.40, "sides": 0.25, "colours": 0.20, "pair": 0.15}  # shares of the conversations
 TEXT_ONLY = 0.04  # of the training conversations: no picture at all
