@@ -186,7 +186,7 @@ def floors(corpus: Corpus) -> dict[str, float]:
     import simplejpeg
     import torch
 
-    from omnidata.images import resize_rgb
+    from omnidata.images.pixels import resize_rgb
 
     torch.set_num_threads(1)
     photos = corpus.photos[:200]
@@ -228,7 +228,7 @@ def tokenizing(corpus: Corpus) -> float:
 
 def quality(corpus: Corpus) -> dict[str, float]:
     """Mean |difference| of decode + resize to Pillow's decode + bicubic: of all photographs, of the worst."""
-    from omnidata.images import decode_resized
+    from omnidata.images.pixels import decode_resized
 
     differences = []
     for data in corpus.photos[:200]:
@@ -299,7 +299,7 @@ TABLES = (
 
 def measure(corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON values."""
-    from omnidata.images import backend
+    from omnidata.images.pixels import backend
 
     rates, floor = race(corpus, args), floors(corpus)
     per_core = {name: row["samples_per_second"] / args.workers for name, row in rates.items()}

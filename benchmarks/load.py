@@ -92,7 +92,7 @@ def measure_floor(folder: Path) -> dict[str, float]:
     from load_peers import pillow
 
     from omnidata import Dataset
-    from omnidata.images import decode_resized, decode_rgb, resize_rgb
+    from omnidata.images.pixels import decode_resized, decode_rgb, resize_rgb
 
     torch.set_num_threads(1)
     dataset = Dataset(folder / "ours", "train")

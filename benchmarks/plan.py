@@ -20,9 +20,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from omnidata.catalog import Lengths
-from omnidata.packing import best_fit, even_fit
-from omnidata.plan import EpochPlan, deal
+from omnidata.plan.catalog import Lengths
+from omnidata.plan.epoch import EpochPlan, deal
+from omnidata.plan.packing import best_fit, even_fit
 
 MAX_TOKENS = 4096
 IMAGE_COSTS = {"frozen tower": 221.0, "trained tower": 663.0}

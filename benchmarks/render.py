@@ -84,7 +84,7 @@ def mistral_tokenizer() -> Any:
     """The real Mistral tokenizer, prepared as the demo prepares it."""
     import mistral_common
 
-    from omnidata.tokenizer import prepare_tokenizer
+    from omnidata.text.tokenizer import prepare_tokenizer
 
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     with TemporaryDirectory() as folder:

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from tiny_dataset import build_tiny_dataset
 
-from omnidata.check_index import check_index
 from omnidata.dataset import Dataset
 from omnidata.index import index_schema, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
 from omnidata.schema import INDEX, MANIFEST, ShardInfo, shard_name
+from omnidata.verify.tables import check_index
 
 NUM_QUERY = 64
 SHARD = 1000  # samples

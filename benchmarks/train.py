@@ -39,11 +39,11 @@ from PIL import Image
 
 from omnidata import Dataset
 from omnidata.conversation import to_conversation
-from omnidata.loader import PackLoader
-from omnidata.microbatch import Microbatch
+from omnidata.loader.microbatch import Microbatch
+from omnidata.loader.packs import PackLoader
 from omnidata.render import Renderer
 from omnidata.schema import IGNORE_INDEX, Record
-from omnidata.tokenizer import load_tokenizer
+from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import ImageProcessor
 from pipelines import train
 from pipelines.config import Recipe, parse_recipe
@@ -103,7 +103,7 @@ def tokenizer_of(folder: Path) -> str:
     """A real Mistral tokenizer, from mistral-common's sentencepiece model."""
     import mistral_common
 
-    from omnidata.tokenizer import prepare_tokenizer
+    from omnidata.text.tokenizer import prepare_tokenizer
 
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     prepare_tokenizer(model, folder / "tokenizer")

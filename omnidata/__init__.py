@@ -11,10 +11,10 @@ from typing import Any
 
 _LAZY = {
     "Dataset": "omnidata.dataset",
-    "webdataset_pipeline": "omnidata.wds",
+    "webdataset_pipeline": "omnidata.loader.wds",
     "Renderer": "omnidata.render",
-    "EpochPlan": "omnidata.plan",
-    "PackLoader": "omnidata.loader",
+    "EpochPlan": "omnidata.plan.epoch",
+    "PackLoader": "omnidata.loader.packs",
 }
 
 __all__ = ["Dataset", "EpochPlan", "PackLoader", "Renderer", "webdataset_pipeline"]

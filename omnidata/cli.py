@@ -43,7 +43,7 @@ def cli() -> None:
 
 def _read_config(context: click.Context, parameter: click.Parameter, file: str | None) -> None:
     """Make the values of a YAML file the defaults of this command's flags."""
-    from omnidata.settings import read_config
+    from omnidata.builder.settings import read_config
 
     if file:
         names = {other.name for other in context.command.params} - {"config", "source"} | {"source"}
@@ -91,7 +91,7 @@ def build_shards(**flags: Any) -> None:
     omnidata build-shards 'chat/*.jsonl.zst' --tokenizer tok --out s3://bucket/data --split val=0.01
     omnidata build-shards --config build.yaml --task 3/8
     """
-    from omnidata.settings import options_of, settings_of
+    from omnidata.builder.settings import options_of, settings_of
 
     missing = [name for name in ("source", "tokenizer", "out") if not flags[name] and not flags["dry_run"]]
     if missing:
@@ -100,14 +100,14 @@ def build_shards(**flags: Any) -> None:
     if flags["dry_run"]:
         _print_dry_run(settings, options, as_json=flags["as_json"])
         return
-    from omnidata.build import build
+    from omnidata.builder.driver import build
 
     _print_report(build(settings, flags["out"], options), as_json=flags["as_json"])
 
 
 def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
-    from omnidata import terminal
-    from omnidata.dry_run import dry_run
+    from omnidata.builder import dry_run
+    from omnidata.inspect import terminal
 
     report = dry_run(settings, options)
     _print_report(report, as_json=as_json)
@@ -136,7 +136,7 @@ def prepare_tokenizer(source: str, out: str, chat_template: str | None) -> None:
     \b
     omnidata prepare-tokenizer tokenizer.model.v1 --out tok
     """
-    from omnidata import tokenizer
+    from omnidata.text import tokenizer
 
     tokenizer.prepare_tokenizer(source, out, chat_template=chat_template)
     click.echo(f"Tokenizer written to {out}")
@@ -168,7 +168,7 @@ def _cost_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--source", help="Only samples (or rejects) of this source.")
 @click.option("--rejects", is_flag=True, help="Show the refused records instead of samples.")
 @click.option("--html", metavar="FILE", help="Write one self-contained HTML report.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON; its keys: omnidata/summary.py.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON (omnidata/inspect/summary.py).")
 @_cost_options
 def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **options: Any) -> None:
     """See what a model would learn from DATASET, a folder or URL: totals, then samples in colour.
@@ -183,8 +183,8 @@ def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **
     omnidata inspect data --html report.html
     omnidata inspect s3://bucket/data --json | jq .supervised_share
     """
-    from omnidata import reports
     from omnidata.dataset import Dataset
+    from omnidata.inspect import reports
 
     opened = Dataset(dataset, split)
     choice = reports.Choice(**{name: options.pop(name) for name in reports.Choice.names()})
@@ -207,7 +207,7 @@ def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes for --deep; by default one a core.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Findings as JSON; its keys: omnidata/verify.py.")
+@click.option("--json", "as_json", is_flag=True, help="Findings as JSON (omnidata/verify/dataset.py).")
 def verify(dataset: str, **options: Any) -> int:
     """Prove that DATASET is what its manifest says. Exit 1 with every finding (what, where) if it is not.
 
@@ -219,7 +219,7 @@ def verify(dataset: str, **options: Any) -> int:
     omnidata verify data --deep --workers 8
     omnidata verify data --repair
     """
-    from omnidata import reports
+    from omnidata.inspect import reports
 
     text, exit_code = reports.verify(dataset, **options)
     click.echo(text)
@@ -242,7 +242,7 @@ def verify(dataset: str, **options: Any) -> int:
     show_default=True,
     help="What becomes of samples that no pack can hold; they are counted.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The forecast as JSON; its keys: omnidata/forecast.py.")
+@click.option("--json", "as_json", is_flag=True, help="The forecast as JSON (omnidata/inspect/forecast.py).")
 @_cost_options
 def plan(datasets: tuple[str, ...], **options: Any) -> None:
     """Foresee an epoch on DATASET...: packs, steps, padding, balance over ranks, FLOPs and hours.
@@ -253,7 +253,7 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
     omnidata plan data --max-tokens 4096 --global-batch 64 --world-size 8 --gpus 8
     omnidata plan data more-data --max-tokens 8192 --json
     """
-    from omnidata import reports
+    from omnidata.inspect import reports
 
     reports.plan(datasets, **options)
 

@@ -60,7 +60,7 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: totals and a small gallery."""
-        from omnidata.notebook import gallery
+        from omnidata.inspect.notebook import gallery
 
         return gallery(self)
 

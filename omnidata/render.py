@@ -6,8 +6,8 @@ else::
     <|user|>\\nHi</s>\\n<|assistant|>\\nHello</s>        (Zephyr)
                                        ^^^^^^^^^ supervised
 
-Step (1) ``_Plan``: what the chat template prints around contents of these roles (omnidata.chat_template),
-         with its control tokens guarded (omnidata.encoder), so that contents are inert text.
+Step (1) ``_Plan``: what the chat template prints around contents of these roles (text/chat_template.py),
+         with its control tokens guarded (omnidata.text.encoder), so that contents are inert text.
 Step (2) ``_draft``: the guarded text of one conversation, and where in it, in characters, each assistant
          turn starts and ends.
 Step (3) one ``encode_batch`` for all drafts.
@@ -29,8 +29,6 @@ from typing import Any
 
 import numpy as np
 
-from omnidata.chat_template import ChatTemplate, Shape
-from omnidata.encoder import IMAGE_GUARD, Encoder
 from omnidata.schema import (
     CONTENT_TOKENS,
     IGNORE_INDEX,
@@ -42,7 +40,9 @@ from omnidata.schema import (
     TextPart,
     UserError,
 )
-from omnidata.tokenizer import template_text
+from omnidata.text.chat_template import ChatTemplate, Shape
+from omnidata.text.encoder import IMAGE_GUARD, Encoder
+from omnidata.text.tokenizer import template_text
 
 DEFAULT_SYSTEM = (
     "You are an artificial intelligence assistant, which gives helpful, detailed, "

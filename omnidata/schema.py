@@ -268,7 +268,7 @@ class Manifest:
     schema_version: int
     versions: dict[str, str]  # package -> version that shaped the bytes
     settings: dict[str, Any]  # the resolved build settings
-    tokenizer_fingerprint: str  # omnidata.tokenizer.fingerprint: behaviour on a fixed probe text
+    tokenizer_fingerprint: str  # omnidata.text.tokenizer.fingerprint: behaviour on a fixed probe text
     chat_template_fingerprint: str  # sha256 of the template text
     special_tokens: dict[str, int]  # "<im_patch>", … "bos", "eos", "pad" -> id
     vocab_size: int  # len(tokenizer)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from omnidata import Dataset
-from omnidata.loader import PackLoader
-from omnidata.microbatch import Microbatch
+from omnidata.loader.microbatch import Microbatch
+from omnidata.loader.packs import PackLoader
 from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, Manifest, UserError
-from omnidata.tokenizer import fingerprint, load_tokenizer
+from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMConfig
 from pipelines.config import DatasetConfig, Recipe
 from pipelines.parallel import World

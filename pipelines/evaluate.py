@@ -31,7 +31,7 @@ import transformers
 
 from omnidata import Dataset
 from omnidata.schema import UserError
-from omnidata.tokenizer import fingerprint, load_tokenizer
+from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMForCausalLM
 from pipelines.config import Recipe
 from pipelines.data import model_inputs, open_datasets, val_loader

@@ -3,7 +3,7 @@
     forward     vision tower + resampler, an image;  language model, a document;  lm_head, a supervised token
     training    x 1 frozen with nothing trained before it, x 2 frozen on the gradient's way, x 3 trained
 
-MFU = model FLOPs / (seconds x peak of all devices). Tower and language model: omnidata.cost's formulas.
+MFU = model FLOPs / (seconds x peak of all devices). Tower and language model: as omnidata.inspect.cost.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from omnidata.cost import GPUS, ModelShape, image_flops, token_flops
-from omnidata.microbatch import Microbatch
+from omnidata.inspect.cost import GPUS, ModelShape, image_flops, token_flops
+from omnidata.loader.microbatch import Microbatch
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from omnimodel.freezing import component
 from pipelines.data import num_supervised
@@ -69,7 +69,7 @@ def _passes(trained: set[str]) -> dict[str, int]:
 
 
 def model_shape(config: OmniLMMConfig, tower: torch.nn.Module) -> ModelShape:
-    """What omnidata.cost's formulas need, from a real model."""
+    """What omnidata.inspect.cost's formulas need, from a real model."""
     blocks = [block for block in tower.blocks if not isinstance(block, torch.nn.Identity)]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.hidden_size * head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)

@@ -27,7 +27,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 import torch
 
 from omnidata.conversation import to_conversation
-from omnidata.images import process_image
+from omnidata.images.pixels import process_image
 from omnidata.render import Renderer
 from omnidata.schema import Conversation, Record, RejectError, UserError
 from omnimodel import OmniLMMForCausalLM

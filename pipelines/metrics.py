@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from omnidata.microbatch import Microbatch
+from omnidata.loader.microbatch import Microbatch
 from omnidata.schema import UserError
 from omnimodel.freezing import COMPONENTS, component
 from pipelines.config import Recipe

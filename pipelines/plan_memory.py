@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from omnidata import Dataset
-from omnidata.cost import DEFAULT_GPU, DEFAULT_MFU, GPUS
+from omnidata.inspect.cost import DEFAULT_GPU, DEFAULT_MFU, GPUS
 from omnidata.schema import MANIFEST, UserError
 from omnimodel import OmniLMMConfig
 from pipelines.config import Recipe, load_recipe

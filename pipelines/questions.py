@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from omnidata import Dataset
-from omnidata.images import decode_rgb, resize_rgb
+from omnidata.images.pixels import decode_rgb, resize_rgb
 from omnidata.schema import IGNORE_INDEX, UserError
 from omnimodel import OmniLMMForCausalLM
 

@@ -32,8 +32,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 import torch
 
 from omnidata import Dataset
-from omnidata.loader import PackLoader
-from omnidata.microbatch import Microbatch
+from omnidata.loader.microbatch import Microbatch
+from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
 from pipelines.checkpoint import Checkpoints, restore_training_state, training_state
 from pipelines.config import Recipe, load_recipe, to_yaml

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from omnidata.catalog import Lengths
+from omnidata.plan.catalog import Lengths
 
 
 class MadeUpCatalog:

@@ -14,14 +14,16 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FLOW = [
     ("schema",),
     ("durable", "manifest", "index", "shards"),
-    ("tokenizer",),
-    ("image_store", "images"),
-    ("corpus",),
+    ("corpus", "images", "text"),
     ("conversation",),
     ("render",),
+    ("executors",),
     ("dataset",),
-    ("interop", "card"),
-    ("build", "executors"),
+    ("builder",),
+    ("plan",),
+    ("loader",),
+    ("inspect", "verify"),
+    ("cli",),
 ]
 
 

@@ -13,12 +13,12 @@ import pytest
 from tiny_corpus import BAD, chat_record, digests, write_corpus
 
 from omnidata import durable
-from omnidata.build import BuildInterrupted
+from omnidata.builder.driver import BuildInterrupted
+from omnidata.builder.settings import RunOptions
 from omnidata.dataset import Dataset
 from omnidata.schema import INDEX_COLUMNS, MANIFEST, UserError
-from omnidata.settings import RunOptions
 from omnidata.shards import content_hash
-from omnidata.tokenizer import load_tokenizer
+from omnidata.text.tokenizer import load_tokenizer
 
 INLINE = RunOptions(executor="inline", quiet=True)
 
@@ -491,7 +491,7 @@ def test_shard_bytes_is_a_target(corpus, tmp_path):
 def test_a_record_that_kills_its_worker_is_named(small, tmp_path, monkeypatch):
     from functools import partial
 
-    from omnidata import build as module
+    from omnidata.builder import driver as module
 
     corpus, want = small
     monkeypatch.setattr(module, "work", partial(_poisoned, poison="llava-4"))
@@ -504,7 +504,7 @@ def test_a_record_that_kills_its_worker_is_named(small, tmp_path, monkeypatch):
 
 def _poisoned(job, task, report, *, poison):
     """The build's work, in which decoding the images of one record kills the process, as a bad codec does."""
-    from omnidata import stages, worker
+    from omnidata.builder import stages, worker
 
     original = stages.Stages._finish
 

@@ -12,8 +12,7 @@ import yaml
 from tiny_corpus import digests, write_corpus
 
 from omnidata import cli
-from omnidata.dataset import Dataset
-from omnidata.settings import (
+from omnidata.builder.settings import (
     BuildSettings,
     RunOptions,
     parse_limit,
@@ -22,6 +21,7 @@ from omnidata.settings import (
     parse_task,
     read_config,
 )
+from omnidata.dataset import Dataset
 
 
 @pytest.fixture(scope="module")

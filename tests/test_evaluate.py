@@ -8,7 +8,7 @@ import torch
 from tiny_recipe import MODEL
 
 from omnidata import Dataset
-from omnidata.tokenizer import load_tokenizer
+from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.evaluate import main
 from pipelines.questions import (

@@ -9,6 +9,7 @@ import time
 import pytest
 from tiny_corpus import digests, write_corpus
 
+from omnidata.builder.settings import RunOptions
 from omnidata.executors import (
     InlineExecutor,
     ProcessExecutor,
@@ -18,7 +19,6 @@ from omnidata.executors import (
     run_tasks,
 )
 from omnidata.schema import UserError
-from omnidata.settings import RunOptions
 
 
 def double(task, report):

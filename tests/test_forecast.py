@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from omnidata import Dataset, EpochPlan, cli
-from omnidata.cost import Assumptions
-from omnidata.forecast import Forecast, forecast, padding, rank_balance
+from omnidata.inspect.cost import Assumptions
+from omnidata.inspect.forecast import Forecast, forecast, padding, rank_balance
 
 MAX_TOKENS, GLOBAL_BATCH, WORLD_SIZE = 120, 3, 2
 

@@ -14,7 +14,7 @@ from omnidata import Dataset
 from omnidata.conversation import to_conversation
 from omnidata.render import Renderer
 from omnidata.schema import Record
-from omnidata.tokenizer import load_tokenizer
+from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.generate import main, prompt_conversation
 

@@ -9,7 +9,7 @@ from tiny_dataset import build_tiny_dataset
 
 from omnidata import cli
 from omnidata.dataset import Dataset
-from omnidata.html_report import render_page, write_report
+from omnidata.inspect.html_report import render_page, write_report
 
 needs_chromium = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnidata import web
-from omnidata.image_store import ImageStore
+from omnidata.images import web
+from omnidata.images.store import ImageStore
 from omnidata.schema import ImageRef, RejectError, UserError
 
 FILES = {

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 
-from omnidata.image_header import MAX_BYTES, read_header, sniff
-from omnidata.images import backend, decode_rgb, process_image, resize_rgb
+from omnidata.images.header import MAX_BYTES, read_header, sniff
+from omnidata.images.pixels import backend, decode_rgb, process_image, resize_rgb
 from omnidata.schema import IMAGE_EXTENSIONS, RejectError
 
 PHOTOS = Path(skimage.__file__).parent / "data"
@@ -164,7 +164,7 @@ def test_resize_equals_pillow_and_torch(size):
 def test_dct_scaled_decoding_stays_within_one_even_on_noise():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8))
     data = encode(noise, "JPEG", quality=95)
-    from omnidata import images
+    from omnidata.images import pixels as images
 
     header = read_header(data)
     size = (64, 64)  # 448 / 64 = 7 > 2 × DCT_MARGIN: decoded at half its size

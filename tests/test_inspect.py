@@ -10,12 +10,20 @@ import pytest
 from tiny_dataset import ANSWERS, NUM_QUERY
 
 from omnidata import Dataset, cli
-from omnidata.cost import GPUS, MODELS, Assumptions, epoch_cost, image_flops, token_flops, training_multiplier
-from omnidata.inspect import choose_positions, printable, read_views, spread
+from omnidata.inspect.cost import (
+    GPUS,
+    MODELS,
+    Assumptions,
+    epoch_cost,
+    image_flops,
+    token_flops,
+    training_multiplier,
+)
+from omnidata.inspect.samples import choose_positions, printable, read_views, spread
+from omnidata.inspect.summary import Summary, count_distribution, lowest, round_width, summarize
+from omnidata.inspect.terminal import human_bytes, human_hours, sparkline
 from omnidata.schema import IGNORE_INDEX, UserError
-from omnidata.summary import Summary, count_distribution, lowest, round_width, summarize
-from omnidata.terminal import human_bytes, human_hours, sparkline
-from omnidata.vocabulary import Vocabulary
+from omnidata.text.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

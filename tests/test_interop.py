@@ -11,8 +11,8 @@ import pytest
 import yaml
 from tiny_corpus import write_corpus
 
+from omnidata.builder.settings import RunOptions
 from omnidata.dataset import Dataset
-from omnidata.settings import RunOptions
 
 READERS = ("omnidata", "webdataset", "Megatron-Energon", "Hugging Face datasets")
 

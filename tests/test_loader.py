@@ -16,11 +16,11 @@ from tiny_dataset import NUM_QUERY, build_tiny_dataset
 
 import omnidata
 from omnidata import Dataset
-from omnidata.augment import Augment
-from omnidata.images import decode_rgb, resize_rgb
-from omnidata.loader import PackLoader
-from omnidata.plan import EpochPlan
-from omnidata.reader import LoadError
+from omnidata.images.pixels import decode_rgb, resize_rgb
+from omnidata.loader.augment import Augment
+from omnidata.loader.packs import PackLoader
+from omnidata.loader.reader import LoadError
+from omnidata.plan.epoch import EpochPlan
 from omnidata.schema import IGNORE_INDEX, UserError
 
 SETTINGS = {"global_batch": 6, "max_tokens": 450, "window_samples": 60, "image_size": 24, "num_epochs": 1}

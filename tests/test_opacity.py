@@ -3,7 +3,7 @@
 import pytest
 from throwaway import TEMPLATES
 
-from omnidata.chat_template import ChatTemplate
+from omnidata.text.chat_template import ChatTemplate
 
 LOOP = "{%% for m in messages %%}%s{%% endfor %%}"
 PRINTS = {

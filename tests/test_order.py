@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnidata.order import mix, permutation
+from omnidata.plan.order import mix, permutation
 
 
 def test_values_are_pinned():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnidata.packing import best_fit, even_fit, pack
+from omnidata.plan.packing import best_fit, even_fit, pack
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 4)), max_size=60)
 

@@ -6,7 +6,7 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny_recipe import losses, tiny_recipe, train, write_recipe
 
-from omnidata.loader import PackLoader
+from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
 from pipelines.config import parse_recipe
 from pipelines.parallel import start

@@ -12,8 +12,8 @@ from catalogs import MadeUpCatalog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnidata.blend import Source, quotas
-from omnidata.plan import EpochPlan, Position, deal
+from omnidata.plan.blend import Source, quotas
+from omnidata.plan.epoch import EpochPlan, Position, deal
 from omnidata.schema import UserError
 
 SIZES = [40, 55, 30, 70, 45, 60]

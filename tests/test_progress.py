@@ -2,8 +2,8 @@
 
 import io
 
-from omnidata import progress
-from omnidata.progress import Progress, clock
+from omnidata.builder import progress
+from omnidata.builder.progress import Progress, clock
 
 
 class Terminal(io.StringIO):

@@ -13,9 +13,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_dataset import build_tiny_dataset
 
-from omnidata.cache import SampleCache
-from omnidata.loader import PackLoader
-from omnidata.reader import LoadError
+from omnidata.loader.cache import SampleCache
+from omnidata.loader.packs import PackLoader
+from omnidata.loader.reader import LoadError
 
 
 class Unsteady(MemoryFileSystem):

@@ -17,7 +17,6 @@ from throwaway import (
     sentencepiece_tokenizer,
 )
 
-from omnidata.chat_template import ChatTemplate
 from omnidata.conversation import to_conversation
 from omnidata.render import DEFAULT_SYSTEM, Renderer
 from omnidata.schema import (
@@ -34,6 +33,7 @@ from omnidata.schema import (
     TextPart,
     UserError,
 )
+from omnidata.text.chat_template import ChatTemplate
 
 FAST = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from throwaway import CHATML, byte_level_tokenizer, golden_cases, golden_tokenizer_folder, mistral_model
 
-from omnidata.chat_template import ZEPHYR
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
-from omnidata.tokenizer import (
+from omnidata.text.chat_template import ZEPHYR
+from omnidata.text.tokenizer import (
     PROBE,
     fingerprint,
     load_tokenizer,

@@ -11,17 +11,17 @@ import pytest
 from tiny_dataset import make_jpeg
 
 from omnidata import cli
-from omnidata.check_index import check_index
-from omnidata.check_shard import ShardChecker, ShardTask, check_ids
 from omnidata.durable import Store
-from omnidata.findings import CODES
 from omnidata.index import index_schema, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
-from omnidata.repair import repair
 from omnidata.schema import IGNORE_INDEX, INDEX, MANIFEST, REJECTS, Sample, UserError
-from omnidata.shard_walk import Damage, ShardWalk
 from omnidata.shards import content_hash, read_sample, write_shard
-from omnidata.verify import read_or_none, verify
+from omnidata.verify import repair
+from omnidata.verify.dataset import read_or_none, verify
+from omnidata.verify.findings import CODES
+from omnidata.verify.shard import ShardChecker, ShardTask, check_ids
+from omnidata.verify.shard_walk import Damage, ShardWalk
+from omnidata.verify.tables import check_index
 
 FIRST = "shards/train-00000.tar"
 

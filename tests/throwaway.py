@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omnidata.chat_template import ZEPHYR
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, Conversation, ImagePart, ImageRef, Message, TextPart
+from omnidata.text.chat_template import ZEPHYR
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -86,7 +86,7 @@ def mistral_model() -> Path:
 
 def sentencepiece_tokenizer(template: str = "zephyr") -> Any:
     """The original's tokenizer with another template."""
-    from omnidata.tokenizer import load_tokenizer
+    from omnidata.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(golden_tokenizer_folder())
     tokenizer.chat_template = TEMPLATES[template]

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tiny_dataset import write_tokenizer
 
-from omnidata.build import build
-from omnidata.settings import BuildSettings, RunOptions
+from omnidata.builder.driver import build
+from omnidata.builder.settings import BuildSettings, RunOptions
 
 # What is wrong with which record: reason -> (source, number)
 BAD = {

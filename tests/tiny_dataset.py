@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from omnidata.builder.interop import energon_files
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
-from omnidata.interop import energon_files
 from omnidata.manifest import manifest_to_json
 from omnidata.schema import (
     CONTENT_TOKENS,
@@ -37,7 +37,7 @@ from omnidata.schema import (
     shard_name,
 )
 from omnidata.shards import content_hash, write_shard
-from omnidata.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
+from omnidata.text.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
 
 NUM_QUERY = 4
 TEMPLATE = (

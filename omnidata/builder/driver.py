@@ -1,0 +1,308 @@
+"""Build: from raw corpora to a complete dataset, resumable at every step.
+
+    (1) check_folder   is --out ours to write to?                                   durable
+    (2) open_inputs    what the user named must exist: sources, tokenizer           corpus, tokenizer
+    (3) hold_locks     nobody else may build here                                   durable
+    (4) prepare        the plan in .build/plan.json if it is ours, else a new one   build_plan
+    (5) build_shards   every shard that is not done yet, on any executor            worker, executors
+    (6) drop_repeats   with --dedup exact                                           dedup
+    (7) complete       index, rejects, card, other readers' files; manifest last    finalize
+
+What is in the output folder decides what a run still has to do, so running the same command again is all
+that an interrupted build needs. ``.build/`` is removed at the very end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from omnidata.builder.dedup import drop_repeats
+from omnidata.builder.finalize import complete, first_rejects
+from omnidata.builder.inputs import open_inputs
+from omnidata.builder.layout import ShardTask, cut_shards
+from omnidata.builder.plan import BuildPlan, make_plan, read_plan, what_changed, write_plan
+from omnidata.builder.progress import Progress
+from omnidata.builder.report import BuildReport, describe, partial_report, report_of
+from omnidata.builder.settings import BuildSettings, RunOptions
+from omnidata.builder.worker import PRELOAD, Job, ShardResult, Tally, last_words, read_part, work
+from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
+from omnidata.durable import HOPELESS, LockedError, Store, locked
+from omnidata.executors import (
+    Executor,
+    InlineExecutor,
+    ProcessExecutor,
+    RayExecutor,
+    num_cpus,
+    run_tasks,
+)
+from omnidata.manifest import manifest_from_json
+from omnidata.schema import MANIFEST, TOKENIZER_DIR, UserError
+
+EARLY_RECORDS, EARLY_SHARE = 1000, 0.05  # seen before --max-rejects, as a share, is applied to a part
+
+
+class BuildInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; the message says how to go on."""
+
+
+def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport:
+    """Build, or go on building, the dataset ``out``.
+
+    Raises:
+        UserError: the input, the settings or the folder are not as they must be; says what to do.
+        BuildInterrupted: stopped by a signal; run again to go on.
+    """
+    store = Store(out)
+    check_folder(store, options)
+    with _interrupts(), _full_disk(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
+        files, identity, tokenizer = open_inputs(settings, folder)
+        with hold_locks(store, options):
+            plan = resume_plan(store, identity, options)
+            if store.exists(MANIFEST):
+                return _built_before(store, identity)
+            job = Job(out, settings, files, f"{store.url}/{TOKENIZER_DIR}")
+            with open_executor(job, options) as executor:
+                try:
+                    plan = plan or prepare(store, job, identity, executor, folder)
+                    return _Run(store, job, plan, options, executor, tokenizer).run()
+                except FileNotFoundError:
+                    if options.task is None or not store.exists(MANIFEST):
+                        raise
+                    return _built_before(store, identity)  # another task just completed the dataset
+
+
+# --- (4) the plan -----------------------------------------------------------------------------------------
+
+
+def resume_plan(store: Store, identity: dict[str, Any], options: RunOptions) -> BuildPlan | None:
+    """The plan of the build that was begun here, if it is this one; None to begin anew."""
+    plan = read_plan(store)
+    if plan is not None:
+        changes = what_changed(plan.identity, identity)
+        if not changes:
+            return plan
+        if not options.overwrite:
+            raise UserError(
+                f"{store.url} holds an unfinished build of something else: {'; '.join(changes)}. "
+                "Run it as it was, choose another --out, or begin anew with --overwrite."
+            )
+    if options.overwrite:
+        clear(store)
+    return None
+
+
+def prepare(
+    store: Store, job: Job, identity: dict[str, Any], executor: Executor, tokenizer_folder: str
+) -> BuildPlan:
+    """Make the plan and keep it; where several tasks start together, one does and the others wait."""
+    with locked(store, "plan", wait=True):
+        if (plan := read_plan(store)) is not None:
+            return plan
+        clear(store)
+        store.write_folder(TOKENIZER_DIR, tokenizer_folder)
+        run = functools.partial(run_tasks, executor)
+        plan = make_plan(identity, job.settings, len(job.files), run)
+        write_plan(store, plan)
+        return plan
+
+
+def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
+    """For whoever comes when the dataset is complete: all is well if it is the same dataset."""
+    manifest = manifest_from_json(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
+    inputs = [{key: entry[key] for key in entry if key != "num_records"} for entry in manifest.inputs]
+    if (manifest.settings, inputs) != (identity["settings"], identity["inputs"]):
+        raise UserError(
+            f"{store.url} already holds a complete dataset of other settings or inputs. Choose another --out."
+        )
+    leave(store)
+    return report_of(
+        manifest,
+        out=store.url,
+        shards_built=0,
+        samples_built=0,
+        seconds=0.0,
+        samples_per_second=0.0,
+        first_rejects=[],
+    )
+
+
+@contextlib.contextmanager
+def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
+    """Where the build's tasks run."""
+    function = functools.partial(work, job)
+    private = Store(job.out).is_private or any(
+        "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
+    )
+    if private or options.executor == "inline":
+        executor: Executor = InlineExecutor(function)
+    elif options.executor == "ray":
+        executor = RayExecutor(function, num_workers=options.workers)
+    else:
+        executor = ProcessExecutor(function, num_workers=options.workers or num_cpus(), preload=PRELOAD)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+# --- (5) to (7) -------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One run over a plan: builds what is missing, completes the dataset when nothing is."""
+
+    def __init__(
+        self, store: Store, job: Job, plan: BuildPlan, options: RunOptions, executor: Executor, tokenizer: Any
+    ) -> None:
+        self.store, self.job, self.plan, self.options = store, job, plan, options
+        self.executor, self.tokenizer = executor, tokenizer
+        self.tasks = cut_shards(plan.stretches, job.settings, duplicates=plan.duplicates)
+        self.results: dict[ShardTask, ShardResult] = {}
+        self.built: list[ShardTask] = []  # by this run
+
+    def run(self) -> BuildReport:
+        """Everything that is left to do."""
+        progress = Progress(
+            sum(task.num_records for task in self.my_tasks), len(self.my_tasks), self.options.quiet
+        )
+        try:
+            self.build_shards(progress)
+        finally:
+            progress.close()
+        self.refresh()
+        if len(self.results) < len(self.tasks):
+            return self._partial(progress)
+        try:
+            return self.finish(progress)
+        except LockedError:  # another task came to the end at the same time, and completes the dataset
+            return self._partial(progress)
+
+    @functools.cached_property
+    def my_tasks(self) -> list[ShardTask]:
+        """The shards that this run is to build."""
+        if self.options.finalize:
+            return []
+        part, parts = self.options.task or (0, 1)
+        return self.tasks[part::parts]
+
+    def refresh(self) -> None:
+        """Look which shards are done, whoever built them."""
+        for task in self.tasks:
+            if task not in self.results and (result := read_part(self.store, task)):
+                self.results[task] = result
+
+    # --- shards -------------------------------------------------------------------------------------------
+
+    def build_shards(self, progress: Progress) -> None:
+        """Build those of my shards that are not there."""
+        for task in self.my_tasks:
+            if result := read_part(self.store, task):
+                self.results[task] = result
+                progress.resume(result.num_records, sum(result.rejects.values()))
+        self._check_rejects(progress)
+        missing = [task for task in self.my_tasks if task not in self.results]
+
+        def on_progress(task: ShardTask, tally: Tally) -> None:
+            progress.update(task.path, tally.num_records, tally.num_rejects)
+            self._check_rejects(progress)
+
+        words = functools.partial(last_words, self.store)
+        for task, result in run_tasks(self.executor, missing, on_progress=on_progress, last_words=words):
+            self.results[task] = result
+            self.built.append(task)
+            progress.finish(task.path, result.num_records, sum(result.rejects.values()))
+            self._check_rejects(progress)
+
+    def _check_rejects(self, progress: Progress) -> None:
+        limit, rejects, total = self.options.max_rejects, progress.num_rejects, progress.total_records
+        if limit is None:
+            return
+        if limit < 1:
+            early = progress.num_records >= max(EARLY_RECORDS, EARLY_SHARE * total)
+            allowed = limit * (progress.num_records if early else total)
+        else:
+            allowed = limit
+        if rejects > allowed:
+            examples = "".join(f"\n  {describe(reject)}" for reject in first_rejects(self.store, self.done))
+            raise UserError(
+                f"{rejects:,} of {progress.num_records:,} records were refused, more than --max-rejects "
+                f"allows. What is built is kept: run again with a higher limit to go on.{examples}"
+            )
+
+    @property
+    def done(self) -> list[tuple[ShardTask, ShardResult]]:
+        """Finished shards in order."""
+        return [(task, self.results[task]) for task in self.tasks if task in self.results]
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def finish(self, progress: Progress) -> BuildReport:
+        """All shards are there: drop repeats if asked to, then complete the dataset."""
+        with contextlib.nullcontext() if self.options.finalize else locked(self.store, "finalize"):
+            if self.job.settings.dedup == "exact":
+                run = functools.partial(run_tasks, self.executor)
+                self.results.update(drop_repeats(self.store, self.done, run))
+            examples = first_rejects(self.store, self.done)
+            manifest = complete(self.store, self.job.settings, self.plan, self.done, self.tokenizer)
+        return report_of(manifest, first_rejects=examples, **self._facts(progress))
+
+    def _facts(self, progress: Progress) -> dict[str, Any]:
+        samples = sum(self.results[task].num_samples for task in self.built)
+        return {
+            "out": self.store.url,
+            "shards_built": len(self.built),
+            "samples_built": samples,
+            "seconds": round(progress.seconds, 3),
+            "samples_per_second": round(samples / max(progress.seconds, 1e-9), 1),
+        }
+
+    def _partial(self, progress: Progress) -> BuildReport:
+        """Some shards are other tasks' to build."""
+        if self.options.finalize:
+            missing = [task.path for task in self.tasks if task not in self.results]
+            raise UserError(
+                f"{len(missing):,} of {len(self.tasks):,} shards are not built yet ({missing[0]}, …): "
+                "run the tasks that are missing, then --finalize again."
+            )
+        return partial_report(self.done, num_shards=len(self.tasks), **self._facts(progress))
+
+
+# --- what may happen at any time --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """SIGTERM (a scheduler that wants the machine back) ends a build as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise BuildInterrupted("Interrupted. Run the same command again to go on.") from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _full_disk(store: Store) -> Iterator[None]:
+    """An error of the file system that trying again cannot mend becomes one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in HOPELESS:
+            raise
+        raise UserError(
+            f"cannot write to {store.url}: {error}. What is built is kept: "
+            "mend that (free some space?) and run the same command again."
+        ) from error

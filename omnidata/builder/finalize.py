@@ -1,0 +1,113 @@
+"""Finalize: from finished shards to a complete dataset. The manifest is written last, then .build/ goes.
+
+    .build/parts/*.parquet          ─▶ index.parquet       one row group a shard, in shard order
+    .build/parts/*.rejects.parquet  ─▶ rejects.parquet
+    counts of all shards            ─▶ .nv-meta/, README.md, manifest.json
+
+Every step may be repeated after a crash and writes the same bytes again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from omnidata.builder.interop import dataset_card, energon_files
+from omnidata.builder.layout import ShardTask
+from omnidata.builder.plan import BuildPlan
+from omnidata.builder.settings import BuildSettings
+from omnidata.builder.worker import ShardResult, part_path, rejects_path
+from omnidata.builder.workspace import leave
+from omnidata.durable import Store
+from omnidata.images.pixels import backend
+from omnidata.index import index_schema, read_table, reject_schema, write_tables
+from omnidata.manifest import manifest_to_json
+from omnidata.schema import CARD, INDEX, MANIFEST, REJECTS, SCHEMA_VERSION, Manifest, UserError
+from omnidata.text.tokenizer import fingerprint, special_token_ids, template_fingerprint
+
+Results = Sequence[tuple[ShardTask, ShardResult]]  # in the order of the shards
+
+
+def complete(
+    store: Store, settings: BuildSettings, plan: BuildPlan, results: Results, tokenizer: Any
+) -> Manifest:
+    """Write everything that the shards do not hold.
+
+    Raises:
+        UserError: not one sample was built.
+    """
+    manifest = make_manifest(settings, plan, results, tokenizer)
+    if not manifest.num_samples:
+        raise UserError(
+            f"none of the {manifest.num_records:,} records became a sample: {manifest.rejects}. "
+            "Look at the first rejects above; mostly the format or --image-root is not right."
+        )
+    with store.write(INDEX) as file:
+        write_tables(file, index_schema(), _tables(store, results, index_schema(), part_path))
+    with store.write(REJECTS) as file:
+        write_tables(file, reject_schema(), _tables(store, results, reject_schema(), rejects_path))
+    for path, content in energon_files(manifest).items():
+        store.write_bytes(path, content)
+    store.write_bytes(CARD, dataset_card(manifest).encode())
+    store.write_bytes(MANIFEST, manifest_to_json(manifest))
+    leave(store)
+    return manifest
+
+
+def _tables(store: Store, results: Results, schema: pa.Schema, path_of: Any) -> Iterator[pa.Table]:
+    for task, result in results:
+        if result.num_samples if path_of is part_path else result.rejects:
+            with store.open(path_of(task)) as file:
+                yield read_table(file, schema)
+
+
+def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, tokenizer: Any) -> Manifest:
+    """Totals of all shards, and what they were made from."""
+    shards = [result.info for _, result in results if result.info]
+    rejects, splits = Counter[str](), Counter[str]()
+    for _, result in results:
+        rejects.update(result.rejects)
+    for shard in shards:
+        splits[shard.split] += shard.num_samples
+    num_samples, num_rejects = sum(splits.values()), sum(rejects.values())
+    assert num_samples + num_rejects == plan.num_records, "samples + rejects = records"
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        versions=plan.identity["versions"],
+        settings=settings.to_json(),
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        chat_template_fingerprint=template_fingerprint(tokenizer),
+        special_tokens=special_token_ids(tokenizer),
+        vocab_size=len(tokenizer),
+        num_query=settings.num_query,
+        image_policy=settings.image_policy,
+        image_size=settings.image_size,
+        resize_backend=backend(),
+        inputs=[
+            entry | {"num_records": plan.records_of_file(number)}
+            for number, entry in enumerate(plan.identity["inputs"])
+        ],
+        num_records=plan.num_records,
+        num_samples=num_samples,
+        num_rejects=num_rejects,
+        num_truncated=sum(len(result.truncated) for _, result in results),
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_supervised=sum(result.num_supervised for _, result in results),
+        num_images=sum(result.num_images for _, result in results),
+        splits={split: splits[split] for split in settings.splits if splits[split]},
+        rejects=dict(sorted(rejects.items())),
+        shards=shards,
+    )
+
+
+def first_rejects(store: Store, results: Results, limit: int = 3) -> list[dict[str, Any]]:
+    """A few rejects, for messages."""
+    rows: list[dict[str, Any]] = []
+    for table in _tables(store, results, reject_schema(), rejects_path):
+        rows += table.slice(0, limit - len(rows)).to_pylist()
+        if len(rows) >= limit:
+            break
+    return rows

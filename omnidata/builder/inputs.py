@@ -1,0 +1,52 @@
+"""Inputs: what the user named must exist. Source files, and the tokenizer as the dataset will carry it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omnidata import corpus
+from omnidata.builder.plan import identity_of
+from omnidata.builder.settings import BuildSettings
+from omnidata.images.store import ImageStore
+from omnidata.schema import IMAGE_TOKENS, UserError
+from omnidata.text.tokenizer import fingerprint, load_tokenizer, prepare_tokenizer, template_fingerprint
+
+
+def open_inputs(
+    settings: BuildSettings, folder: str
+) -> tuple[tuple[corpus.SourceFile, ...], dict[str, Any], Any]:
+    """Files, identity and tokenizer of the build; the tokenizer is saved in ``folder``.
+
+    A tokenizer that lacks the image tokens or a chat template gets them here.
+    """
+    files = open_sources(settings)
+    if settings.image_root is not None:
+        ImageStore(settings.image_root, allow_http=settings.allow_http)  # raises where there is none
+    tokenizer = save_tokenizer(settings.tokenizer, folder)
+    marks = {"behaviour": fingerprint(tokenizer), "chat template": template_fingerprint(tokenizer)}
+    return files, identity_of(settings, files, marks), tokenizer
+
+
+def open_sources(settings: BuildSettings) -> tuple[corpus.SourceFile, ...]:
+    """All input files in order; the same file twice is refused."""
+    files: list[corpus.SourceFile] = []
+    for source in settings.source:
+        files += corpus.open_source(source, format=settings.format)
+    names = [file.source for file in files]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{repeated[0]} is given twice: name each source once")
+    return tuple(files)
+
+
+def save_tokenizer(source: str, folder: str) -> Any:
+    """Write the tokenizer as the dataset will carry it; return it as loaded from there."""
+    tokenizer = None if source.endswith(".model") else load_tokenizer(source)
+    if tokenizer is None or not tokenizer.chat_template:
+        return prepare_tokenizer(source, folder)
+    if not set(IMAGE_TOKENS) <= tokenizer.added_tokens_encoder.keys():
+        return prepare_tokenizer(source, folder, chat_template="keep")
+    tokenizer.save_pretrained(folder)
+    saved = load_tokenizer(folder)
+    if fingerprint(saved) != fingerprint(tokenizer):
+        raise UserError(f"tokenizer {source} does not survive being saved and loaded; do not train with it")
+    return saved

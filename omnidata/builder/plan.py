@@ -1,0 +1,195 @@
+"""The plan of a build: what it is made from, and how the corpus is cut into shards. Kept in
+``.build/plan.json`` until the dataset is complete, so that every run and every task builds the same shards.
+
+    identity_of   settings, tokenizer, versions, inputs: all that can change a byte
+    make_plan     scan (units and their counts) ─▶ survey (splits, sizes, ids) ─▶ Stretch rows
+    what_changed  why an unfinished build cannot go on
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import orjson
+
+from omnidata.builder.layout import MIN_RECORD_BYTES, Stretch, stretch_from_json, stretch_to_json
+from omnidata.builder.settings import BuildSettings
+from omnidata.builder.worker import ScanTask, Survey, SurveyTask
+from omnidata.corpus import SourceFile
+from omnidata.durable import SCRATCH, Store
+from omnidata.schema import SCHEMA_VERSION, UserError
+
+PLAN = f"{SCRATCH}/plan.json"
+# Packages that decide bytes: pixels, ids, templates, Parquet.
+PACKAGES = (
+    "omnilmm-toolkit",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "simplejpeg",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+PROBES = 64  # records built in all, to estimate how many bytes one takes …
+PROBES_PER_UNIT = 4  # … or so many of every unit, where that is more
+RunTasks = Callable[[Sequence[Any]], Iterator[tuple[Any, Any]]]  # executors.run_tasks with an executor
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What .build/plan.json holds."""
+
+    identity: dict[str, Any]
+    stretches: tuple[Stretch, ...]
+    duplicates: tuple[int, ...]  # positions of records refused by --duplicate-ids reject
+
+    @property
+    def num_records(self) -> int:
+        """Records of the whole corpus."""
+        return sum(stretch.num_records for stretch in self.stretches)
+
+    def records_of_file(self, number: int) -> int:
+        """Records of one input file."""
+        return sum(stretch.num_records for stretch in self.stretches if stretch.file == number)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape the bytes."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def identity_of(
+    settings: BuildSettings, files: Sequence[SourceFile], tokenizer: dict[str, str]
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the dataset. Equal identities, equal datasets."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "settings": settings.to_json(),
+        "tokenizer": tokenizer,
+        "versions": versions(),
+        "inputs": [
+            {
+                "source": file.source,
+                "format": file.format,
+                "num_bytes": file.num_bytes,
+                "digest": file.digest(),
+            }
+            for file in files
+        ],
+    }
+
+
+def what_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Differences between two identities, one line each.
+
+    Example: ``["--max-length was 2048 and is 1024", "corpus.json changed (1200 -> 1350 bytes)"]``
+    """
+    old, new = before["settings"], now["settings"]
+    flags = sorted(old.keys() | new.keys())
+    lines = [
+        f"--{name.replace('_', '-')} was {old.get(name)} and is {new.get(name)}"
+        for name in flags
+        if old.get(name) != new.get(name)
+    ]
+    for name in ("tokenizer", "versions"):
+        keys = sorted(before[name].keys() | now[name].keys())
+        pairs = [(key, before[name].get(key), now[name].get(key)) for key in keys]
+        lines += [
+            f"{name[:9]} {key} was {was} and is {is_now}" for key, was, is_now in pairs if was != is_now
+        ]
+    was_in = {entry["source"]: entry for entry in before["inputs"]}
+    is_in = {entry["source"]: entry for entry in now["inputs"]}
+    lines += [f"{source} is new" for source in is_in.keys() - was_in.keys()]
+    lines += [f"{source} is gone" for source in was_in.keys() - is_in.keys()]
+    for source in sorted(was_in.keys() & is_in.keys()):
+        if was_in[source] != is_in[source]:
+            sizes = f"{was_in[source]['num_bytes']:,} -> {is_in[source]['num_bytes']:,} bytes"
+            lines.append(f"{source} changed ({sizes})")
+    if not lines and before != now:
+        lines.append("the order of the inputs or the schema version")
+    return lines
+
+
+# --- on disk ----------------------------------------------------------------------------------------------
+
+
+def read_plan(store: Store) -> BuildPlan | None:
+    """The plan of an unfinished build, or None."""
+    if not store.exists(PLAN):
+        return None
+    content = orjson.loads(store.read_bytes(PLAN))
+    stretches = tuple(stretch_from_json(row) for row in content["stretches"])
+    return BuildPlan(content["identity"], stretches, tuple(content["duplicates"]))
+
+
+def write_plan(store: Store, plan: BuildPlan) -> None:
+    """Keep the plan: from here on the build can be resumed."""
+    content = {
+        "identity": plan.identity,
+        "stretches": [stretch_to_json(stretch) for stretch in plan.stretches],
+        "duplicates": list(plan.duplicates),
+    }
+    store.write_bytes(PLAN, orjson.dumps(content))
+
+
+# --- making one -------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    identity: dict[str, Any], settings: BuildSettings, num_files: int, run: RunTasks, *, weigh: bool = False
+) -> BuildPlan:
+    """Scan and, where the settings need it, survey the corpus; ``weigh`` records even if they do not.
+
+    Raises:
+        UserError: there is not one record.
+    """
+    found = dict(run([ScanTask(number) for number in range(num_files)]))
+    stretches: list[Stretch] = []
+    start = 0
+    for task in sorted(found, key=lambda task: task.file):
+        for unit in found[task]:
+            counts = (unit.num_records, *(0 for _ in settings.split))
+            stretches.append(
+                Stretch(task.file, unit, start, unit.num_records, counts, record_bytes=MIN_RECORD_BYTES)
+            )
+            start += unit.num_records
+    if not start:
+        raise UserError("the sources hold no record at all")
+    read_ids = bool(settings.split) or settings.duplicate_ids == "reject"
+    weigh = weigh or not settings.samples_per_shard
+    if not read_ids and not weigh:
+        return BuildPlan(identity, tuple(stretches), ())
+    num_probes = max(PROBES_PER_UNIT, math.ceil(PROBES / len(stretches))) if weigh else 0
+    tasks = [SurveyTask(number, each, read_ids, num_probes) for number, each in enumerate(stretches)]
+    found = {task.number: answer for task, answer in run(tasks)}
+    surveys = [found[number] for number in range(len(stretches))]
+    repeated = repeats(b"".join(s.ids for s in surveys)) if settings.duplicate_ids == "reject" else ()
+    return BuildPlan(identity, with_surveys(stretches, surveys), tuple(repeated))
+
+
+def with_surveys(stretches: Sequence[Stretch], surveys: Sequence[Survey]) -> tuple[Stretch, ...]:
+    """The stretches with what the surveys found; where no probe became a sample, the mean of the others."""
+    known = [survey.record_bytes for survey in surveys if survey.record_bytes]
+    fallback = max(MIN_RECORD_BYTES, sum(known) // len(known) if known else 0)
+    return tuple(
+        replace(stretch, counts=survey.counts, record_bytes=survey.record_bytes or fallback)
+        for stretch, survey in zip(stretches, surveys, strict=True)
+    )
+
+
+def repeats(digests: bytes) -> list[int]:
+    """Positions of the 16-byte digests that already stood further in front, sorted.
+
+    Example: digests a, b, a, a -> [2, 3].
+    """
+    pairs = np.frombuffer(digests, dtype=[("high", ">u8"), ("low", ">u8")])
+    order = np.lexsort((np.arange(len(pairs)), pairs["low"], pairs["high"]))
+    in_order = pairs[order]
+    same = in_order[1:] == in_order[:-1]
+    return sorted(order[1:][same].tolist())

@@ -1,0 +1,199 @@
+"""Stages: what happens to one record, from a parsed row to a sample or a reject.
+
+    Record ─conversation─▶ Conversation ─render (in batches)─▶ ids + labels ─images─▶ Built
+       └──────────────────────── RejectError at any of them ───────────────▶ Reject
+
+Every record that goes in comes out once, as the one or the other, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from omnidata.builder.settings import BuildSettings
+from omnidata.conversation import to_conversation
+from omnidata.images.pixels import process_image
+from omnidata.images.store import ImageStore
+from omnidata.render import Renderer
+from omnidata.schema import (
+    Conversation,
+    EncodedImage,
+    ImageRef,
+    Record,
+    Reject,
+    RejectError,
+    Rendered,
+    Sample,
+)
+from omnidata.text.tokenizer import load_tokenizer
+
+BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
+BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a batch
+RAW_CHARACTERS = 2000
+
+Note = Callable[[str], object]
+Positioned = tuple[int, Record | Reject]  # position in the whole corpus, and what was read there
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A sample, and what its index row needs besides."""
+
+    sample: Sample
+    record: Record
+    images: tuple[EncodedImage, ...]
+    rendered: Rendered
+
+
+@dataclass
+class Stages:
+    """The stages with everything they need, loaded once a worker."""
+
+    settings: BuildSettings
+    renderer: Renderer
+    stores: dict[str, ImageStore] = field(default_factory=dict)  # by image root
+
+    @classmethod
+    def load(cls, settings: BuildSettings, tokenizer: str) -> Stages:
+        """Load the tokenizer (a path or id) and make the renderer."""
+        renderer = Renderer(
+            load_tokenizer(tokenizer),
+            num_query=settings.num_query,
+            max_length=settings.max_length,
+            content_tokens=settings.content_tokens,
+        )
+        if settings.image_policy == "shrink":
+            import torch
+
+            torch.set_num_threads(1)  # the workers are the parallelism
+        return cls(settings, renderer)
+
+    def run(self, records: Iterable[Positioned], note: Note = lambda text: None) -> Iterator[Built | Reject]:
+        """Carry records through all stages, in order; ``note`` is told what is worked on."""
+        for batch in batches(records, note):
+            note(f"{_place(batch[0][1])} … {_place(batch[-1][1])}")
+            talks = [_converse(record) for _, record in batch]
+            rendered = iter(self.renderer.render_batch([t for t in talks if isinstance(t, Conversation)]))
+            for (position, record), talk in zip(batch, talks, strict=True):
+                outcome = next(rendered) if isinstance(talk, Conversation) else talk
+                note(_place(record))
+                yield self._finish(position, record, talk, outcome)
+
+    def _finish(
+        self, position: int, record: Record | Reject, talk: Any, outcome: Rendered | RejectError | Reject
+    ) -> Built | Reject:
+        if isinstance(record, Reject):
+            return record
+        if isinstance(outcome, RejectError):
+            return rejected(record, outcome)
+        try:
+            images = tuple(self._image(record.source, reference) for reference in talk.images)
+        except RejectError as error:
+            return rejected(record, error)
+        sample = Sample(
+            key=f"{position:09d}",
+            input_ids=outcome.input_ids,
+            labels=outcome.labels,
+            images=tuple(image.data for image in images),
+            image_extensions=tuple(image.extension for image in images),
+        )
+        return Built(sample, record, images, outcome)
+
+    def _image(self, source: str, reference: ImageRef) -> EncodedImage:
+        settings = self.settings
+        return process_image(
+            self._store(settings.image_root or os.path.dirname(source) or ".").read(reference),
+            policy=settings.image_policy,
+            image_size=settings.image_size,
+            check=settings.check_images,
+            quality=settings.quality,
+        )
+
+    def _store(self, root: str) -> ImageStore:
+        if root not in self.stores:  # an archive is indexed once, however many sources share it
+            self.stores[root] = ImageStore(
+                root,
+                allow_http=self.settings.allow_http,
+                assumed=self.settings.image_root is None,
+            )
+        return self.stores[root]
+
+
+def _converse(record: Record | Reject) -> Conversation | RejectError | Reject:
+    if isinstance(record, Reject):
+        return record
+    try:
+        return to_conversation(record)
+    except RejectError as error:
+        return error
+
+
+def _place(record: Record | Reject) -> str:
+    return f"{record.source}, {record.locator} (id {record.id!r})"
+
+
+def batches(records: Iterable[Positioned], note: Note = lambda text: None) -> Iterator[list[Positioned]]:
+    """Records in lists that are worth a batch and still fit in memory when they carry their images."""
+    batch: list[Positioned] = []
+    held = 0
+    for position, record in records:
+        batch.append((position, record))
+        note(f"what follows {_place(record)}")
+        held += carried_bytes(record.payload) if isinstance(record, Record) else 0
+        if len(batch) == BATCH_RECORDS or held >= BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def carried_bytes(value: Any) -> int:
+    """Bytes and characters of what a parsed row holds, nested values included."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(carried_bytes(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return sum(carried_bytes(inner) for inner in value)
+    return 0
+
+
+# --- rejects ----------------------------------------------------------------------------------------------
+
+
+def rejected(record: Record, error: RejectError) -> Reject:
+    """The reject of a record that a stage refused."""
+    return Reject(
+        source=record.source,
+        locator=record.locator,
+        id=record.id,
+        reason=error.reason,
+        detail=error.detail,
+        raw=raw_excerpt(record.payload),
+    )
+
+
+def raw_excerpt(payload: Any) -> str:
+    """The start of a row as JSON, for people: ``{"id": "7", "image": "<81234 bytes>", …``."""
+    try:
+        text = orjson.dumps(_shortened(payload), default=str).decode()
+    except TypeError as error:  # e.g. a lone surrogate, an integer over 64 bits
+        text = f"{error}: {payload!r}"
+    return text[:RAW_CHARACTERS].encode("utf-8", "replace").decode()
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, str):
+        return value[: RAW_CHARACTERS + 1]
+    if isinstance(value, dict):
+        return {str(key): _shortened(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(inner) for inner in value]
+    return value

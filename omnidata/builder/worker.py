@@ -1,0 +1,389 @@
+"""Worker: the kinds of task that a build deals out, each a function of the job and the task alone.
+
+    ScanTask(file)     cut a file into units                                  -> [(unit, number of records)]
+    SurveyTask(unit)   count records a split, weigh a few, collect ids        -> Survey
+    ShardTask          read its records, run the stages, write one shard      -> ShardResult
+    any function       of the job (dedup uses it)
+
+A shard is done when its part is there, which is written last::
+
+    shards/train-00007.tar  shards/train-00007.tar.idx    what the dataset keeps
+    .build/parts/train-00007.rejects.parquet              rows for rejects.parquet, if any
+    .build/parts/train-00007.parquet                      rows for index.parquet; the counts as metadata
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any, BinaryIO
+
+from omnidata import corpus
+from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
+from omnidata.builder.settings import BuildSettings
+from omnidata.builder.stages import Built, Positioned, Stages, raw_excerpt
+from omnidata.durable import SCRATCH, Store
+from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
+from omnidata.schema import Reject, ShardInfo, UserError
+from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
+
+PRELOAD = ("omnidata.builder.worker", "torch", "transformers")  # imported once, before the workers are forked
+REPORT_SECONDS = 0.5
+PARTS = f"{SCRATCH}/parts"
+READING = f"{SCRATCH}/reading"
+
+Report = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a build knows."""
+
+    out: str
+    settings: BuildSettings
+    files: tuple[corpus.SourceFile, ...]  # in order
+    tokenizer: str  # where to load it from
+
+
+@dataclass(frozen=True, slots=True)
+class ScanTask:
+    """Cut one file into units."""
+
+    file: int
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyTask:
+    """Find out more about one unit."""
+
+    number: int
+    stretch: Stretch
+    read_ids: bool
+    num_probes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The answer to a SurveyTask."""
+
+    counts: tuple[int, ...]  # records a split
+    record_bytes: int | None  # mean of the probes that became samples; None if none did
+    ids: bytes  # blake2b-128 of every record's id, one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What a shard came to."""
+
+    num_records: int
+    num_samples: int
+    rejects: dict[str, int]  # reason -> count
+    num_bytes: int
+    truncated: list[str]  # keys of samples that lost turns to max_length
+    num_supervised: int
+    num_images: int
+    info: ShardInfo | None  # None: every record was refused, so there is no shard
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Progress of a running shard."""
+
+    num_records: int
+    num_rejects: int
+    num_bytes: int
+
+
+def work(job: Job, task: Any, report: Report) -> Any:
+    """Do one task."""
+    if isinstance(task, ScanTask):
+        return list(corpus.scan(job.files[task.file]))
+    if isinstance(task, SurveyTask):
+        return survey(job, task)
+    if isinstance(task, ShardTask):
+        return build_shard(job, task, report)
+    return task(job)
+
+
+@lru_cache(maxsize=1)
+def _stages(settings_json: str, tokenizer: str) -> Stages:
+    settings = json.loads(settings_json)
+    for name in ("source", "content_token"):
+        settings[name] = tuple(settings[name])
+    return Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
+
+
+def stages(job: Job) -> Stages:
+    """This process's stages for the job; loaded once."""
+    return _stages(json.dumps(job.settings.to_json()), job.tokenizer)
+
+
+# --- survey -----------------------------------------------------------------------------------------------
+
+
+def read_stretch(job: Job, stretch: Stretch) -> Iterator[Positioned]:
+    """(position in the whole corpus, record) of a stretch."""
+    yield from enumerate(corpus.read(job.files[stretch.file], stretch.unit), start=stretch.start)
+
+
+def survey(job: Job, task: SurveyTask) -> Survey:
+    """Count a unit's records by split and build its first few to see how many bytes they take."""
+    ids, counts = bytearray(), Counter[str]()
+    if task.read_ids:
+        for _, record in read_stretch(job, task.stretch):
+            counts[split_of(identity(record), job.settings)] += 1
+            ids += hashlib.blake2b(identity(record).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    else:
+        counts[job.settings.splits[0]] = task.stretch.num_records
+    probes = islice(read_stretch(job, task.stretch), task.num_probes)
+    sizes = (
+        [num_bytes(built) for built in stages(job).run(probes) if isinstance(built, Built)] if probes else []
+    )
+    mean = sum(sizes) // len(sizes) if sizes else None
+    return Survey(tuple(counts[split] for split in job.settings.splits), mean, bytes(ids))
+
+
+def identity(record: Any) -> str:
+    """What decides a record's split: its id, or its place where there is none (a line that is no JSON)."""
+    return record.id or f"{record.source}:{record.locator}"
+
+
+def num_bytes(built: Built) -> int:
+    """Bytes of a sample in a tar."""
+    return sum(BLOCK + len(data) + -len(data) % BLOCK for _, data in sample_members(built.sample))
+
+
+# --- a shard ----------------------------------------------------------------------------------------------
+
+
+class _NoSampleError(Exception):
+    """Every record of the shard was refused: no file may appear."""
+
+
+def build_shard(job: Job, task: ShardTask, report: Report) -> ShardResult:
+    """Read the task's records, write the shard, its ``.idx`` and, last, its part."""
+    store, run = Store(job.out), _ShardRun(task, report)
+    for path in (task.path, f"{task.path}.idx", part_path(task), rejects_path(task)):
+        store.remove_temps(path)
+    with reading(store, task) as note:
+        outcomes = stages(job).run(records_of(job, task), note)
+        hashed = None
+        with contextlib.suppress(_NoSampleError), store.write(task.path) as file:
+            hashed = run.file = HashedFile(file)
+            spans = write_shard(hashed, run.samples(outcomes))
+            run.place(spans)
+            if not spans:
+                raise _NoSampleError
+    if run.num_records != task.num_records:
+        raise UserError(
+            f"{task} should hold {task.num_records} records but {run.num_records} were read: "
+            "a source changed while it was read. Build anew with --overwrite."
+        )
+    return write_part(store, task, hashed, rows=run.rows, rejects=run.rejects, truncated=run.truncated)
+
+
+def write_part(
+    store: Store,
+    task: ShardTask,
+    file: HashedFile | None,
+    *,
+    rows: list[dict[str, Any]],
+    rejects: list[Reject],
+    truncated: list[str],
+) -> ShardResult:
+    """Write what belongs to a shard's tar; the part comes last and makes the shard done."""
+    result = shard_result(task, file if rows else None, rows, rejects, truncated)
+    if rows:
+        store.write_bytes(f"{task.path}.idx", idx_bytes([(row["offset"], row["nbytes"]) for row in rows]))
+    if rejects:
+        with store.write(rejects_path(task)) as out:
+            write_tables(out, reject_schema(), [reject_table(map(asdict, rejects))])
+    else:
+        store.remove(rejects_path(task))  # of a run that was stopped before it wrote its part
+    metadata = {"omnidata": json.dumps(asdict(result))}
+    with store.write(part_path(task)) as out:
+        write_tables(out, index_schema().with_metadata(metadata), [index_table(rows)])
+    return result
+
+
+def shard_result(
+    task: ShardTask,
+    file: HashedFile | None,
+    rows: list[dict[str, Any]],
+    rejects: list[Reject],
+    truncated: list[str],
+) -> ShardResult:
+    """A finished shard in numbers."""
+    num_tokens = sum(row["n_tokens"] for row in rows)
+    info = file and ShardInfo(
+        task.path, task.split, len(rows), num_tokens, file.num_bytes, file.sha256.hexdigest()
+    )
+    return ShardResult(
+        num_records=len(rows) + len(rejects),
+        num_samples=len(rows),
+        rejects=dict(sorted(Counter(reject.reason for reject in rejects).items())),
+        num_bytes=file.num_bytes if file else 0,
+        truncated=truncated,
+        num_supervised=sum(row["n_supervised"] for row in rows),
+        num_images=sum(row["n_images"] for row in rows),
+        info=info,
+    )
+
+
+def part_path(task: ShardTask) -> str:
+    """The file that says that a shard is done."""
+    return f"{PARTS}/{task.split}-{task.number:05d}.parquet"
+
+
+def rejects_path(task: ShardTask) -> str:
+    """The shard's rejects."""
+    return f"{PARTS}/{task.split}-{task.number:05d}.rejects.parquet"
+
+
+def read_part(store: Store, task: ShardTask) -> ShardResult | None:
+    """The result of a shard that is done, or None.
+
+    A shard whose file is gone or has another size is not done.
+    """
+    import pyarrow.parquet as pq
+
+    if not store.exists(part_path(task)):
+        return None
+    with store.open(part_path(task)) as file:
+        content = json.loads(pq.read_schema(file).metadata[b"omnidata"])
+    info = ShardInfo(**content["info"]) if content["info"] else None
+    if info and store.size(info.path) != info.num_bytes:
+        return None
+    return ShardResult(**(content | {"info": info}))
+
+
+def records_of(job: Job, task: ShardTask) -> Iterator[Positioned]:
+    """The task's records, in corpus order; those that --duplicate-ids refuses as rejects."""
+    for piece in task.pieces:
+        for position, record in _records_of_piece(job, task.split, piece):
+            if position in task.duplicates and not isinstance(record, Reject):
+                detail = f"an earlier record has the id {record.id!r}; --duplicate-ids keep builds both"
+                place = (record.source, record.locator, record.id)
+                record = Reject(*place, "duplicate_id", detail, raw_excerpt(record.payload))
+            yield position, record
+
+
+def _records_of_piece(job: Job, split: str, piece: Piece) -> Iterator[Positioned]:
+    mine = (
+        (position, record)
+        for position, record in read_stretch(job, piece.stretch)
+        if not job.settings.split or split_of(identity(record), job.settings) == split
+    )
+    yield from islice(mine, piece.first, piece.last)
+
+
+class _ShardRun:
+    """What is counted and kept while one shard is written."""
+
+    def __init__(self, task: ShardTask, report: Report) -> None:
+        self._task, self._report = task, report
+        self._next_report = time.monotonic() + REPORT_SECONDS
+        self.rows: list[dict[str, Any]] = []
+        self.rejects: list[Reject] = []
+        self.truncated: list[str] = []
+        self.file: HashedFile | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes if self.file else 0
+
+    @property
+    def num_records(self) -> int:
+        return len(self.rows) + len(self.rejects)
+
+    def samples(self, outcomes: Iterator[Built | Reject]) -> Iterator[Any]:
+        """The samples among the outcomes; each also becomes an index row, each reject is kept."""
+        for outcome in outcomes:
+            if isinstance(outcome, Reject):
+                self.rejects.append(outcome)
+            else:
+                self.rows.append(self._row(outcome))
+                if outcome.rendered.num_truncated_messages:
+                    self.truncated.append(outcome.sample.key)
+                yield outcome.sample
+            if time.monotonic() >= self._next_report:
+                self._next_report = time.monotonic() + REPORT_SECONDS
+                self._report(Tally(self.num_records, len(self.rejects), self.num_bytes))
+
+    def _row(self, built: Built) -> dict[str, Any]:
+        sample, record = built.sample, built.record
+        return {
+            "key": sample.key,
+            "split": self._task.split,
+            "shard": self._task.path,
+            "n_tokens": len(sample.input_ids),
+            "n_supervised": built.rendered.num_supervised,
+            "n_images": len(built.images),
+            "image_sizes": [[image.width, image.height] for image in built.images],
+            "id": record.id,
+            "source": record.source,
+            "locator": record.locator,
+            "content_hash": content_hash(sample),
+        }
+
+    def place(self, spans: list[tuple[int, int]]) -> None:
+        """Put the byte ranges into the rows."""
+        for row, (offset, nbytes) in zip(self.rows, spans, strict=True):
+            row["offset"], row["nbytes"] = offset, nbytes
+
+
+class HashedFile:
+    """Passes writes on; keeps their number of bytes and sha256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """As a file's."""
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+
+# --- last words -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading(store: Store, task: ShardTask) -> Iterator[Callable[[str], None]]:
+    """A note of the record that is being read, on disk, so that it outlives a worker that dies of it."""
+    path = reading_path(store, task)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        yield lambda text: os.pwrite(handle, text.encode("utf-8", "replace")[:500].ljust(512), 0)
+    finally:
+        os.close(handle)
+    os.unlink(path)
+
+
+def reading_path(store: Store, task: ShardTask) -> str:
+    """Where the note is: with the build, or in the temporary folder if that is remote."""
+    name = f"{task.split}-{task.number:05d}"
+    if store.is_local:
+        return store.full(f"{READING}/{name}")
+    build = hashlib.blake2b(store.url.encode(), digest_size=8).hexdigest()
+    return os.path.join(tempfile.gettempdir(), f"omnidata-reading-{build}", name)
+
+
+def last_words(store: Store, task: Any) -> str:
+    """The note that a dead worker left."""
+    if isinstance(task, ShardTask):
+        with contextlib.suppress(FileNotFoundError), open(reading_path(store, task), "rb") as file:
+            return file.read().decode("utf-8", "replace").strip()
+    return ""

@@ -1,0 +1,213 @@
+"""Where an image's bytes are: ImageRef -> bytes.
+
+    bytes in the record          as they are
+    data:image/png;base64,…      unpacked
+    coco/0001.jpg                under the image root: a folder, a .zip or a .tar, local or at an fsspec URL
+    /data/coco/0001.jpg          where it stands, if inside the root folder or if nobody gave a root
+    s3://bucket/0001.jpg         object stores and other file systems, through fsspec
+    https://…                    only with allow_http, and then only from public addresses (web.py)
+
+A record's path is somebody else's word: ``../../etc/passwd`` and whatever else leads out of the root is
+refused. What a record got wrong is a RejectError; a disk or a store that fails is not, and stops the build.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import os
+import posixpath
+import stat
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import fsspec
+
+from omnidata.images.archives import is_archive, open_archive
+from omnidata.images.header import MAX_BYTES
+from omnidata.images.web import Permit, fetch, is_public
+from omnidata.schema import ImageRef, RejectError, UserError
+
+# Protocols that a record (not the user) may name. Others reach hosts of the record's choosing (ssh, ftp, smb,
+# webhdfs, git), start processes, or chain ("zip::http://…").
+RECORD_PROTOCOLS = frozenset(
+    ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "r2", "hf")
+)
+_NO_SUCH_FILE = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+)
+
+
+class ImageStore:
+    """Reads the images of one source; may be pickled and forked.
+
+    >>> ImageStore("photos.zip").read(ImageRef("coco/0001.jpg"))[:2]
+    b'\\xff\\xd8'
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None,
+        *,
+        allow_http: bool = False,
+        assumed: bool = False,  # nobody chose the root: it need not exist, absolute paths pass
+        max_bytes: int = MAX_BYTES,
+        permit: Permit = is_public,  # which addresses allow_http may reach
+    ) -> None:
+        self.root = None if root is None else _strip_file(os.fspath(root))
+        self.allow_http = allow_http
+        self.assumed = assumed
+        self.max_bytes = max_bytes
+        self._permit = permit
+        self._archive = None
+        if self.root is not None and not assumed:
+            self._check_root(self.root)
+
+    def _check_root(self, root: str) -> None:
+        if root.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+            raise UserError(f"--image-root {root}: a compressed tar cannot be read at random; unpack it")
+        if _protocol(root) in ("http", "https"):
+            if not self.allow_http:
+                raise UserError(f"--image-root {root}: needs --allow-http")
+        elif is_archive(root) and not os.path.isdir(root):
+            self._archive = open_archive(root)
+        elif _protocol(root):
+            if not _file_system(root)[0].exists(root):
+                raise UserError(f"--image-root {root}: does not exist")
+        elif not os.path.isdir(root):
+            raise UserError(f"--image-root {root}: not a folder, nor a .zip or .tar file")
+
+    def read(self, ref: ImageRef) -> bytes:
+        """The image's encoded bytes; RejectError where the record does not lead to any."""
+        if ref.data is not None:
+            return ref.data
+        assert ref.path is not None, "an ImageRef has a path or data"
+        if ref.path[:5].lower() == "data:":
+            return _unpack_data_uri(ref.path)
+        if "\0" in ref.path or not ref.path:
+            raise RejectError("image_missing", f"{ref.path[:200]!r} is no path")
+        path = _strip_file(ref.path)
+        if _protocol(path):
+            return self._read_url(path, chosen_by_user=False)
+        if self.root is None or (self.assumed and os.path.isabs(path)):
+            return self._read_unrooted(path)
+        return self._read_rooted(self.root, path)
+
+    def _read_unrooted(self, path: str) -> bytes:
+        if not os.path.isabs(path):
+            raise RejectError(
+                "image_missing", f"{path!r} is relative and there is no image root: give --image-root"
+            )
+        return _read_file(path, self.max_bytes)
+
+    def _read_rooted(self, root: str, path: str) -> bytes:
+        if self._archive:
+            return self._read_member(_inside(root, path))
+        if _protocol(root):
+            return self._read_url(posixpath.join(root, _inside(root, path)), chosen_by_user=True)
+        return _read_file(_join_local(root, path), self.max_bytes)
+
+    def _read_member(self, name: str) -> bytes:
+        assert self._archive is not None
+        try:
+            return self._archive.read(name, max_bytes=self.max_bytes)
+        except KeyError:
+            raise RejectError("image_missing", f"no member {name!r} in {self.root}") from None
+
+    def _read_url(self, url: str, *, chosen_by_user: bool) -> bytes:
+        protocol = _protocol(url)
+        if protocol in ("http", "https"):
+            if not self.allow_http:
+                raise RejectError("image_forbidden", f"{url}: images from the web need --allow-http")
+            return fetch(url, max_bytes=self.max_bytes, permit=self._permit)
+        if not chosen_by_user and (protocol not in RECORD_PROTOCOLS or "::" in url):
+            raise RejectError("image_forbidden", f"{url[:200]}: a record may not use {protocol}://")
+        return _read_remote(url, self.max_bytes)
+
+
+def _protocol(path: str) -> str:
+    """``s3://b/x`` -> ``s3``; empty for a plain path."""
+    head, separator, _ = path.partition("://")
+    return head.lower() if separator and "/" not in head else ""
+
+
+def _strip_file(path: str) -> str:
+    """``file:///data/x`` -> ``/data/x``: the same rules as for a plain path."""
+    return path.partition("://")[2] if _protocol(path) in ("file", "local") else path
+
+
+def _inside(root: str, path: str) -> str:
+    """``path`` normalised and relative; RejectError where it leads out of the root."""
+    inside = posixpath.normpath(path)
+    if inside.startswith(("/", "..")) and (inside[0] == "/" or inside.split("/")[0] == ".."):
+        raise RejectError(
+            "image_forbidden",
+            f"{path!r} leads out of the image root {root}; give --image-root a folder above",
+        )
+    return inside
+
+
+def _join_local(root: str, path: str) -> str:
+    """Lexical: a symbolic link inside the root is its owner's will and is followed."""
+    if os.path.isabs(path):
+        top, whole = os.path.abspath(root), os.path.normpath(path)
+        if os.path.commonpath((top, whole)) != top:
+            detail = f"{path!r} is outside the image root {root}; give --image-root a folder above both"
+            raise RejectError("image_forbidden", detail)
+        return whole
+    return os.path.join(root, _inside(root, path))
+
+
+def _read_file(path: str, max_bytes: int) -> bytes:
+    try:
+        # Without O_NONBLOCK opening a named pipe would wait for its writer, for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_FILE:
+            raise
+        raise RejectError("image_missing", f"{path}: {error.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RejectError("image_missing", f"{path}: not a regular file")
+        _check_size(path, status.st_size, max_bytes)
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _read_remote(url: str, max_bytes: int) -> bytes:
+    file_system, path = _file_system(url)
+    try:
+        size = file_system.size(path)
+        _check_size(url, size or 0, max_bytes)
+        return file_system.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise RejectError("image_missing", f"{url}: {error}") from None
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def _check_size(path: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise RejectError("image_too_large", f"{path}: {size:,} bytes; the limit is {max_bytes:,}")
+
+
+def _unpack_data_uri(uri: str) -> bytes:
+    """``data:image/png;base64,iVBOR…`` -> the bytes; percent-encoded bodies too."""
+    head, separator, body = uri.partition(",")
+    if not separator:
+        raise RejectError("image_corrupt", "data: URI without a comma")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode("".join(unquote_to_bytes(body).decode("ascii").split()), validate=True)
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise RejectError("image_corrupt", f"data: URI is not base64: {error}") from None

@@ -1,0 +1,178 @@
+"""``omnidata plan``: what an epoch will be, before any GPU is rented. Everything comes from the index.
+
+    plan windows        ─▶ per pack: samples, tokens, supervised, images     (a million samples in seconds)
+    cut into steps of G ─▶ per step: the loss denominator, tokens, images
+    dealt to W ranks    ─▶ balance, and the share of time in which ranks wait for the slowest
+    all documents       ─▶ FLOPs and hours (omnidata.inspect.cost, its assumptions beside them)
+
+The fields of Forecast are the keys of ``omnidata plan --json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from omnidata.inspect.cost import Assumptions, Cost, epoch_cost
+from omnidata.plan.epoch import IMAGE_COST, EpochPlan, Window, deal
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A quantity over packs or steps; all 0 where there are none."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How even the ranks' shares of a step are: the largest share / the mean share, averaged over steps."""
+
+    tokens: float  # 1.0 is perfect
+    images: float
+    cost: float  # tokens + image_cost × images: what the plan evens out
+    idle: float  # share of all ranks' time spent waiting for the costliest rank, 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One epoch, foreseen."""
+
+    datasets: tuple[str, ...]
+    seed: int
+    epoch: int
+    max_tokens: int  # a pack
+    max_images: int | None  # a pack; null: no limit
+    global_batch: int  # packs a step
+    world_size: int  # ranks
+    num_samples: int
+    num_packs: int
+    num_steps: int
+    num_packs_dropped: int  # after the last whole step
+    num_tokens: int
+    num_supervised: int
+    num_images: int
+    num_cut: int  # samples too large for a pack, cut after a reply
+    num_left_out: int  # samples too large for a pack, left out
+    padding_packed: float  # share of positions that hold no token, with this plan
+    padding_unpacked: float  # with batches of unpacked_batch samples, each padded to its longest
+    unpacked_batch: int  # as many samples as a pack holds on average
+    samples_per_pack: Spread
+    tokens_per_pack: Spread
+    images_per_pack: Spread
+    tokens_per_step: Spread
+    supervised_per_step: Spread  # the loss denominator
+    images_per_step: Spread
+    image_cost: float  # tokens that an image weighs when packs are dealt to ranks
+    balance: Balance
+    cost: Cost
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def forecast(
+    plan: EpochPlan,
+    *,
+    world_size: int = 1,
+    global_batch: int | None = None,
+    image_cost: float = IMAGE_COST,
+    assume: Assumptions | None = None,
+) -> Forecast:
+    """Foresee the epoch of ``plan``; ``global_batch`` is one pack a rank unless given."""
+    global_batch = global_batch or world_size
+    windows = list(plan.windows())
+    packs = pack_table(windows)
+    num_packs, num_tokens = len(packs["tokens"]), int(packs["tokens"].sum())
+    num_samples = int(packs["samples"].sum())
+    lengths = np.concatenate([window.lengths.tokens for window in windows])
+    num_steps = num_packs // global_batch
+    steps = {
+        name: column[: num_steps * global_batch].reshape(num_steps, -1) for name, column in packs.items()
+    }
+    unpacked_batch = max(1, round(num_samples / max(1, num_packs)))
+    num_images = int(packs["images"].sum())
+    manifests = [source.catalog.dataset.manifest for source in plan.sources]
+    return Forecast(
+        datasets=tuple(source.catalog.name for source in plan.sources),
+        seed=plan.seed,
+        epoch=plan.epoch,
+        max_tokens=plan.max_tokens,
+        max_images=plan.max_images,
+        global_batch=global_batch,
+        world_size=world_size,
+        num_samples=num_samples,
+        num_packs=num_packs,
+        num_steps=num_steps,
+        num_packs_dropped=num_packs - num_steps * global_batch,
+        num_tokens=num_tokens,
+        num_supervised=int(packs["supervised"].sum()),
+        num_images=num_images,
+        num_cut=sum(window.num_cut for window in windows),
+        num_left_out=sum(window.num_left_out for window in windows),
+        padding_packed=1 - num_tokens / max(1, num_packs * plan.max_tokens),
+        padding_unpacked=padding(lengths, unpacked_batch),
+        unpacked_batch=unpacked_batch,
+        samples_per_pack=spread(packs["samples"]),
+        tokens_per_pack=spread(packs["tokens"]),
+        images_per_pack=spread(packs["images"]),
+        tokens_per_step=spread(steps["tokens"].sum(axis=1)),
+        supervised_per_step=spread(steps["supervised"].sum(axis=1)),
+        images_per_step=spread(steps["images"].sum(axis=1)),
+        image_cost=image_cost,
+        balance=rank_balance(steps["tokens"], steps["images"], world_size, image_cost),
+        cost=epoch_cost(
+            lengths,
+            num_images=num_images,
+            image_size=max(manifest.image_size for manifest in manifests),
+            assume=assume,
+        ),
+    )
+
+
+def pack_table(windows: Iterable[Window]) -> dict[str, np.ndarray]:
+    """Samples, tokens, supervised tokens and images of every pack, int64, in the order of the epoch."""
+    columns: dict[str, list[np.ndarray]] = {"samples": [], "tokens": [], "supervised": [], "images": []}
+    for window in windows:
+        columns["samples"].append(np.diff(window.starts))
+        for name in ("tokens", "supervised", "images"):
+            values = getattr(window.lengths, name)
+            columns[name].append(np.add.reduceat(values, window.starts[:-1]) if len(window) else values[:0])
+    return {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
+
+
+def spread(values: np.ndarray) -> Spread:
+    """Smallest, median, largest."""
+    if len(values) == 0:
+        return Spread(0, 0, 0)
+    return Spread(values.min().item(), float(np.median(values)), values.max().item())
+
+
+def padding(lengths: np.ndarray, batch: int) -> float:
+    """Share of padding when batches of ``batch`` samples are padded to their longest: [2, 4], 2 -> 0.25."""
+    if len(lengths) == 0:
+        return 0.0
+    filled = np.append(lengths, np.zeros(-len(lengths) % batch, np.int64)).reshape(-1, batch)
+    rows = np.minimum(batch, len(lengths) - batch * np.arange(len(filled)))  # the last may be smaller
+    return float(1 - lengths.sum() / (filled.max(axis=1) * rows).sum())
+
+
+def rank_balance(tokens: np.ndarray, images: np.ndarray, world_size: int, image_cost: float) -> Balance:
+    """How ``plan.deal`` splits steps; ``tokens`` and ``images`` are ``[steps, packs]``."""
+    if world_size == 1 or len(tokens) == 0:
+        return Balance(1.0, 1.0, 1.0, 0.0)
+    costs = tokens + image_cost * images
+    loads = np.zeros((3, len(tokens), world_size))
+    for step, cost in enumerate(costs):
+        for rank, mine in enumerate(deal(cost, world_size)):
+            loads[:, step, rank] = tokens[step][mine].sum(), images[step][mine].sum(), cost[mine].sum()
+    top, mean = loads.max(axis=2), loads.mean(axis=2)
+    ratios = np.where(mean > 0, top / np.maximum(mean, 1e-9), 1.0).mean(axis=1)
+    idle = 1 - mean[2].sum() / top[2].sum()
+    return Balance(*ratios.tolist(), idle=float(idle))

@@ -1,0 +1,213 @@
+"""Samples as people can read them: what the model sees, and what it is trained to say.
+
+    positions   choose_positions(dataset, ...)      which: a key, a number, a source, or an even spread
+    samples     read_views(dataset, positions)      one ranged read each; ids cut into runs of one kind
+    shown by    omnidata.inspect.terminal (rich), omnidata.inspect.html_report (one HTML file), as_dict (JSON)
+
+A run is text, special tokens or one image block, all of it supervised or none of it::
+
+    ids      1    "<|user|>\\n"   im_start 64×im_patch im_end   "What is this?"  2    …   "A cat."   2
+    run      special   text            image 0 (folded)              text        special   text       special
+    learned                                                                                ✓          ✓
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, TOKENIZER_DIR, UserError
+from omnidata.shards import CorruptSampleError, read_sample
+from omnidata.text.vocabulary import Piece, Vocabulary
+
+if TYPE_CHECKING:
+    from omnidata.dataset import Dataset
+
+Kind = Literal["text", "special", "image"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens of one kind; for an image the pieces are empty and ``image`` counts the images."""
+
+    kind: Kind
+    supervised: bool
+    num_tokens: int
+    pieces: tuple[Piece, ...] = ()
+    image: int | None = None
+
+    @property
+    def text(self) -> str:
+        """What the tokens say."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleView:
+    """A sample with its index row, cut into runs."""
+
+    position: int  # row of the dataset (of its split when one was chosen)
+    row: dict[str, Any]  # index row, keys as schema.INDEX_COLUMNS
+    runs: tuple[Run, ...]
+    images: tuple[bytes, ...]  # encoded
+    image_extensions: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the index row, the position, and the runs with their ids; no image bytes."""
+        runs = [
+            {
+                "kind": run.kind,
+                "supervised": run.supervised,
+                "num_tokens": run.num_tokens,
+                "image": run.image,
+                "text": run.text,
+                "ids": [token_id for piece in run.pieces for token_id in piece.ids],
+            }
+            for run in self.runs
+        ]
+        return {"position": self.position, **self.row, "runs": runs}
+
+
+# --- which samples ----------------------------------------------------------------------------------------
+
+
+def choose_positions(
+    dataset: Dataset,
+    *,
+    key: str | None = None,
+    sample: int | None = None,
+    source: str | None = None,
+    limit: int = 3,
+) -> list[int]:
+    """Positions of the samples to show, ascending.
+
+    Args:
+        key: the sample with this key.
+        sample: the sample at this position; negative counts from the end.
+        source: only samples of this source, as inspect's table names it.
+        limit: at most this many, spread evenly, so that they show more than the start of the first file.
+
+    Raises:
+        UserError: no such key, position or source.
+    """
+    if key is not None:
+        return [_find(dataset, "key", key)[0]]
+    if sample is not None:
+        if not -len(dataset) <= sample < len(dataset):
+            raise UserError(
+                f"there is no sample {sample}: {dataset.path} has {len(dataset):,}, counted from 0"
+            )
+        return [sample % len(dataset)]
+    among = np.arange(len(dataset)) if source is None else np.array(_find(dataset, "source", source))
+    return spread(among, limit)
+
+
+def spread(values: np.ndarray, limit: int) -> list[int]:
+    """At most ``limit`` of the values, evenly spaced, the first and last included: 0…9, 4 -> 0, 3, 6, 9."""
+    if limit >= len(values):
+        return values.tolist()
+    return values[np.linspace(0, len(values) - 1, max(limit, 0)).round().astype(int)].tolist()
+
+
+def _find(dataset: Dataset, column: str, value: str) -> list[int]:
+    import pyarrow.compute as pc
+
+    names = dataset.index_columns([column])[column]
+    found = np.flatnonzero(pc.equal(names, value).to_numpy())
+    if len(found) == 0:
+        example = f"; there is {names[0].as_py()!r}, for one" if len(names) else ""
+        raise UserError(f"no sample of {dataset.path} has the {column} {value!r}{example}")
+    return found.tolist()
+
+
+# --- reading them -----------------------------------------------------------------------------------------
+
+
+def read_views(dataset: Dataset, positions: Sequence[int]) -> Iterator[SampleView]:
+    """The samples at ``positions``, each by one ranged read.
+
+    Raises:
+        UserError: a sample's bytes are damaged; `omnidata verify --deep` lists all that are.
+    """
+    reader = TokenReader(dataset)
+    for position, row in zip(positions, dataset.rows(positions), strict=True):
+        try:
+            sample = read_sample(dataset.read_range(row["shard"], row["offset"], row["nbytes"]))
+        except CorruptSampleError as error:
+            raise UserError(
+                f"sample {position} ({row['key']}) of {dataset.path} cannot be read: {error}. "
+                f"`omnidata verify {dataset.path} --deep` lists all damage."
+            ) from error
+        runs = tuple(reader.runs(sample.input_ids, sample.labels))
+        yield SampleView(position, row, runs, sample.images, sample.image_extensions)
+
+
+class TokenReader:
+    """Cuts ids and labels into runs with the dataset's own vocabulary and image tokens."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        path = f"{TOKENIZER_DIR}/tokenizer.json"
+        try:
+            raw = dataset.read_file(path)
+        except FileNotFoundError:
+            raise UserError(f"{dataset.path} has no {path}: its token ids cannot be shown as text") from None
+        self.vocabulary = Vocabulary(raw, where=f"{dataset.path}/{path}")
+        special = dataset.manifest.special_tokens
+        self._image_ids = {special[name] for name in (IM_START, IM_PATCH, IM_END)}
+        self._start, self._end = special[IM_START], special[IM_END]
+
+    def runs(self, input_ids: np.ndarray, labels: np.ndarray) -> Iterator[Run]:
+        """The sample's runs in order; image blocks are counted as they come."""
+        num_images = 0
+        for kind, supervised, ids in self._stretches(input_ids.tolist(), (labels != IGNORE_INDEX).tolist()):
+            if kind == "image":
+                yield Run(kind, supervised, len(ids), image=num_images)
+                num_images += 1
+            else:
+                yield Run(kind, supervised, len(ids), tuple(self.vocabulary.pieces(ids)))
+
+    def _stretches(self, ids: list[int], supervised: list[bool]) -> Iterator[tuple[Kind, bool, list[int]]]:
+        start, state = 0, None
+        for i, token_id in enumerate(ids):
+            now = (self._kind(token_id), supervised[i])
+            new_image = now[0] == "image" and (token_id == self._start or ids[i - 1] == self._end)
+            if i and (now != state or new_image):
+                yield *state, ids[start:i]
+                start = i
+            state = now
+        if ids:
+            yield *state, ids[start:]
+
+    def _kind(self, token_id: int) -> Kind:
+        if token_id in self._image_ids:
+            return "image"
+        return "special" if self.vocabulary.is_special(token_id) else "text"
+
+
+# --- text that is safe to print ---------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _visible_controls() -> dict[int, str]:
+    """Control characters, but newline and tab, to visible ones: a corpus may hold terminal escapes."""
+    pictures = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+    return pictures | {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
+def printable(text: str) -> str:
+    """The text with control characters made visible: ``ESC[31m`` becomes ``␛[31m``."""
+    return text.translate(_visible_controls())
+
+
+def rejects_of(dataset: Dataset, *, source: str | None = None) -> list[dict[str, str]]:
+    """The refused records, in the order of the sources."""
+    import pyarrow.compute as pc
+
+    table = dataset.rejects
+    if source is not None:
+        table = table.filter(pc.equal(table["source"], source))
+    return table.to_pylist()

@@ -1,0 +1,13 @@
+"""Loader: packs -> microbatches, the same ones for any number of ranks and workers.
+
+reader              a sample by one ranged read           remote.py and cache.py for URLs
+assembler           documents -> tensors, in workers      augment.py changes pictures reproducibly
+microbatch          what one rank feeds to one forward and backward
+packs               PackLoader: the plan's order, and a state of a few integers
+wds                 the same shards as a plain webdataset pipeline
+"""
+
+from omnidata.loader.microbatch import Microbatch
+from omnidata.loader.packs import PackLoader
+
+__all__ = ["Microbatch", "PackLoader"]

@@ -1,0 +1,273 @@
+"""PackLoader: packs -> microbatches, the same ones for any number of ranks and workers.
+
+    EpochPlan.steps(...)                  in the training process: what to read, no data
+      -> Work (documents)                 to a worker, in order
+      -> Assembler -> Parts               reads, decodes, lays out; back through shared memory
+      -> expand -> Microbatch
+
+The state is the position in the plan: a few integers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from omnidata.loader.assembler import Assembler, ImageSettings, OnError, Work
+from omnidata.loader.augment import Augment
+from omnidata.loader.microbatch import Microbatch, Parts, expand
+from omnidata.loader.reader import Document, LoadError, SampleReader
+from omnidata.loader.remote import Remote
+from omnidata.plan.catalog import Place, Places
+from omnidata.plan.epoch import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
+from omnidata.plan.oversize import Oversize
+from omnidata.schema import IM_START, UserError
+
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A position in training: steps done, and where the next one begins."""
+
+    step: int = 0
+    epoch: int = 0
+    window: int = 0
+    pack: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What the training process keeps of the work that it has handed out."""
+
+    num_supervised_tokens: int  # of the whole step
+    step: int
+    epoch: int
+    after: State | None  # set on a step's last microbatch
+
+
+class PackLoader:
+    """Yields ``microbatches_per_step`` Microbatch objects a step, on every rank.
+
+    Args:
+        data: a path, a Dataset, ``{"path", "split", "weight" | "epochs", "exclude"}``, or a list of those.
+        global_batch: packs a step, over all ranks; need not divide evenly.
+        max_tokens, max_images, seed, oversize, window_samples: as EpochPlan's.
+        num_epochs: None goes on for ever.
+        image_cost: tokens that one image weighs when work is dealt to ranks.
+        tail: the packs of an epoch's last, incomplete step are dropped, or padded with empty microbatches.
+        image_size: pixels of the square that images are squashed to; None: the manifest's.
+        on_error: an unreadable sample stops the run, or is left out and counted.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        global_batch: int,
+        max_tokens: int = 4096,
+        max_images: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        num_epochs: int | None = None,
+        packs_per_microbatch: int = 1,
+        image_cost: float = IMAGE_COST,
+        tail: Tail = "drop",
+        oversize: Oversize = "refuse",
+        window_samples: int = WINDOW_SAMPLES,
+        image_size: int | None = None,
+        decode_images: bool = True,
+        augment: Augment | Mapping[str, float] | None = None,
+        on_error: OnError = "raise",
+        checksum: bool = False,
+        remote: Remote | Mapping[str, Any] | None = None,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= rank < world_size or global_batch < 1 or packs_per_microbatch < 1:
+            raise UserError(f"rank {rank} of {world_size}, {global_batch} packs a step: not a valid split")
+        self.plan = EpochPlan(
+            data,
+            seed=seed,
+            max_tokens=max_tokens,
+            max_images=max_images,
+            oversize=oversize,
+            window_samples=window_samples,
+        )
+        self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
+        self.num_epochs, self.packs_per_microbatch = num_epochs, packs_per_microbatch
+        self.microbatches_per_step = -(-global_batch // (world_size * packs_per_microbatch))
+        self._steps = {"global_batch": global_batch, "image_cost": image_cost, "tail": tail}
+        self._num_workers, self._prefetch, self._pin_memory = num_workers, prefetch, pin_memory
+        self._state = State()
+        datasets = [source.catalog.dataset for source in self.plan.sources]
+        manifest = datasets[0].manifest
+        self._assembler = Assembler(
+            SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),
+            images=ImageSettings(
+                size=image_size or manifest.image_size,
+                decode=decode_images,
+                augment=_as(Augment, augment) if augment else None,
+                seed=seed,
+            ),
+            on_error=on_error,
+            im_start=manifest.special_tokens[IM_START],
+        )
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step that was yielded whole: a few integers and the plan's digest."""
+        state = {name: getattr(self._state, name) for name in State.__slots__}
+        return {"version": _STATE_VERSION, "digest": self.plan.digest, **state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``, at any world size and number of workers.
+
+        Raises:
+            UserError: the state is of other data or other settings of the plan.
+        """
+        if state.get("version") != _STATE_VERSION or state.get("digest") != self.plan.digest:
+            raise UserError(
+                "the loader's state is of another plan: data, split, seed, max_tokens, max_images, oversize, "
+                f"exclusions or blend changed (digest {state.get('digest')} there, {self.plan.digest} here)"
+            )
+        self._state = State(**{name: int(state[name]) for name in State.__slots__})
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Plans the whole epoch: about a second for a million samples."""
+        return self.plan.at_epoch(epoch).num_steps(self.global_batch, tail=self._steps["tail"])
+
+    # --- iteration ----------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """From the current position to the end of the last epoch.
+
+        The state moves on just before a step's last microbatch is yielded, so a checkpoint taken after the
+        update of a step resumes at the next one.
+        """
+        sent: deque[Sent] = deque()  # in the order in which the answers come
+        for parts in self._assemble(_remember(self._works(), sent)):
+            about = sent.popleft()
+            if isinstance(parts, LoadError):
+                raise parts
+            microbatch = expand(
+                parts, num_supervised_tokens=about.num_supervised_tokens, step=about.step, epoch=about.epoch
+            )
+            if about.after:
+                self._state = about.after
+            yield microbatch
+
+    def _assemble(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:
+        """Parts in the order of ``works``, read by the workers or, without any, right here."""
+        import torch
+        from torch.utils.data import DataLoader
+
+        if not self._num_workers:
+            for work in works:
+                parts = self._assembler[work]
+                yield parts.pin_memory() if self._pin_memory and isinstance(parts, Parts) else parts
+            return
+        workers = DataLoader(
+            self._assembler,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=works,  # type: ignore[arg-type]
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # of its own: the training's random state stays untouched
+        )
+        try:
+            yield from workers
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise LoadError(
+                f"a loader worker died ({error}). If the machine ran out of memory, use fewer workers, a "
+                "smaller prefetch, or more /dev/shm"
+            ) from error
+
+    def _works(self) -> Iterator[tuple[Work, Sent]]:
+        """This rank's work from the current position on, epoch after epoch."""
+        state = self._state
+        while self.num_epochs is None or state.epoch < self.num_epochs:
+            begun = state
+            plan = self.plan.at_epoch(state.epoch)
+            places = _PlacesOfWindows(plan)
+            for step in plan.steps(self.world_size, start=Position(state.window, state.pack), **self._steps):
+                state = State(state.step + 1, state.epoch, step.after.window, step.after.pack)
+                yield from self._works_of_step(step, state, places)
+            if state == begun == State(begun.step, begun.epoch):
+                raise UserError(
+                    f"an epoch has fewer packs than one step takes ({self.global_batch}): "
+                    "lower global_batch or max_tokens, or say tail=pad"
+                )
+            state = State(step=state.step, epoch=state.epoch + 1)
+
+    def _works_of_step(
+        self, step: Step, after: State, places: _PlacesOfWindows
+    ) -> Iterator[tuple[Work, Sent]]:
+        mine = [step.packs[position] for position in step.ranks[self.rank]]
+        denominator = step.num_supervised
+        for number in range(self.microbatches_per_step):
+            first = number * self.packs_per_microbatch
+            packs = mine[first : first + self.packs_per_microbatch]
+            documents = tuple([document for pack in packs for document in places.documents(pack)])
+            work = Work(documents, sum(pack.num_supervised for pack in packs), after.epoch)
+            last = number == self.microbatches_per_step - 1
+            yield work, Sent(denominator, after.step - 1, after.epoch, after if last else None)
+
+
+def _remember(works: Iterator[tuple[Work, Sent]], sent: deque[Sent]) -> Iterator[Work]:
+    """Keep what belongs to the work that was handed out."""
+    for work, about in works:
+        sent.append(about)
+        yield work
+
+
+def _as(kind: type, value: Any) -> Any:
+    """A settings object from itself or from a recipe's mapping."""
+    if isinstance(value, kind):
+        return value
+    unknown = sorted(value.keys() - {field.name for field in fields(kind)})
+    if unknown:
+        raise UserError(f"{kind.__name__.lower()} has no setting {unknown}")
+    return kind(**value)
+
+
+class _PlacesOfWindows:
+    """Where the samples of the last two windows are (a step may reach from one into the next)."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self._plan = plan
+        self._places: dict[int, dict[int, Places]] = {}  # window -> dataset -> places
+
+    def documents(self, pack: Pack) -> list[Document]:
+        """The documents of a pack."""
+        of_dataset = self._of_window(pack.window)
+        places: list[Place] = [None] * len(pack.dataset)  # type: ignore[list-item]
+        for dataset, found in of_dataset.items():
+            mine = np.flatnonzero(pack.dataset == dataset)
+            for position, place in zip(mine.tolist(), found.find(pack.lengths.rows[mine]), strict=True):
+                places[position] = place
+        numbers = (pack.lengths.tokens, pack.lengths.images, pack.passes)
+        columns = [pack.dataset.tolist(), places, *(column.tolist() for column in numbers)]
+        return [Document(*values) for values in zip(*columns, strict=True)]
+
+    def _of_window(self, window: Window) -> dict[int, Places]:
+        if window.number not in self._places:
+            datasets = np.unique(window.dataset).tolist()
+            catalogs = {dataset: self._plan.sources[dataset].catalog for dataset in datasets}
+            rows = {dataset: window.lengths.rows[window.dataset == dataset] for dataset in datasets}
+            self._places[window.number] = {
+                dataset: catalogs[dataset].locate(rows[dataset]) for dataset in datasets
+            }
+            for old in sorted(self._places)[:-2]:
+                del self._places[old]
+        return self._places[window.number]

@@ -1,0 +1,215 @@
+"""Catalog: what the plan knows of one dataset without opening a shard.
+
+The index has one row group a shard, so the lengths of any few shards are one small read, whatever the size
+of the dataset. A plan needs the number of samples of every shard, and the lengths of a window of shards at a
+time; nothing else is held::
+
+    manifest.json   -> shard_sizes                 samples in each shard
+    index.parquet   -> read([4, 17, 2])            n_tokens, n_supervised, n_images of these shards
+                    -> locate(rows)                where their bytes are (the loader asks)
+
+``Catalog`` is a protocol: a billion-sample simulation, or a test, brings its own lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from omnidata.plan.oversize import cut_length
+from omnidata.schema import IM_START, INDEX, UserError
+from omnidata.shards import read_sample
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from omnidata.dataset import Dataset
+
+LENGTHS = ("n_tokens", "n_supervised", "n_images")
+PLACES = ("shard", "offset", "nbytes", "key", "content_hash")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lengths:
+    """What the plan knows of some samples; parallel int64 ``[N]``."""
+
+    rows: np.ndarray  # positions in the dataset's index (of its split)
+    tokens: np.ndarray
+    supervised: np.ndarray
+    images: np.ndarray
+
+    def take(self, positions: np.ndarray) -> Lengths:
+        """The samples at ``positions``, in that order."""
+        return Lengths(*(getattr(self, name)[positions] for name in self.__slots__))
+
+    def copy(self) -> Lengths:
+        """A copy whose numbers may be changed."""
+        return Lengths(*(getattr(self, name).copy() for name in self.__slots__))
+
+
+class Catalog(Protocol):
+    """Everything that EpochPlan asks of a dataset."""
+
+    digest: str  # equal digests mean equal samples in equal order
+    name: str  # for messages
+    shard_sizes: np.ndarray  # int64: samples of each shard
+
+    def read(self, shards: Sequence[int]) -> Lengths:
+        """The samples of these shards, in index order."""
+        ...
+
+    def longest(self) -> tuple[int, int]:
+        """The most tokens and the most images of any one sample."""
+        ...
+
+    def shorten(self, row: int, *, max_tokens: int, max_images: int | None) -> tuple[int, int, int] | None:
+        """``oversize.cut_length`` of one sample: the only question that opens a shard."""
+        ...
+
+
+class IndexCatalog:
+    """The catalog of a built dataset, less the samples that ``exclude`` names.
+
+    Args:
+        dataset: one split of a dataset.
+        exclude: keys of samples to leave out.
+
+    Raises:
+        UserError: index and manifest disagree, or a key of ``exclude`` is not in the dataset.
+    """
+
+    def __init__(self, dataset: Dataset, *, exclude: Iterable[str] = ()) -> None:
+        self.dataset = dataset
+        self.name = dataset.path
+        self.digest = dataset.digest
+        shards = [shard for shard in dataset.manifest.shards if shard.num_samples]
+        wanted = [i for i, shard in enumerate(shards) if dataset.split in (None, shard.split)]
+        self._groups = np.array(wanted, np.int64)  # row group of each shard
+        sizes = np.array([shards[i].num_samples for i in wanted], np.int64)
+        self._first_rows = np.concatenate(([0], np.cumsum(sizes)))
+        self._excluded = np.zeros(0, np.int64)  # rows, sorted
+        self._check_row_groups([shard.num_samples for shard in shards])
+        if exclude := sorted(set(exclude)):
+            self._leave_out(exclude)
+        left_out = np.searchsorted(self._excluded, self._first_rows)
+        self.shard_sizes = sizes - np.diff(left_out)
+
+    # --- the index ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _parquet(self) -> pq.ParquetFile:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(self.dataset.open_file(INDEX))
+
+    def _check_row_groups(self, sizes: list[int]) -> None:
+        metadata = self._parquet.metadata
+        found = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if found != sizes:
+            raise UserError(
+                f"{self.name}: {INDEX} has {len(found)} row groups of {sum(found)} rows, the manifest lists "
+                f"{len(sizes)} shards of {sum(sizes)} samples: the dataset is damaged, build it again"
+            )
+
+    def _table(self, shards: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        return self._parquet.read_row_groups(self._groups[shards].tolist(), columns=list(columns))
+
+    def _leave_out(self, keys: list[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted, rows, found = pa.array(keys, pa.string()), [], set()
+        for shard, first in enumerate(self._first_rows[:-1]):
+            names = self._table([shard], ["key"])["key"]
+            hits = np.flatnonzero(pc.is_in(names, value_set=wanted).to_numpy())
+            rows.append(first + hits)
+            found.update(names.take(hits).to_pylist())
+        if missing := sorted(set(keys) - found):
+            raise UserError(
+                f"{len(missing)} keys of the exclusions are not in {self.name} (split "
+                f"{self.dataset.split}), the first is {missing[0]!r}: remove them, or correct the path"
+            )
+        self._excluded = np.concatenate(rows)
+        self.digest = f"{self.digest}-{_digest(keys)}"
+
+    # --- Catalog ------------------------------------------------------------------------------------------
+
+    def read(self, shards: Sequence[int]) -> Lengths:
+        """The lengths of the samples of these shards, in index order."""
+        shards = np.sort(np.asarray(shards, np.int64))
+        table = self._table(shards, LENGTHS)
+        spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
+        columns = [table[name].to_numpy().astype(np.int64) for name in LENGTHS]
+        lengths = Lengths(np.concatenate(spans) if spans else np.zeros(0, np.int64), *columns)
+        if not len(self._excluded):
+            return lengths
+        return lengths.take(np.flatnonzero(~np.isin(lengths.rows, self._excluded)))
+
+    def longest(self) -> tuple[int, int]:
+        """The most tokens and images of a sample, from the index's statistics where it has them."""
+        metadata = self._parquet.metadata
+        positions = [metadata.schema.names.index(name) for name in ("n_tokens", "n_images")]
+        groups = [metadata.row_group(group) for group in self._groups.tolist()]
+        statistics = [[group.column(position).statistics for position in positions] for group in groups]
+        if len(self._excluded) or any(item is None for pair in statistics for item in pair):
+            lengths = self.read(range(len(groups)))
+            return int(lengths.tokens.max(initial=0)), int(lengths.images.max(initial=0))
+        return max(tokens.max for tokens, _ in statistics), max(images.max for _, images in statistics)
+
+    def shorten(self, row: int, *, max_tokens: int, max_images: int | None) -> tuple[int, int, int] | None:
+        """Tokens, supervised tokens and images to keep of an oversize sample; None: nothing."""
+        [place] = self.locate(np.array([row])).find(np.array([row]))
+        sample = read_sample(self.dataset.read_range(place.shard, place.offset, place.nbytes))
+        starts = np.flatnonzero(sample.input_ids == self.dataset.manifest.special_tokens[IM_START])
+        return cut_length(sample.labels, starts, max_tokens=max_tokens, max_images=max_images)
+
+    def locate(self, rows: np.ndarray) -> Places:
+        """Where the bytes of these rows are."""
+        rows = np.unique(rows)
+        shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1)
+        table = self._table(shards, PLACES)
+        spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
+        held = np.concatenate(spans)
+        return Places(rows, table.take(np.searchsorted(held, rows)))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one sample is."""
+
+    shard: str
+    offset: int
+    nbytes: int
+    key: str
+    content_hash: str
+
+
+class Places:
+    """Rows of the index and where their bytes are."""
+
+    def __init__(self, rows: np.ndarray, table: pa.Table) -> None:
+        self._rows = rows  # sorted
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        self._shard_names = shards.dictionary.to_pylist()
+        self._shards = shards.indices.to_numpy()
+        self._offsets, self._nbytes = (table[name].to_numpy() for name in ("offset", "nbytes"))
+        self._strings = [table[name].combine_chunks() for name in ("key", "content_hash")]
+
+    def find(self, rows: np.ndarray) -> list[Place]:
+        """The place of each row."""
+        at = np.searchsorted(self._rows, rows)
+        shards = [self._shard_names[shard] for shard in self._shards[at].tolist()]
+        numbers = [column[at].tolist() for column in (self._offsets, self._nbytes)]
+        strings = [column.take(at).to_pylist() for column in self._strings]
+        return [Place(*values) for values in zip(shards, *numbers, *strings, strict=True)]
+
+
+def _digest(values: Iterable[Any]) -> str:
+    import hashlib
+
+    return hashlib.blake2b("\n".join(map(str, values)).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,77 @@
+"""Sources: what a recipe names as ``data`` -> the datasets of a blend, opened and checked against each other.
+
+data: data/llava                                      one dataset, its train split, one pass an epoch
+data: [{path: data/llava, weight: 3}, {path: data/shapes, weight: 1}]
+data: [{path: data/llava, epochs: 1, exclude: bad_keys.txt}, {path: data/shapes, epochs: 2.5}]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omnidata.dataset import Dataset
+from omnidata.plan.blend import Source
+from omnidata.plan.catalog import IndexCatalog
+from omnidata.schema import UserError
+
+DEFAULT_SPLIT = "train"
+_KEYS = ("path", "split", "weight", "epochs", "exclude")
+
+
+def open_sources(data: Any) -> list[Source]:
+    """The sources of a blend from what the user gave.
+
+    Raises:
+        UserError: an unknown key, no such dataset or split, or datasets rendered by different tokenizers.
+    """
+    entries = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    if not entries:
+        raise UserError("`data` is empty: name at least one dataset")
+    sources = [_open(entry) for entry in entries]
+    _check_compatible([source.catalog for source in sources if isinstance(source.catalog, IndexCatalog)])
+    return sources
+
+
+def _open(entry: Any) -> Source:
+    if isinstance(entry, Source):
+        return entry
+    if isinstance(entry, str | os.PathLike):
+        return Source(IndexCatalog(Dataset(entry, DEFAULT_SPLIT)))
+    if isinstance(entry, Dataset):
+        return Source(IndexCatalog(entry))
+    if isinstance(entry, Mapping):
+        return _open_mapping(entry)
+    return Source(entry)  # a catalog
+
+
+def _open_mapping(entry: Mapping[str, Any]) -> Source:
+    unknown = sorted(entry.keys() - set(_KEYS))
+    if unknown or "path" not in entry:
+        raise UserError(f"an entry of `data` has the keys {sorted(entry)}; it takes `path` and {_KEYS[1:]}")
+    dataset = Dataset(entry["path"], entry.get("split") or DEFAULT_SPLIT)
+    catalog = IndexCatalog(dataset, exclude=read_keys(entry["exclude"]) if entry.get("exclude") else ())
+    return Source(catalog, weight=entry.get("weight"), epochs=entry.get("epochs"))
+
+
+def read_keys(path: str) -> list[str]:
+    """The keys of an exclusions file: one a line; blank lines and ``#`` comments are left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the exclusions {path}: {error}") from error
+    return [key for line in lines if (key := line.partition("#")[0].strip())]
+
+
+def _check_compatible(catalogs: list[IndexCatalog]) -> None:
+    """Refuse to mix datasets whose ids mean different things."""
+    for catalog in catalogs[1:]:
+        for name in ("tokenizer_fingerprint", "special_tokens", "num_query"):
+            first, other = (getattr(c.dataset.manifest, name) for c in (catalogs[0], catalog))
+            if first != other:
+                raise UserError(
+                    f"{catalogs[0].name} and {catalog.name} differ in {name} ({first} and {other}): "
+                    "build them with the same tokenizer and --num-query"
+                )

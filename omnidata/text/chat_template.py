@@ -1,0 +1,227 @@
+"""A chat template, and what can be proven about it.
+
+A template is a program that prints messages. To know where each assistant turn is in what it prints, its
+contents are replaced by marks, the template prints those, and the marks show the
+pieces of text around each content::
+
+    pieces(("user", "assistant"))  ->  ["<|user|>\\n", "</s>\\n<|assistant|>\\n", "</s>\\n"]
+
+Step (1) ``ChatTemplate.shape(roles)`` finds those pieces once per sequence of roles. Step (2) each record is
+``piece + content + piece + ...``. That is exact where the template only prints contents and never looks at
+them (``is_opaque``, decided on its syntax tree by omnidata.text.opacity). For any other template step (3)
+``prove`` prints the record itself and compares; a difference means that the mask cannot be proven.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from omnidata.schema import RejectError, UserError
+from omnidata.text.opacity import contents_are_opaque
+
+# What Zephyr, and so OmniLMM, trains on: <|role|>, newline, content, </s>, newline.
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>
+' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>
+' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>
+'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+NONCE = secrets.token_hex(8)  # 64 random bits a process: no text can contain a mark by intent or accident
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
+GENERATION_START, GENERATION_END = f"\ufdd0{NONCE}g\ufdd1", f"\ufdd0{NONCE}G\ufdd1"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a template prints around the contents of one sequence of roles."""
+
+    pieces: tuple[str, ...]  # n + 1 texts around n contents
+    strips: tuple[tuple[bool, bool], ...]  # per content: are its blanks on the left, on the right removed?
+    marked: tuple[bool, ...]  # per content: inside {% generation %}; all True where the template has none
+
+    def contents(self, contents: Sequence[str]) -> list[str]:
+        """The contents as the template prints them."""
+        return [_strip(text, strip) for text, strip in zip(contents, self.strips, strict=True)]
+
+    def text(self, printed: Sequence[str]) -> str:
+        """The whole rendering, from contents as ``contents`` gives them."""
+        interleaved = [self.pieces[0]]
+        for content, piece in zip(printed, self.pieces[1:], strict=True):
+            interleaved += (content, piece)
+        return "".join(interleaved)
+
+
+def _strip(text: str, strip: tuple[bool, bool]) -> str:
+    left, right = strip
+    text = text.lstrip() if left else text
+    return text.rstrip() if right else text
+
+
+class ChatTemplate:
+    """A compiled chat template with the tokenizer's special tokens bound to it."""
+
+    def __init__(self, text: str, special_tokens: dict[str, str]) -> None:
+        self.text = text
+        self._special_tokens = special_tokens  # {"eos_token": "</s>", ...}, as transformers passes them
+        try:
+            self.is_opaque = contents_are_opaque(_environment().parse(text))
+            self._template = _environment().from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"the chat template, line {error.lineno}: {error.message}") from error
+        self.has_generation_marks = GENERATION_TAG.search(text) is not None
+        self.shape = lru_cache(maxsize=4096)(self._shape)
+
+    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = False) -> str:
+        """What the template prints; RejectError where it refuses the messages."""
+        return _without_marks(self._render(messages, generation_prompt))
+
+    def prove(
+        self, shape: Shape, roles: Sequence[str], contents: Sequence[str], *, generation_prompt: bool
+    ) -> None:
+        """Refuse contents that the template does not print as the shape says."""
+        if self.is_opaque:
+            return  # true of all contents
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        if self.render(messages, generation_prompt=generation_prompt) != shape.text(shape.contents(contents)):
+            raise RejectError(
+                "mask_unproven",
+                "the chat template changes a content, or reacts to one, so its place is unknown",
+            )
+
+    def _render(self, messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise RejectError(
+                "template_refused", f"the chat template refuses the messages: {error}"
+            ) from error
+        except (TypeError, KeyError, AttributeError, IndexError) as error:  # a template's own mistake
+            raise RejectError(
+                "template_refused", f"the chat template fails on the messages: {error!r}"
+            ) from error
+
+    def _shape(self, roles: tuple[str, ...], generation_prompt: bool = False) -> Shape:
+        marks = [f"{_MARK}{i}\ue001" for i in range(len(roles))]
+        bare = _split(self._print(roles, marks, generation_prompt), marks)
+        padded = _split(
+            self._print(roles, [f"{_LEFT}{mark}{_RIGHT}" for mark in marks], generation_prompt), marks
+        )
+        pieces = [_without_marks(piece) for piece in bare]
+        strips = _find_strips(pieces, [_without_marks(piece) for piece in padded])
+        return Shape(tuple(pieces), strips, self._marked(bare))
+
+    def _print(self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool) -> str:
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        return self._render(messages, generation_prompt)
+
+    def _marked(self, pieces: list[str]) -> tuple[bool, ...]:
+        if not self.has_generation_marks:
+            return (True,) * (len(pieces) - 1)
+        depth, marked = 0, []
+        for piece in pieces[:-1]:
+            depth += piece.count(GENERATION_START) - piece.count(GENERATION_END)
+            marked.append(depth > 0)
+        return tuple(marked)
+
+
+_MARK = "\ue000"  # private use; stands in place of contents, so it need not be a secret
+_LEFT, _RIGHT = "  \n", "\n"  # blanks of different lengths, so that it shows which of them were removed
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str]:
+    """The text around the marks, each of which must stand there once, in order."""
+    pieces, rest = [], text
+    for i, mark in enumerate(marks):
+        piece, found, rest = rest.partition(mark)
+        if not found or mark in rest or _MARK in piece:
+            raise RejectError(
+                "mask_unproven", f"the chat template does not print message {i + 1} once and in order"
+            )
+        pieces.append(piece)
+    return [*pieces, rest]
+
+
+def _find_strips(pieces: Sequence[str], padded: Sequence[str]) -> tuple[tuple[bool, bool], ...]:
+    """Which contents lose their blanks: compares what stands between bare marks and between padded ones."""
+    rights, lefts = [], []
+    last = len(pieces) - 1
+    for i, (piece, around) in enumerate(zip(pieces, padded, strict=True)):
+        ways = [
+            (right, left)
+            for right in ("", _RIGHT)
+            for left in ("", _LEFT)
+            if right + piece + left == around and not (i == 0 and right) and not (i == last and left)
+        ]
+        if not ways:
+            raise RejectError("mask_unproven", "the chat template changes the blanks around a content")
+        rights.append(ways[0][0] == "")
+        lefts.append(ways[0][1] == "")
+    return tuple(zip(lefts[:-1], rights[1:], strict=True))
+
+
+def _without_marks(text: str) -> str:
+    return text.replace(GENERATION_START, "").replace(GENERATION_END, "")
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}...{% endgeneration %}``: wraps what it prints in marks."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
+
+    def _wrap(self, caller: Any) -> str:
+        return f"{GENERATION_START}{caller()}{GENERATION_END}"
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment of ``apply_chat_template``, but for today's date.
+
+    ``strftime_now`` is left undefined: templates that ask whether it is there take their fixed date, so that
+    the same records give the same bytes next week.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

@@ -1,0 +1,129 @@
+"""Text is data: an encoder in which nobody can type a control token.
+
+A tokenizer finds its added tokens anywhere in a text, so a ``</s>`` that somebody wrote would end the turn.
+``Encoder`` holds a copy of the tokenizer in which every control token has a secret name (its *guard*). The
+renderer writes guards where the chat template itself prints control tokens, and leaves contents alone::
+
+    tokenizer   "</s>" -> 2
+    encoder     guard of "</s>" -> 2,  "</s>" -> ["</", "s", ">"]
+
+Everything else in the copy is the same (normalizer, pre-tokenizer, model), so the ids are those of encoding
+the whole rendering with the tokenizer itself, wherever no control token was typed. An image is one guard
+here; the renderer widens it to <im_start> <im_patch> ... <im_end> once the ids are known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, UserError
+from omnidata.text.chat_template import NONCE
+
+IMAGE_GUARD = f"\ufdd0{NONCE}image\ufdd1"
+_BRACKETED = re.compile(r"<.*>|\[.*\]|\{.*\}|.*[|｜].*", re.DOTALL)  # how role markers and tags are spelt
+
+
+class Encoder:
+    """A tokenizer's ids for texts whose control tokens are written as guards."""
+
+    def __init__(self, tokenizer: Any, *, content_tokens: Sequence[str]) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer; load one with tokenizer.json"
+            )
+        _refuse_image_tokens(content_tokens)
+        state = json.loads(backend.to_str())
+        self.guards = {
+            token: f"\ufdd0{NONCE}{i}\ufdd1" for i, token in enumerate(_control_tokens(state, content_tokens))
+        }
+        self.image_ids = _image_ids(state)  # (<im_start>, <im_patch>, <im_end>), or None where one is missing
+        self._pattern = _alternation(self.guards)
+        self.control_guard = _alternation(self.guards.values())
+        self._backend = _guarded(state, self.guards)
+        self.image_id = self._backend.token_to_id(IMAGE_GUARD)
+        self._check_ids(backend)
+
+    def guard(self, text: str) -> str:
+        """The template's own text, with its control tokens replaced by their guards."""
+        return self._pattern.sub(lambda match: self.guards[match[0]], text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings (ids and character offsets) of guarded texts, nothing added."""
+        return self._backend.encode_batch(texts, add_special_tokens=False)
+
+    def _check_ids(self, backend: Any) -> None:
+        for token, guard in self.guards.items():
+            assert self._backend.token_to_id(guard) == backend.token_to_id(token), token
+
+
+def _refuse_image_tokens(content_tokens: Sequence[str]) -> None:
+    forbidden = sorted(set(content_tokens) & set(IMAGE_TOKENS))
+    if forbidden:
+        raise UserError(
+            f"{', '.join(forbidden)}: image tokens can't be content tokens; write <image> in the content"
+        )
+
+
+def _control_tokens(state: dict[str, Any], content_tokens: Sequence[str]) -> list[str]:
+    """The added tokens that content may not produce.
+
+    All special ones, and of the others those that look like markup: a tokenizer's owner often adds role
+    markers without calling them special. What is left is vocabulary (words, runs of blanks).
+    """
+    return [
+        token["content"]
+        for token in state["added_tokens"]
+        if token["content"] not in content_tokens
+        and (token["special"] or _BRACKETED.fullmatch(token["content"]))
+    ]
+
+
+def _image_ids(state: dict[str, Any]) -> tuple[int, int, int] | None:
+    ids = {token["content"]: token["id"] for token in state["added_tokens"]}
+    wanted = (IM_START, IM_PATCH, IM_END)
+    return tuple(ids[token] for token in wanted) if all(token in ids for token in wanted) else None
+
+
+def _alternation(tokens: Any) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest where several fit, as the tokenizers library does."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _guarded(state: dict[str, Any], guards: dict[str, str]) -> Any:
+    from tokenizers import Tokenizer
+
+    for token in state["added_tokens"]:
+        token["content"] = guards.get(token["content"], token["content"])
+    _rename_pieces(state["model"], guards)
+    state["post_processor"] = None  # BOS is the renderer's business; ByteLevel's would trim offsets
+    state["truncation"] = state["padding"] = None
+    state["added_tokens"].append(_image_token(state))
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _image_token(state: dict[str, Any]) -> dict[str, Any]:
+    """One token that stands for a whole image block; it takes the next free id."""
+    free = 1 + max(
+        [token["id"] for token in state["added_tokens"]] + [len(state["model"].get("vocab", ())) - 1],
+        default=-1,
+    )
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": free, "content": IMAGE_GUARD} | flags
+
+
+def _rename_pieces(model: dict[str, Any], guards: dict[str, str]) -> None:
+    """Control tokens that are also pieces of the model's vocabulary get their secret names there too."""
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {guards.get(piece, piece): i for piece, i in vocab.items()}
+    else:  # Unigram: [[piece, score], ...]
+        model["vocab"] = [[guards.get(piece, piece), score] for piece, score in vocab]
+    if model.get("unk_token") in guards:
+        model["unk_token"] = guards[model["unk_token"]]
+    if "merges" in model:  # a merge that makes a control token would make it out of typed text
+        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in guards]

@@ -1,0 +1,154 @@
+"""``omnidata verify --repair``: rebuild from intact shards what is only derived from them.
+
+    shards (intact by sha256)  ─▶ index.parquet, shards/*.tar.idx
+    manifest.json              ─▶ .nv-meta/, README.md
+
+What is not derived cannot come back, and the report says so: the bytes of a damaged shard, the rejects, the
+tokenizer, and (where the old index is unreadable too) each sample's id, source and locator. Nothing is
+written that would contradict the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omnidata.builder.interop import dataset_card, energon_files
+from omnidata.durable import SCRATCH, Store
+from omnidata.index import index_schema, index_table, write_tables
+from omnidata.schema import CARD, INDEX, REJECTS, Manifest
+from omnidata.shards import read_sample
+from omnidata.verify.dataset import OnShard, over_shards, read_manifest, read_or_none
+from omnidata.verify.files import check_tokenizer, idx_files
+from omnidata.verify.shard import Row, ShardTask, stored_columns
+from omnidata.verify.shard_walk import Damage, ShardWalk
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PROVENANCE = ("id", "source", "locator")  # of a sample: only the index has them
+
+
+@dataclass(slots=True)
+class RepairReport:
+    """What was rebuilt, and what cannot be."""
+
+    dataset: str
+    rebuilt: list[str] = field(default_factory=list)  # files
+    lost: list[str] = field(default_factory=list)  # sentences: what, and what to do
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def repair(
+    path: str | os.PathLike[str],
+    *,
+    num_workers: int | None = None,
+    on_shard: OnShard = lambda done, total: None,
+) -> RepairReport:
+    """Rebuild the derived files of the dataset at ``path`` that are missing or wrong.
+
+    Raises:
+        UserError: there is no readable manifest.
+    """
+    store = Store(path)
+    manifest = read_manifest(store)
+    report = RepairReport(store.url)
+    had_scratch = store.exists(SCRATCH)
+    old = read_or_none(store, INDEX)
+    reader = ShardReader(store.url)
+    shards = dict(over_shards(store, manifest, reader, old, num_workers=num_workers, on_shard=on_shard))
+    index = _repair_index(store, manifest, old, shards, report)
+    wanted = energon_files(manifest) | ({} if index is None else idx_files(manifest, index))
+    for name, content in wanted.items():
+        if store.size(name) is None or store.read_bytes(name) != content:
+            store.write_bytes(name, content)
+            report.rebuilt.append(name)
+    if store.size(CARD) is None:
+        store.write_bytes(CARD, dataset_card(manifest).encode())
+        report.rebuilt.append(CARD)
+    report.lost += _lost_files(store, manifest)
+    if not had_scratch:
+        store.remove(SCRATCH)
+    return report
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Picklable work: the index rows that a shard proves, or a sentence that says why it proves none."""
+
+    url: str
+
+    def __call__(self, task: ShardTask, report: Any) -> list[Row] | str:
+        """Walk one shard."""
+        try:
+            file = Store(self.url).open(task.shard.path)
+        except FileNotFoundError:
+            return f"{task.shard.path} is missing"
+        with file:
+            walk = ShardWalk(file)
+            found = [span if isinstance(span, Damage) else _proven_row(span) for span in walk]
+        if walk.sha256 != task.shard.sha256:
+            return f"{task.shard.path} is damaged (its sha256 is not the manifest's)"
+        return [{**row, "split": task.shard.split, "shard": task.shard.path} for row in found]
+
+
+def _proven_row(span: Any) -> Row:
+    return stored_columns(span, read_sample(span.raw))
+
+
+def _repair_index(
+    store: Store,
+    manifest: Manifest,
+    old: pa.Table | None,
+    shards: dict[str, list[Row] | str],
+    report: RepairReport,
+) -> pa.Table | None:
+    """Write the index that the shards prove, if it differs; return it, or None if there can be none."""
+    import pyarrow as pa
+
+    known = {} if old is None else {row["key"]: row for row in old.to_pylist()}
+    tables = []
+    for shard in manifest.shards:
+        rows = shards[shard.path]
+        if isinstance(rows, str):
+            report.lost.append(f"{rows}: its {shard.num_samples} samples must be built again")
+            rows = [row for row in known.values() if row["shard"] == shard.path]
+            if len(rows) != shard.num_samples:
+                report.lost.append(f"{INDEX} stays as it is: it cannot be complete without {shard.path}")
+                return None
+        else:
+            rows = [row | _provenance(row["key"], known, manifest) for row in rows]
+        tables.append(index_table(rows))
+    index = pa.concat_tables(tables)
+    if old is None or not old.equals(index):
+        with store.write(INDEX) as file:
+            write_tables(file, index_schema(), tables)
+        report.rebuilt.append(INDEX)
+    unknown = index["source"].to_pylist().count("")
+    if unknown:
+        what = "id and locator" if len(manifest.inputs) == 1 else "id, source and locator"
+        report.lost.append(f"{what} of {unknown} samples: only the old {INDEX} held them")
+    return index
+
+
+def _provenance(key: str, known: dict[str, Row], manifest: Manifest) -> Row:
+    """A sample's id, source and locator from the old index; else the source if there is only one, else ""."""
+    if key in known:
+        return {name: known[key][name] for name in PROVENANCE}
+    sources = {entry["source"] for entry in manifest.inputs}
+    return {"id": "", "locator": "", "source": sources.pop() if len(sources) == 1 else ""}
+
+
+def _lost_files(store: Store, manifest: Manifest) -> Iterator[str]:
+    if manifest.num_rejects and read_or_none(store, REJECTS) is None:
+        yield (
+            f"{REJECTS}: which {manifest.num_rejects} records were refused; the manifest has only the counts "
+            "by reason. Building again gives it back."
+        )
+    for finding in check_tokenizer(store, manifest):
+        yield f"{finding.where}: {finding.what}. Copy the tokenizer that the build used there."

@@ -1,0 +1,185 @@
+"""The deep check of one shard: every byte is read, every sample is parsed and held against its index row.
+
+bytes      sha256 and size as in the manifest; nothing between or after the samples
+sample     parses; its key is in the index, at that offset, with that length and content hash
+ids        int32 in the vocabulary; labels are the ids or IGNORE_INDEX; some are supervised
+images     blocks of <im_start> num_query × <im_patch> <im_end>, unsupervised, one an image;
+           each image decodes, and has the size that the index says
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from omnidata.durable import Store
+from omnidata.images.pixels import decode_rgb
+from omnidata.schema import (
+    IGNORE_INDEX,
+    IM_END,
+    IM_PATCH,
+    IM_START,
+    Manifest,
+    RejectError,
+    Sample,
+    ShardInfo,
+)
+from omnidata.shards import CorruptSampleError, content_hash, read_sample
+from omnidata.verify.findings import Finding
+from omnidata.verify.shard_walk import Damage, ShardWalk, Span
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardChecker:
+    """Picklable work for the executors: (shard, its index rows or None if the index is lost) -> findings."""
+
+    url: str
+    manifest: Manifest
+
+    def __call__(self, task: ShardTask, report: Any) -> list[Finding]:
+        """Check one shard."""
+        return list(self.check(task.shard, task.rows))
+
+    def check(self, shard: ShardInfo, rows: list[Row] | None) -> Iterator[Finding]:
+        """Every finding of the shard, in file order."""
+        left = {row["key"]: row for row in rows or ()}
+        try:
+            file = Store(self.url).open(shard.path)
+        except FileNotFoundError:
+            return  # the quick check has said so
+        with file:
+            walk = ShardWalk(file, known_starts=[row["offset"] for row in rows or ()])
+            for found in walk:
+                if isinstance(found, Damage):
+                    yield Finding("damaged", f"{shard.path}, byte {found.offset}", found.what)
+                else:
+                    row = left.pop(found.key, None)
+                    if row is None and rows is not None:
+                        yield Finding("not_in_index", _place(shard, found), "the index has no row for it")
+                    yield from self.check_sample(_place(shard, found), found, row)
+        for key, row in left.items():
+            yield Finding(
+                "sample_missing", f"{shard.path}, sample {key}", f"the index expects it at {row['offset']}"
+            )
+        if walk.sha256 != shard.sha256:
+            yield Finding("sha256", shard.path, f"is {walk.sha256}, the manifest says {shard.sha256}")
+
+    def check_sample(self, where: str, span: Span, row: Row | None) -> Iterator[Finding]:
+        """Findings of one sample; ``row`` is its index row, if there is one."""
+        try:
+            sample = read_sample(span.raw)
+        except CorruptSampleError as error:
+            yield Finding("damaged", where, str(error))
+            return
+        for code, what in (*check_ids(sample, self.manifest), *check_images(sample)):
+            yield Finding(code, where, what)
+        if row is not None:
+            yield from (Finding("index", where, what) for what in compare_row(span, sample, row))
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTask:
+    """One shard to check."""
+
+    shard: ShardInfo
+    rows: list[Row] | None
+
+    def __str__(self) -> str:
+        return self.shard.path
+
+
+def _place(shard: ShardInfo, span: Span) -> str:
+    return f"{shard.path}, sample {span.key}"
+
+
+# --- one sample -------------------------------------------------------------------------------------------
+
+
+def check_ids(sample: Sample, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(code, what) of everything wrong with the ids and labels."""
+    ids, labels = sample.input_ids, sample.labels
+    if len(ids) != len(labels):
+        yield "labels", f"{len(ids)} input_ids but {len(labels)} labels"
+        return
+    outside = np.flatnonzero((ids < 0) | (ids >= manifest.vocab_size))
+    if len(outside):
+        at = outside[0]
+        yield "vocabulary", f"{len(outside)} ids outside 0…{manifest.vocab_size - 1}, first {ids[at]} at {at}"
+    supervised = labels != IGNORE_INDEX
+    wrong = np.flatnonzero(supervised & (labels != ids))
+    if len(wrong):
+        at = wrong[0]
+        yield (
+            "labels",
+            f"{len(wrong)} labels are neither the id nor {IGNORE_INDEX}, first {labels[at]} at {at}",
+        )
+    if not supervised.any():
+        yield "labels", "no supervised token"
+    yield from _check_blocks(sample, supervised, manifest)
+
+
+def _check_blocks(sample: Sample, supervised: np.ndarray, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    ids, num_query = sample.input_ids, manifest.num_query
+    start, patch, end = (manifest.special_tokens.get(name, -1) for name in (IM_START, IM_PATCH, IM_END))
+    starts = np.flatnonzero(ids == start)
+    expected = np.full(len(ids), -1)
+    for at in starts:
+        expected[at : at + num_query + 2] = [start, *[patch] * num_query, end][: len(ids) - at]
+    is_image = np.isin(ids, (start, patch, end))
+    bad = np.flatnonzero((is_image | (expected >= 0)) & (ids != expected))
+    cut = len(starts) and starts[-1] + num_query + 2 > len(ids)
+    if len(bad) or cut:
+        at = bad[0] if len(bad) else len(ids)
+        yield (
+            "image_block",
+            f"broken at token {at}: a block is <im_start>, {num_query} × <im_patch>, <im_end>",
+        )
+    if (is_image & supervised).any():
+        yield "image_block", f"image token supervised at {np.flatnonzero(is_image & supervised)[0]}"
+    if len(starts) != len(sample.images):
+        yield "image_block", f"{len(starts)} image blocks but {len(sample.images)} images"
+
+
+def check_images(sample: Sample) -> Iterator[tuple[str, str]]:
+    """(code, what) of every image that does not decode."""
+    for position, image in enumerate(sample.images):
+        try:
+            decode_rgb(image)
+        except RejectError as error:
+            yield "image", f"image {position} does not decode: {error.detail}"
+
+
+def compare_row(span: Span, sample: Sample, row: Row) -> Iterator[str]:
+    """Everything in which the stored sample differs from its index row."""
+    for name, stored in stored_columns(span, sample).items():
+        if row[name] != stored:
+            yield f"{name} is {row[name]!r} in the index, {stored!r} in the shard"
+
+
+def stored_columns(span: Span, sample: Sample) -> Row:
+    """The index columns that the shard itself proves."""
+    return {
+        "key": span.key,
+        "offset": span.offset,
+        "nbytes": len(span.raw),
+        "n_tokens": len(sample.input_ids),
+        "n_supervised": int((sample.labels != IGNORE_INDEX).sum()),
+        "n_images": len(sample.images),
+        "image_sizes": [image_size(image) for image in sample.images],
+        "content_hash": content_hash(sample),
+    }
+
+
+def image_size(image: bytes) -> list[int]:
+    """[width, height] from the header; [0, 0] where that is damaged (check_images says how)."""
+    from omnidata.images.header import read_header
+
+    try:
+        return list(read_header(image).upright_size)
+    except RejectError:
+        return [0, 0]
