@@ -20,13 +20,13 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
     return process
 
 
-def run_recipes(paths: Sequence[Path]) -> None:
+def run_recipes(paths: Sequence[Path], overrides: Sequence[str] = ()) -> None:
     """Train one recipe after the other in this process, as ``train.py`` does."""
     from pipelines.config import load_recipe
     from pipelines.train import train
 
     for path in paths:
-        train(load_recipe(path))
+        train(load_recipe(path, overrides))
 
 
 def run_on_ranks(size: int, paths: Sequence[Path]) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,11 +68,16 @@ def test_killed_and_resumed_equals_never_killed(tiny_dataset, undisturbed, tmp_p
     assert_bit_equal(tmp_path / "run", undisturbed)
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_0(tiny_dataset, undisturbed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_finishes_the_step_saves_and_exits_0(tiny_dataset, undisturbed, tmp_path, number):
     recipe = recipe_for(tiny_dataset, tmp_path / "run", checkpoint={"every": 0})
-    process = start(run_recipes, [recipe])
+    process = start(run_recipes, [recipe], ["data.num_workers=1"])
     wait_for_line(tmp_path / "run", 2, process)
-    os.kill(process.pid, signal.SIGTERM)
+    # A scheduler signals every process of the job, the loader's workers first here.
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    for pid in [*map(int, children), process.pid]:
+        os.kill(pid, number)
     process.join()
     assert process.exitcode == 0
     done = len(losses(tmp_path / "run"))

@@ -10,6 +10,7 @@ The state is the position in the plan: a few integers.
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -38,6 +39,15 @@ class State:
     epoch: int = 0
     window: int = 0
     pack: int = 0
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Schedulers and Ctrl-C signal whole process groups; the training process needs its workers to the end.
+
+    They end with it: DataLoader's workers watch for their parent.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +191,7 @@ class PackLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch,
             pin_memory=self._pin_memory,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # of its own: the training's random state stays untouched
         )
         try:
