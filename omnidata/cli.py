@@ -106,7 +106,7 @@ def build_shards(**flags: Any) -> None:
 
 
 def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
-    from omnidata.builder import dry_run
+    from omnidata.builder.dry_run import dry_run
     from omnidata.inspect import terminal
 
     report = dry_run(settings, options)

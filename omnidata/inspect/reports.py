@@ -101,8 +101,8 @@ def verify(
 ) -> tuple[str, int]:
     """Verify (after a repair, if asked); return what to print and the exit code."""
     from omnidata.inspect import terminal
-    from omnidata.verify import repair as rebuild
     from omnidata.verify.dataset import verify as check
+    from omnidata.verify.repair import repair as rebuild
 
     with terminal.shard_progress(quiet=quiet or as_json) as on_shard:
         repaired = rebuild(path, num_workers=workers, on_shard=on_shard) if repair else None
@@ -133,7 +133,8 @@ def plan(
     **cost: Any,
 ) -> None:
     """Print the forecast of an epoch over these datasets, as text or JSON."""
-    from omnidata.inspect import forecast, terminal
+    from omnidata.inspect import terminal
+    from omnidata.inspect.forecast import forecast
     from omnidata.plan.epoch import EpochPlan
 
     assume = assumptions(default_gpus=world_size, **cost)
