@@ -53,7 +53,7 @@ PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "m
 AXES = (("left", "right"), ("top", "bottom"))  # where two shapes stand opposite each other
 OFFSET, JITTER = 16, 1.5  # pixels from the middle to a place's centre, and how far from it a shape may stray
 
-SCENES = {"one": 0.55, "sides": 0.20, "colours": 0.10, "pair": 0.15}  # shares of the conversations
+SCENES = {"one": 0.70, "sides": 0.15, "colours": 0.05, "pair": 0.10}  # shares of the conversations
 TEXT_ONLY = 0.04  # of the training conversations: no picture at all
 SMALL_TALK = (
     ("How many sides does a square have?", "four"),
@@ -262,7 +262,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--num-train", type=int, default=16000, help="training conversations")
+    parser.add_argument("--num-train", type=int, default=14000, help="training conversations")
     parser.add_argument("--num-heldout", type=int, default=150, help="held-out conversations")
     parser.add_argument("--seed", type=int, default=0, help="of the training part; the held-out part adds 1")
     options = parser.parse_args()
