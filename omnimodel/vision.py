@@ -58,7 +58,7 @@ def build_vision_tower(name: str, vision_kwargs: dict[str, Any] | None = None) -
 
 @torch.no_grad()
 def start_positions(module: nn.Module) -> None:
-    """Let learned positions start as the 2D sin-cos table, as "Better plain ViT baselines" (Beyer et al. 2022).
+    """Let learned positions start as the 2D sin-cos table (Beyer et al. 2022, "Better plain ViT baselines").
 
     From noise a small tower learns colours at once but takes several times as many pictures to learn places.
     """
