@@ -1,11 +1,14 @@
 """Towers of every family, run as the original runs its own."""
 
+import math
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from omnimodel import vision
+from omnimodel.resampler import sincos_table
 
 SMALL = {"img_size": 28, "embed_dim": 64, "depth": 3, "num_heads": 2}
 FAMILIES = {
@@ -81,7 +84,15 @@ def test_parameters_born_on_the_meta_device_get_a_sensible_start():
     for module in tower.modules():
         vision.init_tower_module(module)
     by_name = dict(tower.named_parameters())
-    assert by_name["cls_token"].std() < 0.1 and by_name["pos_embed"].std() < 0.1
+    assert by_name["cls_token"].std() < 0.1
+    born_on_cpu = vision.build_vision_tower("vit_small_patch14_reg4_dinov2", SMALL).pos_embed
+    positions = by_name["pos_embed"]
+    table = sincos_table(math.isqrt(positions.shape[1]), positions.shape[2])
+    for tower_positions in (
+        positions,
+        born_on_cpu,
+    ):  # however it was born
+        torch.testing.assert_close(tower_positions[0, -len(table) :], table)
     assert by_name["blocks.0.ls1.gamma"].isfinite().all()
 
 
