@@ -53,7 +53,7 @@ PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "m
 AXES = (("left", "right"), ("top", "bottom"))  # where two shapes stand opposite each other
 OFFSET, JITTER = 16, 1.5  # pixels from the middle to a place's centre, and how far from it a shape may stray
 
-SCENES = {"one": 0.70, "sides": 0.15, "colours": 0.05, "pair": 0.10}  # shares of the conversations
+SCENES = {"one": 0.78, "sides": 0.11, "colours": 0.03, "pair": 0.08}  # shares of the conversations
 TEXT_ONLY = 0.04  # of the training conversations: no picture at all
 SMALL_TALK = (
     ("How many sides does a square have?", "four"),
