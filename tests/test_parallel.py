@@ -73,6 +73,10 @@ def assert_same(runs, name, other):
     mine, theirs = (load_file(runs[run] / "final" / "model.safetensors") for run in (name, other))
     assert mine.keys() == theirs.keys()
     for key in mine:
+        if key.endswith("resampler.attn.in_proj_bias"):
+            # Softmax cancels a bias of the keys: its gradient is rounding noise, which Adam makes into steps.
+            keys = slice(len(mine[key]) // 3, 2 * len(mine[key]) // 3)
+            mine[key][keys] = theirs[key][keys]
         torch.testing.assert_close(
             mine[key], theirs[key], **WEIGHT_TOLERANCE, msg=lambda m, key=key: f"{key}: {m}"
         )
