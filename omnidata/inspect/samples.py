@@ -13,6 +13,7 @@ A run is text, special tokens or one image block, all of it supervised or none o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,6 +56,11 @@ class SampleView:
     runs: tuple[Run, ...]
     images: tuple[bytes, ...]  # encoded
     image_extensions: tuple[str, ...]
+    special_names: re.Pattern[str]  # finds what is spelled like a special token
+
+    def typed(self, run: Run) -> str:
+        """A text run's text, a backslash before what only looks like a special token: ``\\</s>``."""
+        return self.special_names.sub(lambda name: f"\\{name[0]}", run.text)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the index row, the position, and the runs with their ids; no image bytes."""
@@ -143,7 +149,9 @@ def read_views(dataset: Dataset, positions: Sequence[int]) -> Iterator[SampleVie
                 f"`omnidata verify {dataset.path} --deep` lists all damage."
             ) from error
         runs = tuple(reader.runs(sample.input_ids, sample.labels))
-        yield SampleView(position, row, runs, sample.images, sample.image_extensions)
+        yield SampleView(
+            position, row, runs, sample.images, sample.image_extensions, reader.vocabulary.special_names
+        )
 
 
 class TokenReader:

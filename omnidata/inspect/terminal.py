@@ -2,6 +2,7 @@
 
 Colour says what is learned: supervised text is green, context plain, special tokens dim, an image block one
 chip. Where there is no colour (a pipe, a file, ``NO_COLOR``), supervised text stands between ``«`` and ``»``.
+Text that only looks like a special token has a backslash before it: ``\\</s>`` was typed, ``</s>`` ends a turn.
 Text of the dataset is never read as markup, and its control characters are shown, not sent.
 """
 
@@ -187,6 +188,7 @@ def print_legend(console: Console) -> None:
     legend = Text("\n")
     legend.append("context ").append_text(_learned(Text("supervised"), console)).append(" ")
     legend.append("special", style=SPECIAL).append(" ").append(" image ", style=CHIP)
+    legend.append(" \\<typed>, not a token", style=MUTED)
     console.print(legend)
 
 
@@ -210,7 +212,9 @@ def print_sample(console: Console, view: SampleView) -> None:
 def _run(run: Run, view: SampleView) -> Text:
     if run.image is not None:
         return Text(chip(run, view.row["image_sizes"]), style=CHIP)
-    return Text(printable(run.text), style=SPECIAL if run.kind == "special" else "")
+    if run.kind == "special":
+        return Text(printable(run.text), style=SPECIAL)
+    return Text(printable(view.typed(run)))
 
 
 def _learned(text: Text, console: Console) -> Text:

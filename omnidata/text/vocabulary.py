@@ -8,6 +8,7 @@ byte) are understood; ids whose bytes make one character only together come back
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +41,8 @@ class Vocabulary:
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{where} is not the tokenizer.json of a fast tokenizer: {error!r}") from error
         names = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+        names_found = "|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True)))
+        self.special_names = re.compile(names_found or r"(?!)")  # in a text: what is spelled like one
         self._tokens = {token_id: token for token, token_id in names.items()}
         self._bytes: dict[int, bytes] = {}  # of the ids met so far
         self._is_byte_level = "ByteLevel" in str(data.get("decoder")) + str(data.get("pre_tokenizer"))
