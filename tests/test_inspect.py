@@ -288,13 +288,13 @@ def test_one_sample_its_image_is_a_chip(data, capsys):
 
 def test_what_only_looks_like_a_special_token_is_marked(data, tmp_path, capsys):
     """The same spelling as a token and as typed text, in one sample."""
-    turns = [{"role": "user", "content": "Type </s> or <im_patch>."}, {"role": "assistant", "content": "</s>"}]
+    turns = [{"role": "user", "content": "A </s> or <im_patch>."}, {"role": "assistant", "content": "</s>"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"id": "typed", "messages": turns}))
     sources = ["build-shards", str(tmp_path / "chat.jsonl"), "--tokenizer", f"{data.path}/tokenizer"]
     assert cli.run([*sources, "--out", str(tmp_path / "data"), "--num-query", "4"]) == 0
     capsys.readouterr()
     _, captured = run(capsys, tmp_path / "data")
-    assert "Type \\</s> or \\<im_patch>." in captured.out and "«\\</s></s>»" in captured.out
+    assert "A \\</s> or \\<im_patch>." in captured.out and "«\\</s></s>»" in captured.out
 
 
 def test_rejects_say_when_there_are_more(data, capsys):

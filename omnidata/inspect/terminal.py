@@ -2,7 +2,7 @@
 
 Colour says what is learned: supervised text is green, context plain, special tokens dim, an image block one
 chip. Where there is no colour (a pipe, a file, ``NO_COLOR``), supervised text stands between ``«`` and ``»``.
-Text that only looks like a special token has a backslash before it: ``\\</s>`` was typed, ``</s>`` ends a turn.
+Text that only looks like a special token has a backslash before it: ``\\</s>`` was typed, ``</s>`` is one.
 Text of the dataset is never read as markup, and its control characters are shown, not sent.
 """
 
