@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from omnidata.schema import UserError
+from omnidata.schema import SLICE_TOKENS, UserError
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -60,6 +60,11 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 @click.option("--max-length", default=2048, show_default=True, help="Tokens a sample.")
 @click.option("--image-size", default=448, show_default=True, help="Pixels of the shorter side (shrink).")
 @click.option("--image-policy", type=click.Choice(["keep", "shrink"]), default="shrink", show_default=True)
+@click.option(
+    "--max-slices", default=0, show_default=True, help="Also cut large pictures into up to N tiles."
+)
+@click.option("--slice-size", type=int, help="Pixels a side of a tile.  [default: --image-size]")
+@click.option("--slice-tokens", nargs=2, default=SLICE_TOKENS, show_default=True, help="Around the tiles.")
 @click.option("--check-images", type=click.Choice(["full", "quick"]), default="full", show_default=True)
 @click.option("--quality", default=90, show_default=True, help="JPEG quality of what is encoded anew.")
 @click.option("--samples-per-shard", type=int, metavar="N")
@@ -128,17 +133,23 @@ def _print_report(report: Any, *, as_json: bool) -> None:
 @click.argument("source")
 @click.option("--out", required=True, help="Folder to write the Hugging Face tokenizer to.")
 @click.option("--chat-template", help="File with a Jinja chat template; Zephyr's where the source has none.")
-def prepare_tokenizer(source: str, out: str, chat_template: str | None) -> None:
+@click.option(
+    "--slice-tokens", nargs=2, help="Also add these two, as in '<slice>' '</slice>' (--max-slices)."
+)
+def prepare_tokenizer(
+    source: str, out: str, chat_template: str | None, slice_tokens: tuple[str, str] | None
+) -> None:
     """Make a tokenizer ready: image and grounding tokens added once, a chat template set.
 
     SOURCE is a Hugging Face tokenizer (folder or id) or a sentencepiece .model file.
 
     \b
     omnidata prepare-tokenizer tokenizer.model.v1 --out tok
+    omnidata prepare-tokenizer tokenizer.model.v1 --out tok --slice-tokens '<slice>' '</slice>'
     """
     from omnidata.text import tokenizer
 
-    tokenizer.prepare_tokenizer(source, out, chat_template=chat_template)
+    tokenizer.prepare_tokenizer(source, out, chat_template=chat_template, slice_tokens=slice_tokens or ())
     click.echo(f"Tokenizer written to {out}")
 
 

@@ -22,7 +22,8 @@ Step (4) ``_check_order``: a system turn comes first or not at all, the others a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -68,6 +69,16 @@ def to_conversation(record: Record) -> Conversation:
     parts = placer.finish(roles, parts)
     messages = tuple(Message(role, content) for role, content in zip(roles, parts, strict=True))
     return Conversation(record.id, messages, tuple(placer.images))
+
+
+def with_grids(conversation: Conversation, grids: Sequence[tuple[int, int] | None]) -> Conversation:
+    """The same, with the layout of every picture's tiles (images.slices) at its place."""
+
+    def place(part: Part) -> Part:
+        return replace(part, grid=grids[part.image]) if isinstance(part, ImagePart) else part
+
+    messages = [replace(message, parts=tuple(map(place, message.parts))) for message in conversation.messages]
+    return replace(conversation, messages=tuple(messages))
 
 
 # --- step 1: turns ----------------------------------------------------------------------------------------

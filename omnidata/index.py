@@ -13,6 +13,8 @@ import numpy as np
 
 from omnidata.schema import INDEX_COLUMNS, REJECT_COLUMNS, Column, UserError
 
+_DEFAULTS = {column.name: list(column.default) for column in INDEX_COLUMNS if column.default is not None}
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -43,7 +45,7 @@ def index_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
     """Index rows (one dict a sample, keys as INDEX_COLUMNS) as a table."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist(list(rows), schema=index_schema())
+    return pa.Table.from_pylist([_DEFAULTS | row for row in rows], schema=index_schema())
 
 
 def reject_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
@@ -88,12 +90,15 @@ def read_table(
 
     try:
         parquet = pq.ParquetFile(file, read_dictionary=list(dictionary), page_checksum_verification=True)
-        missing = [name for name in columns or schema.names if name not in parquet.schema_arrow.names]
-        if missing:
-            raise UserError(
-                f"the table lacks the columns {missing}: it was not written by this schema version"
-            )
-        return parquet.read(columns=list(columns) if columns else schema.names)
+        wanted = list(columns or schema.names)
+        missing = [name for name in wanted if name not in parquet.schema_arrow.names]
+        if lost := [name for name in missing if name not in _DEFAULTS]:
+            raise UserError(f"the table lacks the columns {lost}: it was not written by this schema version")
+        table = parquet.read(columns=[name for name in wanted if name not in missing])
+        for name in missing:  # written before there was such a column
+            values = pa.array([_DEFAULTS[name]] * table.num_rows, schema.field(name).type)
+            table = table.append_column(schema.field(name), values)
+        return table.select(wanted)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's or the network's; Arrow's own errors about content have no number
@@ -117,7 +122,7 @@ def read_rows(file: BinaryIO, positions: Sequence[int]) -> list[dict[str, Any]]:
     tables = {group: parquet.read_row_group(group) for group in sorted(set(groups))}
     firsts = [ends[group] - tables[group].num_rows for group in groups]
     return [
-        tables[group].slice(position - first, 1).to_pylist()[0]
+        _DEFAULTS | tables[group].slice(position - first, 1).to_pylist()[0]
         for position, group, first in zip(positions, groups, firsts, strict=True)
     ]
 

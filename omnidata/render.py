@@ -84,7 +84,8 @@ class Renderer:
     """Renders conversations for one tokenizer; see the module's docstring for what is supervised.
 
     ``default_system`` is put in front of a conversation that has no system turn: None for none, "auto" for
-    OmniLMM's where the tokenizer is OmniLMM's.
+    OmniLMM's where the tokenizer is OmniLMM's. ``slice_tokens`` stand around the tiles of pictures that are
+    cut (ImagePart.grid); the tokenizer must have them.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Renderer:
         content_tokens: Sequence[str] = CONTENT_TOKENS,
         *,
         default_system: str | None = "auto",
+        slice_tokens: Sequence[str] | None = None,
     ) -> None:
         text = template_text(tokenizer)
         if not text:
@@ -104,6 +106,7 @@ class Renderer:
         self.max_length = max_length
         self._template = ChatTemplate(text, tokenizer.special_tokens_map)
         self._encoder = Encoder(tokenizer, content_tokens=content_tokens)
+        self._slice_guards = None if slice_tokens is None else self._encoder.require(slice_tokens)
         self.is_omnilmm = self._encoder.image_ids is not None and self._prints_zephyr()
         self.default_system = (
             (DEFAULT_SYSTEM if self.is_omnilmm else None) if default_system == "auto" else default_system
@@ -182,11 +185,12 @@ class Renderer:
     def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
         messages = self._with_system(conversation.messages)
         roles = tuple(message.role for message in messages)
-        contents = [_content(message) for message in messages]
+        contents = [self._content(message) for message in messages]
         plan = self._plan(roles, generation_prompt)
         self._template.prove(plan.shape, roles, contents, generation_prompt=generation_prompt)
         printed = plan.shape.contents(contents)
-        num_images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
+        images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
+        num_images = sum(part.num_blocks for part in images)
         if num_images and self._encoder.image_ids is None:
             raise UserError(
                 "the tokenizer lacks <im_patch>, <im_start> or <im_end>; run omnidata prepare-tokenizer"
@@ -201,6 +205,28 @@ class Renderer:
             for turn in plan.turns
         )
         return _Draft(text, spans, num_images)
+
+    def _content(self, message: Message) -> str:
+        text = "".join(
+            [part.text if isinstance(part, TextPart) else self._picture(part) for part in message.parts]
+        )
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON of other tools may hold half of a surrogate pair
+                raise RejectError(
+                    "bad_content", f"character {error.start} of a message is no Unicode text"
+                ) from error
+        return text
+
+    def _picture(self, part: ImagePart) -> str:
+        """A picture's guards: its block and, where it is cut, ``<slice>`` tiles row by row ``</slice>``."""
+        if part.grid is None:
+            return IMAGE_GUARD
+        assert self._slice_guards is not None, "pictures are cut, so the renderer needs slice_tokens"
+        start, end = self._slice_guards
+        columns, rows = part.grid
+        return IMAGE_GUARD + start + "\n".join([IMAGE_GUARD * columns] * rows) + end
 
     def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         if self.default_system is None or (messages and messages[0].role == "system"):
@@ -219,12 +245,21 @@ class Renderer:
             first, end = _tokens(encoding, span)
             labels[first:end] = ids[first:end]
         if draft.num_images:
+            self._ignore_tiles(ids, labels)
             ids, labels = self._widen(ids, labels)
         if not (labels != IGNORE_INDEX).any():
             raise RejectError(
                 "no_supervision", "no assistant turn is supervised, so there is nothing to learn"
             )
         return Rendered(ids, labels, num_images=draft.num_images)
+
+    def _ignore_tiles(self, ids: np.ndarray, labels: np.ndarray) -> None:
+        """A reply that shows a cut picture learns nothing from ``<slice>`` to ``</slice>``."""
+        if self._slice_guards is None:
+            return
+        first, last = (np.flatnonzero(ids == token_id) for token_id in self._encoder.ids(self._slice_guards))
+        for start, end in zip(first, last, strict=True):
+            labels[start : end + 1] = IGNORE_INDEX
 
     def _widen(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each image's one token becomes its block, which is never supervised."""
@@ -283,18 +318,6 @@ def _caught(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
     except RejectError as error:
         return error
-
-
-def _content(message: Message) -> str:
-    text = "".join([part.text if isinstance(part, TextPart) else IMAGE_GUARD for part in message.parts])
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON of other tools may hold half of a surrogate pair
-            raise RejectError(
-                "bad_content", f"character {error.start} of a message is no Unicode text"
-            ) from error
-    return text
 
 
 def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[int], str]:

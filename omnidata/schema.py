@@ -18,6 +18,12 @@ One sample is a run of consecutive tar members that share a key::
     KEY.labels.npy      int32 [L]   UNSHIFTED: the token id where supervised, else IGNORE_INDEX
     KEY.jpg, KEY.1.png  the images, in placeholder order, after the arrays
 
+A build with ``--max-slices`` also cuts large pictures into tiles. Overview and tiles are images like any
+other, each with its block, so images = image blocks holds as ever; ``slices`` in the index says which belong
+together. A picture of 3 columns × 2 rows stands in the ids as::
+
+    overview <slice> tile tile tile \\n tile tile tile </slice>
+
 Nothing here imports more than the standard library, so that ``omnidata --help`` stays instant.
 """
 
@@ -49,6 +55,7 @@ MAX_MEMBER_NAME = 100  # bytes; one more and tar needs a PAX header
 # --- special tokens ---------------------------------------------------------------------------------------
 IM_PATCH, IM_START, IM_END = "<im_patch>", "<im_start>", "<im_end>"
 IMAGE_TOKENS = (IM_PATCH, IM_START, IM_END)
+SLICE_TOKENS = ("<slice>", "</slice>")  # around a picture's tiles; other names: --slice-tokens
 CONTENT_TOKENS = ("<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>")  # may be written in content
 
 Role = Literal["system", "user", "assistant"]
@@ -98,6 +105,12 @@ class ImagePart:
     """The place of one image; ``image`` counts into ``Conversation.images``."""
 
     image: int
+    grid: tuple[int, int] | None = None  # (columns, rows) of the tiles that follow it; None: it is whole
+
+    @property
+    def num_blocks(self) -> int:
+        """Image blocks in the ids: the overview and the tiles."""
+        return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
 Part = TextPart | ImagePart
@@ -132,7 +145,7 @@ class Rendered:
     input_ids: Any
     labels: Any
     num_truncated_messages: int = 0  # turns cut from the end to fit max_length
-    num_images: int = 0  # image blocks = the conversation's first images; those of cut turns are gone
+    num_images: int = 0  # image blocks: of the conversation's first pictures; those of cut turns are gone
 
     @property
     def num_supervised(self) -> int:
@@ -219,6 +232,7 @@ class Column:
     name: str
     type: str
     doc: str
+    default: Any = None  # the value of every row where a dataset was written before the column was
 
 
 INDEX_COLUMNS: tuple[Column, ...] = (
@@ -231,6 +245,9 @@ INDEX_COLUMNS: tuple[Column, ...] = (
     Column("n_supervised", "int32", "labels that are not IGNORE_INDEX"),
     Column("n_images", "int32", "images = image blocks"),
     Column("image_sizes", "list<list<int32>>", "[width, height] of each stored image, pixels"),
+    Column(
+        "slices", "list<list<int32>>", "[columns, rows] of each picture's tiles, [0, 0]: whole", default=()
+    ),
     Column("id", "string", "the record's id"),
     Column("source", "string", "the file's name as given to build-shards"),
     Column("locator", "string", "where in it"),

@@ -80,7 +80,7 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
         settings=settings.to_json(),
         tokenizer_fingerprint=fingerprint(tokenizer),
         chat_template_fingerprint=template_fingerprint(tokenizer),
-        special_tokens=special_token_ids(tokenizer),
+        special_tokens=special_token_ids(tokenizer, settings.slice_tokens if settings.max_slices else ()),
         vocab_size=len(tokenizer),
         num_query=settings.num_query,
         image_policy=settings.image_policy,

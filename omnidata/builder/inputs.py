@@ -8,6 +8,7 @@ from omnidata import corpus
 from omnidata.builder.plan import identity_of
 from omnidata.builder.settings import BuildSettings
 from omnidata.images.store import ImageStore
+from omnidata.render import Renderer
 from omnidata.schema import IMAGE_TOKENS, UserError
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, prepare_tokenizer, template_fingerprint
 
@@ -23,6 +24,8 @@ def open_inputs(
     if settings.image_root is not None:
         ImageStore(settings.image_root, allow_http=settings.allow_http)  # raises where there is none
     tokenizer = save_tokenizer(settings.tokenizer, folder)
+    if settings.max_slices:  # raises here, not in a worker
+        Renderer(tokenizer, content_tokens=settings.content_tokens, slice_tokens=settings.slice_tokens)
     marks = {"behaviour": fingerprint(tokenizer), "chat template": template_fingerprint(tokenizer)}
     return files, identity_of(settings, files, marks), tokenizer
 

@@ -10,7 +10,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from omnidata.schema import CONTENT_TOKENS, UserError
+from omnidata.images.slices import Slicing, slicing_of
+from omnidata.schema import CONTENT_TOKENS, SLICE_TOKENS, UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -29,6 +30,9 @@ class BuildSettings:
     max_length: int = 2048  # tokens
     image_size: int = 448  # pixels
     image_policy: str = "shrink"  # keep | shrink
+    max_slices: int = 0  # tiles that a large picture is cut into besides its overview; 0: none
+    slice_size: int | None = None  # pixels a side of a tile; None: image_size
+    slice_tokens: tuple[str, ...] = SLICE_TOKENS  # before and after a picture's tiles
     check_images: str = "full"  # full | quick
     quality: int = 90  # JPEG quality of what is encoded anew
     samples_per_shard: int | None = None
@@ -43,10 +47,19 @@ class BuildSettings:
     def __post_init__(self) -> None:
         if self.samples_per_shard is not None and self.shard_bytes is not None:
             raise UserError("--samples-per-shard and --shard-bytes exclude each other: give one")
-        for name in ("num_query", "max_length", "image_size", "samples_per_shard", "shard_bytes"):
+        for name in (
+            "num_query",
+            "max_length",
+            "image_size",
+            "slice_size",
+            "samples_per_shard",
+            "shard_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        if self.max_slices == 1 or self.max_slices < 0:
+            raise UserError(f"--max-slices is {self.max_slices}: give 0 (cut nothing) or at least 2 tiles")
         if TRAIN in self.split or sum(self.split.values()) >= 1:
             raise UserError(f"--split {self.split}: name other splits than train, and leave it some records")
 
@@ -60,9 +73,15 @@ class BuildSettings:
         """Special tokens that content may spell."""
         return tuple(dict.fromkeys((*CONTENT_TOKENS, *self.content_token)))
 
+    @property
+    def slicing(self) -> Slicing | None:
+        """How large pictures are cut; None: not at all."""
+        return slicing_of(self.to_json())
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as they stand in the plan and in the manifest."""
-        return asdict(self) | {"source": list(self.source), "content_token": list(self.content_token)}
+        lists = {name: list(getattr(self, name)) for name in ("source", "content_token", "slice_tokens")}
+        return asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,7 @@ def settings_of(flags: dict[str, Any]) -> BuildSettings:
         raise UserError(f"--split {' '.join(flags['split'])}: a name is given twice")
     if flags["shard_bytes"] is not None:
         values["shard_bytes"] = parse_size(str(flags["shard_bytes"]))
-    for name in ("source", "content_token"):
+    for name in ("source", "content_token", "slice_tokens"):
         values[name] = tuple(values[name])
     return BuildSettings(**values)
 

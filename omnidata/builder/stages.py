@@ -3,6 +3,8 @@
     Record ─conversation─▶ Conversation ─render (in batches)─▶ ids + labels ─images─▶ Built
        └──────────────────────── RejectError at any of them ───────────────▶ Reject
 
+With --max-slices a picture's size decides how many blocks it has, so pictures are read before the rendering.
+
 Every record that goes in comes out once, as the one or the other, in the same order.
 """
 
@@ -16,8 +18,8 @@ from typing import Any
 import orjson
 
 from omnidata.builder.settings import BuildSettings
-from omnidata.conversation import to_conversation
-from omnidata.images.pixels import process_image
+from omnidata.conversation import to_conversation, with_grids
+from omnidata.images.slices import Grid, Picture, read_picture
 from omnidata.images.store import ImageStore
 from omnidata.render import Renderer
 from omnidata.schema import (
@@ -48,6 +50,10 @@ class Built:
     record: Record
     images: tuple[EncodedImage, ...]
     rendered: Rendered
+    grids: tuple[Grid | None, ...] = ()  # of each picture; empty where the build cuts none
+
+
+Pictures = tuple[Picture, ...]
 
 
 @dataclass
@@ -58,6 +64,9 @@ class Stages:
     renderer: Renderer
     stores: dict[str, ImageStore] = field(default_factory=dict)  # by image root
 
+    def __post_init__(self) -> None:
+        self.slicing = self.settings.slicing
+
     @classmethod
     def load(cls, settings: BuildSettings, tokenizer: str) -> Stages:
         """Load the tokenizer (a path or id) and make the renderer."""
@@ -66,8 +75,9 @@ class Stages:
             num_query=settings.num_query,
             max_length=settings.max_length,
             content_tokens=settings.content_tokens,
+            slice_tokens=settings.slice_tokens if settings.max_slices else None,
         )
-        if settings.image_policy == "shrink":
+        if settings.image_policy == "shrink" or settings.max_slices:
             import torch
 
             torch.set_num_threads(1)  # the workers are the parallelism
@@ -78,23 +88,44 @@ class Stages:
         for batch in batches(records, note):
             note(f"{_place(batch[0][1])} … {_place(batch[-1][1])}")
             talks = [_converse(record) for _, record in batch]
+            cut = [self._cut(record, talk, note) for (_, record), talk in zip(batch, talks, strict=True)]
+            talks = [talk for talk, _ in cut]
             rendered = iter(self.renderer.render_batch([t for t in talks if isinstance(t, Conversation)]))
-            for (position, record), talk in zip(batch, talks, strict=True):
+            for (position, record), (talk, pictures) in zip(batch, cut, strict=True):
                 outcome = next(rendered) if isinstance(talk, Conversation) else talk
                 note(_place(record))
-                yield self._finish(position, record, talk, outcome)
+                yield self._finish(position, record, talk, outcome, pictures)
+
+    def _cut(self, record: Record | Reject, talk: Any, note: Note) -> tuple[Any, Pictures | None]:
+        """The conversation with its pictures' grids, and the pictures; None: they can wait."""
+        if not self.settings.max_slices or not isinstance(talk, Conversation):
+            return talk, None
+        note(_place(record))
+        try:
+            pictures = self._pictures(record.source, talk.images)
+        except RejectError as error:
+            return error, None
+        return with_grids(talk, [picture.grid for picture in pictures]), pictures
 
     def _finish(
-        self, position: int, record: Record | Reject, talk: Any, outcome: Rendered | RejectError | Reject
+        self,
+        position: int,
+        record: Record | Reject,
+        talk: Any,
+        outcome: Rendered | RejectError | Reject,
+        pictures: Pictures | None,
     ) -> Built | Reject:
         if isinstance(record, Reject):
             return record
         if isinstance(outcome, RejectError):
             return rejected(record, outcome)
         try:
-            images = tuple(self._image(record.source, reference) for reference in talk.images)
+            if pictures is None:
+                pictures = self._pictures(record.source, talk.images[: outcome.num_images])
         except RejectError as error:
             return rejected(record, error)
+        pictures = _shown(pictures, outcome.num_images)
+        images = tuple(image for picture in pictures for image in picture.images)
         sample = Sample(
             key=f"{position:09d}",
             input_ids=outcome.input_ids,
@@ -102,12 +133,17 @@ class Stages:
             images=tuple(image.data for image in images),
             image_extensions=tuple(image.extension for image in images),
         )
-        return Built(sample, record, images, outcome)
+        grids = tuple(picture.grid for picture in pictures) if self.settings.max_slices else ()
+        return Built(sample, record, images, outcome, grids)
 
-    def _image(self, source: str, reference: ImageRef) -> EncodedImage:
+    def _pictures(self, source: str, references: Iterable[ImageRef]) -> Pictures:
+        return tuple(self._picture(source, reference) for reference in references)
+
+    def _picture(self, source: str, reference: ImageRef) -> Picture:
         settings = self.settings
-        return process_image(
+        return read_picture(
             self._store(settings.image_root or os.path.dirname(source) or ".").read(reference),
+            slicing=self.slicing,
             policy=settings.image_policy,
             image_size=settings.image_size,
             check=settings.check_images,
@@ -131,6 +167,17 @@ def _converse(record: Record | Reject) -> Conversation | RejectError | Reject:
         return to_conversation(record)
     except RejectError as error:
         return error
+
+
+def _shown(pictures: Pictures, num_images: int) -> Pictures:
+    """The pictures of the first ``num_images`` blocks: those of turns that were cut off are not stored."""
+    shown: list[Picture] = []
+    for picture in pictures:
+        num_images -= len(picture.images)
+        if num_images < 0:
+            break
+        shown.append(picture)
+    return tuple(shown)
 
 
 def _place(record: Record | Reject) -> str:

@@ -117,7 +117,7 @@ def work(job: Job, task: Any, report: Report) -> Any:
 @lru_cache(maxsize=1)
 def _stages(settings_json: str, tokenizer: str) -> Stages:
     settings = json.loads(settings_json)
-    for name in ("source", "content_token"):
+    for name in ("source", "content_token", "slice_tokens"):
         settings[name] = tuple(settings[name])
     return Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
 
@@ -329,6 +329,7 @@ class _ShardRun:
             "n_supervised": built.rendered.num_supervised,
             "n_images": len(built.images),
             "image_sizes": [[image.width, image.height] for image in built.images],
+            "slices": [list(grid or (0, 0)) for grid in built.grids],
             "id": record.id,
             "source": record.source,
             "locator": record.locator,

@@ -3,7 +3,7 @@
     data ──image_header.read_header──▶ ImageHeader          format, bytes, pixels: refused before decoding
          ──_decode──▶ rgb uint8 [H, W, 3]                   simplejpeg (strict) for JPEG, Pillow for the rest
          ──resize_rgb──▶ shorter side = image_size          torch's antialiased uint8 bicubic
-         ──_encode──▶ EncodedImage(data, "jpg", 597, 448)
+         ──encode_rgb──▶ EncodedImage(data, "jpg", 597, 448)
 
 Under ``keep``, and under ``shrink`` where there is nothing to shrink, an image that any reader would show
 alike (8-bit RGB, opaque, upright, sRGB, one frame) keeps its original bytes; every other is converted:
@@ -78,7 +78,7 @@ def process_image(
     size = (width, height) if scale >= 1 else (max(1, round(width * scale)), max(1, round(height * scale)))
     rgb = _decode(data, header, size=size)
     lossless = header.lossless and scale >= 1
-    return _encode(rgb, lossless=lossless, quality=quality)
+    return encode_rgb(rgb, lossless=lossless, quality=quality)
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -87,24 +87,32 @@ def decode_rgb(data: bytes) -> np.ndarray:
     return _decode(data, header, size=header.upright_size)
 
 
-def decode_resized(data: bytes, width: int, height: int) -> np.ndarray:
+def decode_resized(data: bytes, width: int, height: int, *, out: np.ndarray | None = None) -> np.ndarray:
     """``resize_rgb(decode_rgb(data), width, height)``; large JPEGs are decoded at a part of their size."""
-    return _decode(data, read_header(data), size=(width, height))
+    return _decode(data, read_header(data), size=(width, height), out=out)
 
 
-def resize_rgb(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
-    """uint8 ``[H, W, 3]`` -> ``[height, width, 3]``: antialiased bicubic, as the model's ImageProcessor."""
+def resize_rgb(rgb: np.ndarray, width: int, height: int, *, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 ``[H, W, 3]`` -> ``[height, width, 3]``: antialiased bicubic, as the model's ImageProcessor.
+
+    With ``out`` (contiguous) the result is there, and ``out`` is returned.
+    """
     import torch
 
     if rgb.shape[:2] == (height, width):
-        return rgb
-    resized = np.empty((1, height, width, 3), np.uint8)
+        return rgb if out is None else _copied(rgb, out)
+    resized = (np.empty((height, width, 3), np.uint8) if out is None else out)[None]
     # Same numbers as F.interpolate(..., mode="bicubic", antialias=True), which returns planes: interleaving
     # them again takes twice as long as the resize itself at 640×480. Given ``out`` it works in place.
     torch.ops.aten._upsample_bicubic2d_aa.out(
         _as_nchw(np.ascontiguousarray(rgb)[None]), [height, width], False, None, None, out=_as_nchw(resized)
     )
     return resized[0]
+
+
+def _copied(rgb: np.ndarray, out: np.ndarray) -> np.ndarray:
+    np.copyto(out, rgb)
+    return out
 
 
 def _as_nchw(images: np.ndarray) -> Any:
@@ -154,14 +162,19 @@ def _check_riff(data: bytes) -> None:
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def _decode(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.ndarray:
+def _decode(
+    data: bytes, header: ImageHeader, *, size: tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
     """Upright sRGB at ``size`` (width, height)."""
     stored_size = size if header.orientation < 5 else size[::-1]
     if header.format == "jpeg":
         rgb = _jpeg_rgb(data, header, size=stored_size)
     else:
         rgb = _pillow_rgb(_open_whole(data, header), header)
-    return _upright(resize_rgb(rgb, *stored_size), header.orientation)
+    if header.orientation == 1:
+        return resize_rgb(rgb, *stored_size, out=out)
+    upright = _upright(resize_rgb(rgb, *stored_size), header.orientation)
+    return upright if out is None else _copied(upright, out)
 
 
 def _jpeg_rgb(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.ndarray:
@@ -314,7 +327,8 @@ def _apply(transform: Any, image: Any) -> Any:
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
-def _encode(rgb: np.ndarray, *, lossless: bool, quality: int) -> EncodedImage:
+def encode_rgb(rgb: np.ndarray, *, lossless: bool, quality: int) -> EncodedImage:
+    """uint8 ``[H, W, 3]`` -> PNG where nothing may be lost, else JPEG."""
     height, width = rgb.shape[:2]
     if lossless:
         return EncodedImage(_png(rgb), "png", width, height)

@@ -102,6 +102,7 @@ def _sample_data(view: SampleView) -> dict[str, Any]:
         "tokens": row["n_tokens"],
         "supervised": row["n_supervised"],
         "sizes": row["image_sizes"],
+        "parts": view.slice_names,
         "thumbs": [thumbnail(image) for image in view.images],
         "runs": [_run_data(run) for run in view.runs],
     }

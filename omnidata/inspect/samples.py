@@ -62,6 +62,15 @@ class SampleView:
         """A text run's text, a backslash before what only looks like a special token: ``\\</s>``."""
         return self.special_names.sub(lambda name: f"\\{name[0]}", run.text)
 
+    @property
+    def slice_names(self) -> list[str]:
+        """What each stored image is of its picture: "" (all of it), "3×2 slices" (overview), "slice 1,2"."""
+        names: list[str] = []
+        for columns, rows in self.row["slices"]:
+            names.append(f"{columns}×{rows} slices" if columns else "")
+            names += [f"slice {x + 1},{y + 1}" for y in range(rows) for x in range(columns)]
+        return names or [""] * len(self.images)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the index row, the position, and the runs with their ids; no image bytes."""
         runs = [

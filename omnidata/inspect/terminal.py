@@ -211,7 +211,7 @@ def print_sample(console: Console, view: SampleView) -> None:
 
 def _run(run: Run, view: SampleView) -> Text:
     if run.image is not None:
-        return Text(chip(run, view.row["image_sizes"]), style=CHIP)
+        return Text(chip(run, view), style=CHIP)
     if run.kind == "special":
         return Text(printable(run.text), style=SPECIAL)
     return Text(printable(view.typed(run)))
@@ -223,12 +223,13 @@ def _learned(text: Text, console: Console) -> Text:
     return Text.assemble(text, style=SUPERVISED)
 
 
-def chip(run: Run, sizes: Sequence[Sequence[int]]) -> str:
-    """An image block in a word or two: `` image 640×480 · 66 tokens ``."""
-    size = (
-        "{}×{}".format(*sizes[run.image]) if run.image is not None and run.image < len(sizes) else "missing"
-    )
-    return f" image {size} · {run.num_tokens} tokens "
+def chip(run: Run, view: SampleView) -> str:
+    """An image block in a word or two: `` image 640×480 · 66 tokens ``; of a cut picture also which part."""
+    sizes, names = view.row["image_sizes"], view.slice_names
+    is_there = run.image is not None and run.image < min(len(sizes), len(names))
+    size = "{}×{}".format(*sizes[run.image]) if is_there else "missing"
+    part = f" · {names[run.image]}" if is_there and names[run.image] else ""
+    return f" image {size}{part} · {run.num_tokens} tokens "
 
 
 # --- plan -------------------------------------------------------------------------------------------------

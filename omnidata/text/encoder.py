@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,21 @@ class Encoder:
     def guard(self, text: str) -> str:
         """The template's own text, with its control tokens replaced by their guards."""
         return self._pattern.sub(lambda match: self.guards[match[0]], text)
+
+    def require(self, tokens: Sequence[str]) -> tuple[str, ...]:
+        """The guards of control tokens that the tokenizer must have."""
+        missing = [token for token in tokens if token not in self.guards]
+        if missing:
+            command = f"omnidata prepare-tokenizer SOURCE --out DIR --slice-tokens {shlex.join(tokens)}"
+            raise UserError(
+                f"the tokenizer lacks {' and '.join(missing)} (or content may spell them), which pictures "
+                f"that are cut need; run: {command}"
+            )
+        return tuple(self.guards[token] for token in tokens)
+
+    def ids(self, guards: Sequence[str]) -> list[int]:
+        """The tokens' ids."""
+        return [self._backend.token_to_id(guard) for guard in guards]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Encodings (ids and character offsets) of guarded texts, nothing added."""

@@ -20,11 +20,12 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
+from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, SLICE_TOKENS, UserError
 
 # Blanks, line ends, digits, scripts, bytes outside the vocabulary, code: where tokenizers differ.
 PROBE = (
@@ -128,23 +129,35 @@ def template_text(tokenizer: Any) -> str:
     return template or ""
 
 
-def special_token_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of the special tokens that the tokenizer has: bos, eos, pad, unk, image and grounding tokens."""
-    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in _named_tokens(tokenizer).items()}
+def special_token_ids(tokenizer: Any, more: Sequence[str] = ()) -> dict[str, int]:
+    """Ids of the special tokens that the tokenizer has: bos, eos, pad, unk, image, grounding, slice tokens.
+
+    ``more`` names others to include where it has them.
+    """
+    named = _named_tokens(tokenizer)
+    named |= {token: token for token in more if token in tokenizer.added_tokens_encoder}
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
 
 
 def _named_tokens(tokenizer: Any) -> dict[str, str]:
     roles = {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
     present = tokenizer.added_tokens_encoder
-    ours = {token: token for token in IMAGE_TOKENS + CONTENT_TOKENS if token in present}
+    ours = {token: token for token in IMAGE_TOKENS + CONTENT_TOKENS + SLICE_TOKENS if token in present}
     return {name: token for name, token in roles.items() if token is not None} | ours
 
 
-def prepare_tokenizer(source: str | Path, out: str | Path, *, chat_template: str | None = None) -> Any:
+def prepare_tokenizer(
+    source: str | Path,
+    out: str | Path,
+    *,
+    chat_template: str | None = None,
+    slice_tokens: Sequence[str] = (),
+) -> Any:
     """Write to folder ``out`` a tokenizer that OmniLMM can train with, and return it as loaded from there.
 
     ``source`` is an HF tokenizer (folder or id) or a sentencepiece BPE ``.model``. Each of IMAGE_TOKENS and
-    CONTENT_TOKENS is added once, as a special token. ``chat_template``: None for Zephyr's (what OmniLMM
+    CONTENT_TOKENS is added once, as a special token; after them ``slice_tokens``, which a build with
+    --max-slices needs. ``chat_template``: None for Zephyr's (what OmniLMM
     trains on), "keep" for the source's own, a path of a Jinja file, or the template itself.
     """
     from omnidata.text.sentencepiece_bpe import tokenizer_from_model
@@ -152,7 +165,7 @@ def prepare_tokenizer(source: str | Path, out: str | Path, *, chat_template: str
     is_model = Path(source).is_file()
     tokenizer = tokenizer_from_model(Path(source)) if is_model else load_tokenizer(source)
     tokenizer.chat_template = _resolve_template(chat_template, tokenizer, source=source)
-    _add_tokens(tokenizer)
+    _add_tokens(tokenizer, (*IMAGE_TOKENS, *CONTENT_TOKENS, *slice_tokens))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.save_pretrained(str(out))
@@ -162,11 +175,11 @@ def prepare_tokenizer(source: str | Path, out: str | Path, *, chat_template: str
     return loaded
 
 
-def _add_tokens(tokenizer: Any) -> None:
+def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
     present = tokenizer.added_tokens_encoder
-    missing = [token for token in IMAGE_TOKENS + CONTENT_TOKENS if token not in present]
+    missing = [token for token in tokens if token not in present]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
 
 

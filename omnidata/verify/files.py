@@ -79,7 +79,7 @@ def check_tokenizer(store: Store, manifest: Manifest) -> Iterator[Finding]:
     found = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "chat_template_fingerprint": template_fingerprint(tokenizer),
-        "special_tokens": special_token_ids(tokenizer),
+        "special_tokens": special_token_ids(tokenizer, manifest.special_tokens),
         "vocab_size": len(tokenizer),
     }
     for name, value in found.items():

@@ -60,7 +60,7 @@ def repair(
     report = RepairReport(store.url)
     had_scratch = store.exists(SCRATCH)
     old = read_or_none(store, INDEX)
-    reader = ShardReader(store.url)
+    reader = ShardReader(store.url, manifest)
     shards = dict(over_shards(store, manifest, reader, old, num_workers=num_workers, on_shard=on_shard))
     index = _repair_index(store, manifest, old, shards, report)
     wanted = energon_files(manifest) | ({} if index is None else idx_files(manifest, index))
@@ -82,6 +82,7 @@ class ShardReader:
     """Picklable work: the index rows that a shard proves, or a sentence that says why it proves none."""
 
     url: str
+    manifest: Manifest
 
     def __call__(self, task: ShardTask, report: Any) -> list[Row] | str:
         """Walk one shard."""
@@ -91,14 +92,13 @@ class ShardReader:
             return f"{task.shard.path} is missing"
         with file:
             walk = ShardWalk(file)
-            found = [span if isinstance(span, Damage) else _proven_row(span) for span in walk]
+            found = [span if isinstance(span, Damage) else self._proven_row(span) for span in walk]
         if walk.sha256 != task.shard.sha256:
             return f"{task.shard.path} is damaged (its sha256 is not the manifest's)"
         return [{**row, "split": task.shard.split, "shard": task.shard.path} for row in found]
 
-
-def _proven_row(span: Any) -> Row:
-    return stored_columns(span, read_sample(span.raw))
+    def _proven_row(self, span: Any) -> Row:
+        return stored_columns(span, read_sample(span.raw), self.manifest)
 
 
 def _repair_index(

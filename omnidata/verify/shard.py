@@ -5,6 +5,7 @@ sample     parses; its key is in the index, at that offset, with that length and
 ids        int32 in the vocabulary; labels are the ids or IGNORE_INDEX; some are supervised
 images     blocks of <im_start> num_query × <im_patch> <im_end>, unsupervised, one an image;
            each image decodes, and has the size that the index says
+slices     the tiles of a cut picture form the grid that the index says
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from omnidata.schema import (
 from omnidata.shards import CorruptSampleError, content_hash, read_sample
 from omnidata.verify.findings import Finding
 from omnidata.verify.shard_walk import Damage, ShardWalk, Span
+from omnidata.verify.slices import check_slices, slice_layout
 
 Row = dict[str, Any]
 
@@ -79,7 +81,8 @@ class ShardChecker:
         for code, what in (*check_ids(sample, self.manifest), *check_images(sample)):
             yield Finding(code, where, what)
         if row is not None:
-            yield from (Finding("index", where, what) for what in compare_row(span, sample, row))
+            expected = stored_columns(span, sample, self.manifest)
+            yield from (Finding("index", where, what) for what in compare_row(expected, row))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +146,8 @@ def _check_blocks(sample: Sample, supervised: np.ndarray, manifest: Manifest) ->
         yield "image_block", f"image token supervised at {np.flatnonzero(is_image & supervised)[0]}"
     if len(starts) != len(sample.images):
         yield "image_block", f"{len(starts)} image blocks but {len(sample.images)} images"
+    if what := check_slices(sample, manifest):
+        yield "image_block", what
 
 
 def check_images(sample: Sample) -> Iterator[tuple[str, str]]:
@@ -154,16 +159,17 @@ def check_images(sample: Sample) -> Iterator[tuple[str, str]]:
             yield "image", f"image {position} does not decode: {error.detail}"
 
 
-def compare_row(span: Span, sample: Sample, row: Row) -> Iterator[str]:
+def compare_row(expected: Row, row: Row) -> Iterator[str]:
     """Everything in which the stored sample differs from its index row."""
-    for name, stored in stored_columns(span, sample).items():
+    for name, stored in expected.items():
         if row[name] != stored:
             yield f"{name} is {row[name]!r} in the index, {stored!r} in the shard"
 
 
-def stored_columns(span: Span, sample: Sample) -> Row:
-    """The index columns that the shard itself proves."""
-    return {
+def stored_columns(span: Span, sample: Sample, manifest: Manifest) -> Row:
+    """The index columns that the shard itself proves; no ``slices`` where the ids are damaged."""
+    slices = {} if check_slices(sample, manifest) else {"slices": slice_layout(sample, manifest)}
+    return slices | {
         "key": span.key,
         "offset": span.offset,
         "nbytes": len(span.raw),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omnidata.images.slices import slicing_of
 from omnidata.schema import IMAGE_TOKENS, INDEX, KEY_PATTERN, MANIFEST, REASONS, REJECTS, Manifest
 from omnidata.shards import BLOCK
 from omnidata.verify.findings import Finding
@@ -22,7 +23,10 @@ from omnidata.verify.findings import Finding
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMNS = ["key", "split", "shard", "offset", "nbytes", "n_tokens", "n_supervised", "n_images", "image_sizes"]
+COLUMNS = [
+    *("key", "split", "shard", "offset", "nbytes", "n_tokens", "n_supervised", "n_images", "image_sizes"),
+    "slices",
+]
 END_OF_TAR = 2 * BLOCK
 
 
@@ -34,7 +38,9 @@ def check_index(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     names, codes = shards.dictionary.to_pylist(), shards.indices.to_numpy()
     yield from _check_shard_order(names, codes, manifest)
     columns = {
-        name: table[name].to_numpy() for name in COLUMNS if name not in ("key", "shard", "image_sizes")
+        name: table[name].to_numpy()
+        for name in COLUMNS
+        if name not in ("key", "shard", "image_sizes", "slices")
     }
     bounds = np.flatnonzero(np.diff(codes)) + 1 if len(codes) else codes
     known = {shard.path: shard for shard in manifest.shards}
@@ -66,16 +72,32 @@ def _check_numbers(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     tokens, supervised, images = (table[n].to_numpy() for n in ("n_tokens", "n_supervised", "n_images"))
     sizes = pc.list_value_length(table["image_sizes"]).to_numpy()
     offsets, nbytes = table["offset"].to_numpy(), table["nbytes"].to_numpy()
+    is_cut = np.full(len(images), slicing_of(manifest.settings) is not None)
     rules = (
         ((offsets < 0) | (nbytes <= 0), "offset or nbytes is not a place in a file"),
         (supervised < 1, "n_supervised is below 1"),
         (supervised > tokens, "n_supervised is above n_tokens"),
         (sizes != images, "n_images is not the number of image_sizes"),
+        (is_cut & (_blocks_of_slices(table) != images), "slices does not account for n_images"),
         (images.astype(np.int64) * (manifest.num_query + 2) > tokens, "the image blocks exceed n_tokens"),
     )
     for broken, what in rules:
         for row in np.flatnonzero(broken).tolist():
             yield Finding("index", _row(row), what)
+
+
+def _blocks_of_slices(table: pa.Table) -> np.ndarray:
+    """Image blocks a row by its slices: an overview for each picture, and columns × rows tiles."""
+    import pyarrow.compute as pc
+
+    rows = table["slices"].combine_chunks()
+    pictures = rows.flatten()
+    if (pc.list_value_length(pictures).to_numpy() != 2).any():
+        return np.full(len(rows), -1)
+    sides = pictures.flatten().to_numpy().reshape(-1, 2)
+    ends = np.concatenate(([0], np.cumsum(1 + sides[:, 0].astype(np.int64) * sides[:, 1])))
+    last = np.cumsum(pc.list_value_length(rows).to_numpy())
+    return np.diff(ends[last], prepend=0)
 
 
 def _check_shard_order(names: list[str], codes: np.ndarray, manifest: Manifest) -> Iterator[Finding]:

@@ -184,7 +184,7 @@ function drawRun(run, sample) {
   const names = ["run", run.supervised && "sup", run.kind === "special" && "special"].filter(Boolean).join(" ");
   if (run.kind === "image") {
     const size = sample.sizes[run.image];
-    return make("span", { className: "chip", textContent: `image ${run.image + 1} · ${size ? size.join("×") : "missing"} · ${plural(run.num_tokens, "token")}` });
+    return make("span", { className: "chip", textContent: `image ${run.image + 1} · ${size ? size.join("×") : "missing"}${sample.parts[run.image] ? ` · ${sample.parts[run.image]}` : ""} · ${plural(run.num_tokens, "token")}` });
   }
   const pieces = run.pieces.map(([text, ids]) => {
     const shownIds = [ids].flat().join(" ");
@@ -203,7 +203,7 @@ function openSample(sample) {
     ["tokens", `${whole(sample.tokens)}, ${whole(sample.supervised)} supervised (${percent(sample.supervised / sample.tokens)})`]]));
   find("pictures").replaceChildren(...sample.thumbs.map((thumb, i) => make("figure", {},
     make("img", { src: thumb, alt: `Image ${i + 1} of the sample` }),
-    make("figcaption", { textContent: `image ${i + 1}: ${sample.sizes[i].join("×")} px` }))));
+    make("figcaption", { textContent: `image ${i + 1}: ${sample.sizes[i].join("×")} px${sample.parts[i] ? `, ${sample.parts[i]}` : ""}` }))));
   find("text").replaceChildren(...sample.runs.map((run) => drawRun(run, sample)));
   const at = shown.indexOf(sample);
   find("previous").disabled = at <= 0;
