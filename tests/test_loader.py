@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -372,16 +369,6 @@ def test_index_and_manifest_that_disagree_are_refused(own):
     (own / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="row groups"):
         loader(own)
-
-
-@pytest.mark.filterwarnings("ignore:Exception ignored")  # torch complains from a destructor as well
-def test_a_killed_worker_is_an_error(data):
-    microbatches = iter(loader(data, num_workers=1, num_epochs=None))
-    next(microbatches)
-    [worker] = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(LoadError, match="worker died"):
-        list(itertools.islice(microbatches, 500))
 
 
 # --- webdataset -------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Assembler: documents -> Parts. What a worker process does; it holds no index, no order and no state.
 
 SampleReader.read        one ranged read a sample
-decode, (augment), resize   each image straight into its place in shared memory
+decode, (augment), resize   each image straight into its place, which may be memory that processes share
 lay_out                  ids and labels end to end
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from omnidata.loader.augment import Augment
 from omnidata.loader.microbatch import Parts, lay_out
 from omnidata.loader.reader import Document, LoadError, SampleReader
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample
-
-if TYPE_CHECKING:
-    import torch
 
 OnError = Literal["raise", "skip"]
 
@@ -43,7 +40,7 @@ class ImageSettings:
 
 
 class Assembler:
-    """Reads and lays out one microbatch: ``assembler[work]``, as torch's DataLoader calls it."""
+    """Reads and lays out microbatches, in a worker or in the training process."""
 
     def __init__(
         self, reader: SampleReader, *, images: ImageSettings, on_error: OnError, im_start: int
@@ -51,10 +48,24 @@ class Assembler:
         self._reader, self._images = reader, images
         self._on_error, self._im_start = on_error, im_start
 
-    def __getitem__(self, work: Work) -> Parts | LoadError:
-        """A LoadError is returned, not raised: torch would wrap it in a worker's traceback."""
+    def num_bytes(self, work: Work) -> int:
+        """Room that the images of ``work`` take at most."""
+        if not self._images.decode:
+            return sum(document.place.nbytes for document in work.documents if document.num_images)
+        return sum(document.num_images for document in work.documents) * self._images.size**2 * 3
+
+    def assemble(self, work: Work, memory: np.ndarray | None = None) -> Parts | LoadError:
+        """Read and lay out one microbatch.
+
+        Args:
+            work: what to read.
+            memory: uint8, at least ``num_bytes(work)``, where decoded images go; None: ordinary memory.
+
+        Returns:
+            The microbatch, or (``on_error="raise"``) why there is none.
+        """
         read = list(zip(work.documents, self._reader.read(work.documents), strict=True))
-        images = self._decoded(work, read) if self._images.decode else None
+        images = self._decoded(work, read, memory) if self._images.decode else None
         kept = [sample for _, sample in read if isinstance(sample, Sample)]
         failed = [sample for _, sample in read if isinstance(sample, LoadError)]
         if failed and self._on_error == "raise":
@@ -76,46 +87,35 @@ class Assembler:
 
     # --- images -------------------------------------------------------------------------------------------
 
-    def _decoded(self, work: Work, read: list[tuple[Document, Sample | LoadError]]) -> torch.Tensor:
-        """uint8 [N, 3, S, S], in channels-last memory: no transposition on the CPU.
+    def _decoded(
+        self, work: Work, read: list[tuple[Document, Sample | LoadError]], memory: np.ndarray | None
+    ) -> np.ndarray:
+        """uint8 ``[N, S, S, 3]``: every image goes straight into its place.
 
         A sample with an image that does not decode becomes a LoadError in ``read``.
         """
-        size = self._images.size
-        batch = _shared(sum(document.num_images for document in work.documents), size)
-        rows, row = batch.numpy(), 0
+        size, num_bytes = self._images.size, self.num_bytes(work)
+        memory = np.empty(num_bytes, np.uint8) if memory is None else memory[:num_bytes]
+        rows, row = memory.reshape(-1, size, size, 3), 0
         for position, (document, sample) in enumerate(read):
             if isinstance(sample, LoadError):
                 continue
             try:
                 for number, data in enumerate(sample.images):
-                    rows[row + number] = self._decode(data, work.epoch, document, number)
+                    self._decode(data, work.epoch, document, number, out=rows[row + number])
                 row += len(sample.images)
             except RejectError as error:
                 read[position] = document, self._reader.error(document, error.detail)
-        return batch[:row].permute(0, 3, 1, 2)
+        return rows[:row]
 
-    def _decode(self, data: bytes, epoch: int, document: Document, number: int) -> np.ndarray:
+    def _decode(self, data: bytes, epoch: int, document: Document, number: int, *, out: np.ndarray) -> None:
         from omnidata.images.pixels import decode_resized, decode_rgb, resize_rgb
 
         size, augment = self._images.size, self._images.augment
         if augment is None:
-            return decode_resized(data, size, size)
+            decode_resized(data, size, size, out=out)
+            return
         # A dataset that an epoch passes twice counts on: the two passes differ.
         seed, key = self._images.seed + (document.passes << 32), document.place.key
         rgb = augment.apply(decode_rgb(data), seed=seed, epoch=epoch, key=key, number=number)
-        return resize_rgb(rgb, size, size)
-
-
-def _shared(count: int, size: int) -> torch.Tensor:
-    """uint8 [count, size, size, 3]; in a worker, in memory that the training process can map.
-
-    ``torch.utils.data.default_collate`` does the same: a tensor in ordinary memory would be copied.
-    """
-    import torch
-
-    shape = (count, size, size, 3)
-    if torch.utils.data.get_worker_info() is None or not count:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count * size * size * 3)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        resize_rgb(rgb, size, size, out=out)

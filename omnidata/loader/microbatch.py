@@ -16,7 +16,7 @@ the training process expands them to a ``Microbatch``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,18 +62,14 @@ class Parts:
     labels: np.ndarray  # int32 [T], shifted
     lengths: np.ndarray  # int64 [D]
     image_positions: np.ndarray  # int64 [N]
-    images: torch.Tensor | tuple[bytes, ...]
+    images: np.ndarray | tuple[bytes, ...]  # uint8 [N, S, S, 3], or as stored
     keys: tuple[str, ...]
     num_skipped: int
-
-    def pin_memory(self) -> Parts:
-        """With the images in page-locked memory; torch's loader calls this in its own thread."""
-        return self if isinstance(self.images, tuple) else replace(self, images=self.images.pin_memory())
 
 
 def lay_out(
     samples: Sequence[Sample],
-    images: torch.Tensor | tuple[bytes, ...],
+    images: np.ndarray | tuple[bytes, ...],
     *,
     im_start: int,
     num_skipped: int = 0,
@@ -99,19 +95,25 @@ def lay_out(
     return Parts(input_ids, labels, lengths, positions, images, keys, num_skipped)
 
 
-def expand(parts: Parts, *, num_supervised_tokens: int, step: int, epoch: int) -> Microbatch:
-    """The microbatch that ``parts`` stand for."""
+def expand(
+    parts: Parts, *, num_supervised_tokens: int, step: int, epoch: int, pin_memory: bool = False
+) -> Microbatch:
+    """The microbatch that ``parts`` stand for; with ``pin_memory`` its images in page-locked memory."""
     import torch
 
     cu_seqlens = np.concatenate(([0], np.cumsum(parts.lengths)))
     starts = np.repeat(cu_seqlens[:-1], parts.lengths)
+    images = parts.images
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last: no transposition on the CPU
+        images = images.pin_memory() if pin_memory else images
     return Microbatch(
         input_ids=torch.from_numpy(parts.input_ids.astype(np.int64)),
         labels=torch.from_numpy(parts.labels.astype(np.int64)),
         position_ids=torch.from_numpy(np.arange(len(starts)) - starts),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(parts.lengths.max()),
-        images=parts.images,
+        images=images,
         image_positions=torch.from_numpy(parts.image_positions),
         num_supervised_tokens=num_supervised_tokens,
         keys=parts.keys,

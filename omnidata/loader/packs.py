@@ -1,7 +1,7 @@
 """PackLoader: packs -> microbatches, the same ones for any number of ranks and workers.
 
     EpochPlan.steps(...)                  in the training process: what to read, no data
-      -> Work (documents)                 to a worker, in order
+      -> Work (documents)                 to a worker, in order; another worker's if that one dies
       -> Assembler -> Parts               reads, decodes, lays out; back through shared memory
       -> expand -> Microbatch
 
@@ -10,7 +10,6 @@ The state is the position in the plan: a few integers.
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -23,6 +22,7 @@ from omnidata.loader.augment import Augment
 from omnidata.loader.microbatch import Microbatch, Parts, expand
 from omnidata.loader.reader import Document, LoadError, SampleReader
 from omnidata.loader.remote import Remote
+from omnidata.loader.workers import Workers
 from omnidata.plan.catalog import Place, Places
 from omnidata.plan.epoch import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
 from omnidata.plan.oversize import Oversize
@@ -39,15 +39,6 @@ class State:
     epoch: int = 0
     window: int = 0
     pack: int = 0
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Schedulers and Ctrl-C signal whole process groups; the training process needs its workers to the end.
-
-    They end with it: DataLoader's workers watch for their parent.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +159,11 @@ class PackLoader:
             if isinstance(parts, LoadError):
                 raise parts
             microbatch = expand(
-                parts, num_supervised_tokens=about.num_supervised_tokens, step=about.step, epoch=about.epoch
+                parts,
+                num_supervised_tokens=about.num_supervised_tokens,
+                step=about.step,
+                epoch=about.epoch,
+                pin_memory=self._pin_memory,
             )
             if about.after:
                 self._state = about.after
@@ -176,33 +171,11 @@ class PackLoader:
 
     def _assemble(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:
         """Parts in the order of ``works``, read by the workers or, without any, right here."""
-        import torch
-        from torch.utils.data import DataLoader
-
         if not self._num_workers:
-            for work in works:
-                parts = self._assembler[work]
-                yield parts.pin_memory() if self._pin_memory and isinstance(parts, Parts) else parts
+            yield from map(self._assembler.assemble, works)
             return
-        workers = DataLoader(
-            self._assembler,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=works,  # type: ignore[arg-type]
-            num_workers=self._num_workers,
-            prefetch_factor=self._prefetch,
-            pin_memory=self._pin_memory,
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # of its own: the training's random state stays untouched
-        )
-        try:
-            yield from workers
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise LoadError(
-                f"a loader worker died ({error}). If the machine ran out of memory, use fewer workers, a "
-                "smaller prefetch, or more /dev/shm"
-            ) from error
+        with Workers(self._assembler, num_workers=self._num_workers, prefetch=self._prefetch) as workers:
+            yield from workers.map(works)
 
     def _works(self) -> Iterator[tuple[Work, Sent]]:
         """This rank's work from the current position on, epoch after epoch."""

@@ -1,0 +1,264 @@
+"""Workers: processes that assemble microbatches ahead of the training process.
+
+    training process                                   worker
+    Work, and a buffer with room for its images ──▶    Assembler
+    Parts, in the order of the works             ◀──   small arrays by the socket, images in the buffer
+
+Every worker has a socket of its own and shares nothing with the others, so one that is killed (no memory
+left, a crash inside a decoder) takes nothing with it. What it had in hand goes to a fresh one: works are pure
+functions, the same microbatches come out in the same order. Workers that die again and again stop the run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing import reduction, util
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from omnidata.loader.buffers import Borrower, Buffer, Lender, Loan
+from omnidata.loader.microbatch import Parts
+from omnidata.loader.reader import LoadError
+
+if TYPE_CHECKING:
+    from omnidata.loader.assembler import Assembler, Work
+
+MAX_DEATHS = 3  # of workers, in one iteration, before it gives up
+_PARENT_CHECK = 2.0  # seconds between a worker's looks whether its training process still lives
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a scheduler's, to a whole job
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A work that was handed out and is not answered yet."""
+
+    index: int  # in the order of the works
+    work: Work
+    buffer: Buffer | None = None  # None: no images
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    process: Any
+    connection: Connection
+    replaces: bool = False  # one that died
+    answered: bool = False  # anything yet
+    lender: Lender = field(default_factory=Lender)
+    tasks: deque[_Task] = field(default_factory=deque)  # a worker answers in this order
+
+
+class Workers:
+    """A few processes around one Assembler. A context manager: they end with it.
+
+    Args:
+        assembler: copied into every worker by the fork.
+        prefetch: works in hand for each worker.
+    """
+
+    def __init__(self, assembler: Assembler, *, num_workers: int, prefetch: int) -> None:
+        self._assembler, self._ahead = assembler, num_workers * max(prefetch, 1)
+        self._workers: list[_Worker] = []
+        self._answers: dict[int, Parts | LoadError] = {}  # those that came before their turn
+        self._num_deaths = 0
+        # Also at exit, before multiprocessing waits for children: these would not end by themselves.
+        self._stop = util.Finalize(self, _kill, args=(self._workers,), exitpriority=10)
+        for _ in range(num_workers):
+            self._workers.append(self._start())
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def map(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:
+        """What the assembler makes of each, in order."""
+        tasks = (_Task(index, work) for index, work in enumerate(works))
+        num_open, wanted = 0, 0
+        while True:
+            while num_open < self._ahead and (task := next(tasks, None)):
+                self._hand_out(task, min(self._workers, key=lambda worker: len(worker.tasks)))
+                num_open += 1
+            if not num_open:
+                return
+            while wanted not in self._answers:
+                self._receive()
+            yield self._answers.pop(wanted)
+            num_open, wanted = num_open - 1, wanted + 1
+
+    # --- one worker ---------------------------------------------------------------------------------------
+
+    def _start(self, *, replaces: bool = False) -> _Worker:
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(
+            target=_serve,
+            args=(theirs, ours, self._assembler, os.getpid()),
+            name="omnidata-load",
+            daemon=True,
+        )
+        with _signals_blocked():
+            process.start()
+        theirs.close()
+        return _Worker(process, ours, replaces)
+
+    def _hand_out(self, task: _Task, worker: _Worker) -> None:
+        worker.tasks.append(task)
+        num_bytes, loan, descriptor = self._assembler.num_bytes(task.work), None, None
+        task.buffer = None
+        if num_bytes:
+            task.buffer, loan, descriptor = worker.lender.lend(num_bytes)
+        try:
+            worker.connection.send((task.work, loan))
+            if descriptor is not None:
+                reduction.send_handle(worker.connection, descriptor, worker.process.pid)
+        except OSError:
+            pass  # it died; _receive notices, with what it was last working on
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _receive(self) -> None:
+        """Wait for an answer, or for the end of a worker."""
+        waiting = {worker.connection: worker for worker in self._workers}
+        for connection in multiprocessing.connection.wait(list(waiting)):
+            worker = waiting[connection]  # type: ignore[index]
+            try:
+                answer = worker.connection.recv()
+            except (EOFError, OSError):
+                self._replace(worker)
+                continue
+            if isinstance(answer, Exception) and not isinstance(answer, LoadError):
+                raise answer
+            worker.answered = True
+            task = worker.tasks.popleft()
+            self._answers[task.index] = _received(answer, task.buffer, worker.lender)
+
+    def _replace(self, dead: _Worker) -> None:
+        """Start another worker in its place, and hand its tasks to that one."""
+        dead.process.join()
+        dead.connection.close()
+        self._num_deaths += 1
+        keys = [document.place.key for task in list(dead.tasks)[:1] for document in task.work.documents]
+        died = (
+            f"a loader worker died ({_ending(dead.process.exitcode)}), reading {', '.join(keys) or 'nothing'}"
+        )
+        if self._num_deaths > MAX_DEATHS or (dead.replaces and not dead.answered):
+            raise LoadError(
+                f"{died}, and another one before it. If the machine ran out of memory, use fewer workers or "
+                "a smaller prefetch; if a sample makes them crash, num_workers=0 shows where"
+            )
+        warnings.warn(f"{died}; a new one goes on in its place", RuntimeWarning, stacklevel=2)
+        new = self._start(replaces=True)
+        self._workers[self._workers.index(dead)] = new
+        for task in dead.tasks:
+            self._hand_out(task, new)
+
+
+def _ending(exitcode: int) -> str:
+    return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"
+
+
+def _kill(workers: list[_Worker]) -> None:
+    """They hold nothing that needs an orderly end."""
+    for worker in workers:
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """No moment in which a new worker could act on a signal that was meant for the job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# --- in the worker ----------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, others_end: Connection, assembler: Assembler, parent: int) -> None:
+    """The life of a worker. Schedulers and Ctrl-C signal whole jobs, but training needs it to the end."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    others_end.close()
+    import torch
+
+    torch.set_num_threads(1)
+    tasks: queue.SimpleQueue[tuple[Work, Loan | None, int | None]] = queue.SimpleQueue()
+    threading.Thread(target=_read_tasks, args=(connection, tasks, parent), daemon=True).start()
+    borrower = Borrower()
+    while True:
+        work, loan, descriptor = tasks.get()
+        try:
+            memory = borrower.memory(loan, descriptor) if loan else None
+            answer = _sendable(assembler.assemble(work, memory), memory)
+        except Exception as error:
+            connection.send(error)
+            raise
+        connection.send(answer)
+
+
+def _read_tasks(connection: Connection, tasks: queue.SimpleQueue, parent: int) -> None:
+    """In a thread of its own: handing out work never waits for a worker, and none outlives the training."""
+    exitcode = 1
+    try:
+        while os.getppid() == parent:
+            if connection.poll(_PARENT_CHECK):
+                work, loan = connection.recv()
+                descriptor = reduction.recv_handle(connection) if loan and loan.is_new else None
+                tasks.put((work, loan, descriptor))
+    except (EOFError, ConnectionError):
+        exitcode = 0  # the training process is gone
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(exitcode)
+
+
+def _sendable(parts: Parts | LoadError, memory: np.ndarray | None) -> Any:
+    """Parts whose images are in ``memory``, with what it takes to find them there."""
+    if isinstance(parts, LoadError):
+        return parts
+    if isinstance(parts.images, np.ndarray):  # decoded in place
+        return replace(parts, images=()), parts.images.shape
+    stop = 0
+    for data in parts.images:
+        start, stop = stop, stop + len(data)
+        memory[start:stop] = np.frombuffer(data, np.uint8)  # type: ignore[index]
+    return replace(parts, images=()), [len(data) for data in parts.images]
+
+
+def _received(answer: Any, buffer: Buffer | None, lender: Lender) -> Parts | LoadError:
+    """Undo ``_sendable``, in the training process."""
+    if isinstance(answer, LoadError):
+        if buffer:
+            lender.take_back(buffer)
+        return answer
+    parts, found = answer
+    if buffer is None:
+        images = () if isinstance(found, list) else np.empty(found, np.uint8)
+    elif isinstance(found, list):
+        stops = np.cumsum(found).tolist()
+        images = tuple([buffer.memory[stop - size : stop] for size, stop in zip(found, stops, strict=True)])
+        lender.take_back(buffer)
+    else:
+        images = lender.array(buffer, found)
+    return replace(parts, images=images)
