@@ -218,10 +218,13 @@ def read_sample(raw: bytes | memoryview) -> Sample:
 
 
 def content_hash(sample: Sample) -> str:
-    """Hex blake2b-128 of a sample's ids, labels and image bytes, each preceded by its length."""
-    digest = hashlib.blake2b(digest_size=16)
+    """The first 128 bits, in hex, of the sha256 of a sample's ids, labels and images, each after its length.
+
+    sha256 since processors compute it in hardware, twice as fast as blake2b runs without.
+    """
+    digest = hashlib.sha256()
     arrays = (np.ascontiguousarray(array, "<i4").data for array in (sample.input_ids, sample.labels))
     for content in (*arrays, *(memoryview(image) for image in sample.images)):
         digest.update(content.nbytes.to_bytes(8, "little"))
         digest.update(content)
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
