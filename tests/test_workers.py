@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,8 @@ def test_workers_killed_at_every_start_stop_the_run(data):
         children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children")
         while not done.is_set():
             for pid in map(int, children.read_text().split()):
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.001)
 
     killer = threading.Thread(target=kill_on_sight)
@@ -154,7 +156,8 @@ def test_signals_to_a_whole_job_leave_the_workers_alone(data, undisturbed, numbe
         children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children")
         while not done.is_set():
             for pid in [*map(int, children.read_text().split()), os.getpid()]:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # the epoch has ended
+                    os.kill(pid, number)
             time.sleep(0.0005)
 
     shooter = threading.Thread(target=shoot)
