@@ -1,23 +1,24 @@
-"""Training speed of our loop beside Hugging Face's Trainer, on a CPU.
+"""Training speed of our loop beside Hugging Face's Trainer, on a CPU: samples/s at equal loss curves.
 
-    python benchmarks/train.py [--records 600] [--steps 10] [--json]
+    python benchmarks/train.py [--steps 18] [--batch 8] [--json]
 
-The same tiny model from the same weights, on the same samples step by step, so the loss curves must agree.
-Texts are as uneven as those of instruction data: one to sixteen rounds, log-normal.
+One tiny model in the proportions of stage 2 of the 12B (images through a frozen tower, a language model
+that learns), the same weights, and step by step the same samples, so the loss curves must agree:
 
     ours, packed        packs from built shards
+    HF Trainer          the step's samples in padded batches of --batch, in random order; a lazy dataset
+                        opens, resizes and tokenizes every sample when it is asked for, as MiniCPM-V's own
+                        finetune.py does (which takes batches of 2 and no worker; LLaVA's takes 16)
     ours, unpacked      the same documents, each a microbatch of its own
-    HF Trainer          the step's samples in padded batches at random; a lazy dataset opens, resizes and
-                        tokenizes every sample when it is asked for, as MiniCPM-V's own script does
 
-Both loaders have one worker. CPU seconds count the workers too: on a busy machine trust their ratio.
-On a GPU see benchmarks/train_gpu.py.
+Texts are as uneven as those of instruction data: one to sixteen rounds, log-normal. Every contender runs in
+a process of its own, with one loader worker and torch's own number of threads. CPU seconds count the workers
+too: on a busy machine trust their ratio. On a GPU see benchmarks/train_gpu.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import resource
@@ -32,9 +33,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import transformers
-from corpus import make_photos, write_records
+from corpus import WORDS, make_photos, write_records
 from PIL import Image
 
 from omnidata import Dataset
@@ -43,7 +45,7 @@ from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.packs import PackLoader
 from omnidata.render import Renderer
 from omnidata.schema import IGNORE_INDEX, Record
-from omnidata.text.tokenizer import load_tokenizer
+from omnidata.text.tokenizer import load_tokenizer, prepare_tokenizer
 from omnimodel import ImageProcessor
 from pipelines import train
 from pipelines.config import Recipe, parse_recipe
@@ -51,35 +53,40 @@ from pipelines.data import model_config
 from pipelines.model import build_model
 from pipelines.parallel import World
 
-WARMUP_STEPS = 2
-ACCUMULATION = 4  # microbatches a step, in every loop
-IMAGE_SIZE = 64
+WARMUP_STEPS = 3
+MAX_TOKENS = 4096  # of a pack
+PACKS = 2  # a step
+NUM_QUERY = 64
+IMAGE_SIZE = 224
+# In proportion: the frozen tower takes about a third of a sample's FLOPs, as in the 12B at 400 tokens.
 MODEL = {
     "mm_vision_tower": "vit_tiny_patch16_224",
-    "vision_kwargs": {"depth": 4, "embed_dim": 128, "num_heads": 4, "patch_size": 8, "img_size": IMAGE_SIZE},
+    "vision_kwargs": {"depth": 8, "embed_dim": 192, "num_heads": 3, "patch_size": 14, "img_size": IMAGE_SIZE},
     "image_size": IMAGE_SIZE,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
+    "resampler_heads": 4,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 
-# --- CPU ----------------------------------------------------------------------------------------------------
+# --- the data ---------------------------------------------------------------------------------------------
 
 
-def make_corpus(folder: Path, *, records: int) -> Path:
+def make_corpus(folder: Path, *, records: int) -> None:
     """Photographs, LLaVA JSON lines and the dataset built from them."""
     photos = make_photos(folder / "photos", min(records, 200))
     write_uneven_records(folder / "records.jsonl", records, photos)
+    make_tokenizer(folder)
     command = (
         *(sys.executable, "-m", "omnidata.cli", "build-shards", str(folder / "records.jsonl"), "--quiet"),
-        *("--out", str(folder / "data"), "--image-root", str(folder / "photos"), "--max-length", "4096"),
-        *("--tokenizer", tokenizer_of(folder), "--num-query", "16", "--image-size", str(IMAGE_SIZE)),
+        *("--out", str(folder / "data"), "--image-root", str(folder / "photos"), "--max-length", "2048"),
+        *("--tokenizer", str(folder / "tokenizer"), "--num-query", str(NUM_QUERY)),
+        *("--image-size", str(IMAGE_SIZE)),
     )
-    subprocess.run(command, check=True)
-    return folder / "data"
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def write_uneven_records(path: Path, count: int, photos: list[str]) -> None:
@@ -99,29 +106,38 @@ def write_uneven_records(path: Path, count: int, photos: list[str]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def tokenizer_of(folder: Path) -> str:
-    """A real Mistral tokenizer, from mistral-common's sentencepiece model."""
-    import mistral_common
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of about a thousand words: a real one's vocabulary would dwarf this model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from omnidata.text.tokenizer import prepare_tokenizer
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([" ".join(WORDS), " ".join(WORDS).title()], trainer)
+    tokenizer = transformers.TokenizersBackend(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder / "plain")
+    prepare_tokenizer(folder / "plain", folder / "tokenizer")
 
-    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    prepare_tokenizer(model, folder / "tokenizer")
-    return str(folder / "tokenizer")
 
-
-def recipe_of(data: Path, run_dir: Path, *, steps: int, tokens: int) -> Recipe:
+def recipe_of(folder: Path, name: str, *, steps: int) -> Recipe:
     """Constant learning rate, no warm-up: the same in both loops."""
     return parse_recipe(
         {
-            "run": {"dir": str(run_dir), "device": "cpu"},
+            "run": {"dir": str(folder / name), "device": "cpu"},
             "data": {
-                "train": [{"path": str(data)}],
-                "max_tokens": tokens,
-                "global_batch": ACCUMULATION,
+                "train": [{"path": str(folder / "data")}],
+                "max_tokens": MAX_TOKENS,
+                "global_batch": PACKS,
                 "num_workers": 1,
             },
-            "model": {"config": MODEL},
+            "model": {"config": MODEL, "freeze": ["vision_tower"]},
             "optim": {"lr": 1e-3, "schedule": "constant", "steps": steps},
             "checkpoint": {"every": 0},
             "log": {"every": 10**9, "tensorboard": False, "plot": False},
@@ -129,25 +145,38 @@ def recipe_of(data: Path, run_dir: Path, *, steps: int, tokens: int) -> Recipe:
     )
 
 
-def run_ours(recipe: Recipe, *, unpacked: bool) -> dict[str, Any]:
-    """Train with our loop; figures from its own metrics."""
-    original = train.grouped
-    if unpacked:
-        train.grouped = lambda loader: ([d for m in step for d in documents(m)] for step in original(loader))
-    try:
-        with _Clock() as clock:
-            train.train(recipe)
-    finally:
-        train.grouped = original
+# --- ours -------------------------------------------------------------------------------------------------
+
+
+def run_ours(folder: Path, options: argparse.Namespace, *, unpacked: bool) -> dict[str, Any]:
+    """Train with our loop, which asks for the next step's microbatches when a step has ended."""
+    recipe = recipe_of(folder, f"ours-{unpacked}", steps=options.steps)
+    original, ends = train.grouped, []
+
+    def timed(loader: PackLoader) -> Iterator[list[Microbatch]]:
+        for step in original(loader):
+            yield [d for m in step for d in documents(m)] if unpacked else step
+            ends.append(time.perf_counter())
+
+    train.grouped = timed
+    with _Clock() as clock:
+        train.train(recipe)
     lines = [json.loads(line) for line in (Path(recipe.run.dir) / "metrics.jsonl").read_text().splitlines()]
-    steady = lines[WARMUP_STEPS:]
-    seconds = sum(line["seconds"] for line in steady)
+    seconds = sum(line["seconds"] for line in lines[WARMUP_STEPS:])
     return {
-        "samples_per_s": sum(line["samples"] for line in steady) / seconds,
-        "data_wait": sum(line["data_wait"] * line["seconds"] for line in steady) / seconds,
+        **rate([line["samples"] for line in lines], ends),
+        "data_wait": sum(line["data_wait"] * line["seconds"] for line in lines[WARMUP_STEPS:]) / seconds,
+        "padding": 0.0,
         "cpu_seconds": clock.cpu,
         "losses": [line["loss"] for line in lines],
     }
+
+
+def rate(samples: list[int], ends: list[float]) -> dict[str, float]:
+    """Samples a second of the steps between the warm-up and the last one, whose end nobody notes."""
+    timed = samples[WARMUP_STEPS : len(samples) - 1]
+    seconds = ends[len(samples) - 2] - ends[WARMUP_STEPS - 1]
+    return {"samples_per_s": sum(timed) / seconds, "timed_steps": len(timed)}
 
 
 def documents(microbatch: Microbatch) -> Iterator[Microbatch]:
@@ -169,6 +198,9 @@ def documents(microbatch: Microbatch) -> Iterator[Microbatch]:
         )
 
 
+# --- Hugging Face's Trainer -------------------------------------------------------------------------------
+
+
 class LazyDataset(torch.utils.data.Dataset):
     """JSON lines; images opened, resized and text tokenized sample by sample."""
 
@@ -178,7 +210,7 @@ class LazyDataset(torch.utils.data.Dataset):
         for line in (folder / "records.jsonl").read_text().splitlines():
             row = json.loads(line)
             self.rows[row["id"]] = row
-        self.renderer = Renderer(load_tokenizer(folder / "tokenizer"), num_query=16)
+        self.renderer = Renderer(load_tokenizer(folder / "tokenizer"), num_query=NUM_QUERY)
         self.process = ImageProcessor(IMAGE_SIZE)
 
     def __len__(self) -> int:
@@ -210,33 +242,66 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 class _Trainer(transformers.Trainer):
-    """Takes its batches as they are given."""
+    """Takes its batches as they are given, a step's at a time."""
 
-    batches: list[list[str]]
+    steps: list[list[list[str]]]
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        batches = [batch for step in self.steps for batch in step]
         return torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=self.batches, collate_fn=collate, num_workers=1
+            self.train_dataset, batch_sampler=batches, collate_fn=collate, num_workers=1
         )
 
 
 class _StepTimes(transformers.TrainerCallback):
     def __init__(self) -> None:
-        self.ends = [time.perf_counter()]
+        self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ends.append(time.perf_counter())
 
 
-def run_trainer(recipe: Recipe, folder: Path, *, batches: list[list[str]]) -> dict[str, Any]:
+def run_trainer(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train with transformers.Trainer on the same samples."""
-    config = model_config(recipe, Dataset(folder / "data").manifest)
-    world = World(0, 1, torch.device("cpu"), "single")
-    model = build_model(recipe, copy.deepcopy(config), world).model
-    arguments = transformers.TrainingArguments(
+    recipe = recipe_of(folder, "trainer", steps=options.steps)
+    steps, lengths = samples_of(recipe, folder)
+    draw = random.Random(0)
+    for step in steps:
+        draw.shuffle(step)
+    count = max(1, round(np.mean([len(step) for step in steps]) / options.batch))
+    batches = [[step[first::count] for first in range(count)] for step in steps]
+    model = build_model(
+        recipe,
+        model_config(recipe, Dataset(folder / "data").manifest),
+        World(0, 1, torch.device("cpu"), "single"),
+    ).model
+    times = _StepTimes()
+    trainer = _Trainer(
+        model=model,
+        args=arguments_of(recipe, folder, accumulation=count),
+        train_dataset=LazyDataset(folder),
+        callbacks=[times],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.steps = batches
+    with _Clock() as clock:
+        trainer.train()
+    padded = sum(len(batch) * max(lengths[id] for id in batch) for step in batches for batch in step)
+    return {
+        **rate([len(step) for step in steps], times.ends),
+        "batch": np.mean([len(batch) for step in batches for batch in step]),
+        "padding": 1 - sum(lengths[id] for step in steps for id in step) / padded,
+        "cpu_seconds": clock.cpu,
+        "losses": [float(line["loss"]) for line in trainer.state.log_history if "loss" in line],
+    }
+
+
+def arguments_of(recipe: Recipe, folder: Path, *, accumulation: int) -> transformers.TrainingArguments:
+    """The recipe's optimizer and clipping, in the Trainer's words."""
+    return transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
-        max_steps=len(batches) // ACCUMULATION,
-        gradient_accumulation_steps=ACCUMULATION,
+        max_steps=recipe.optim.steps,
+        gradient_accumulation_steps=accumulation,
         learning_rate=recipe.optim.lr,
         lr_scheduler_type="constant",
         adam_beta1=recipe.optim.betas[0],
@@ -250,18 +315,22 @@ def run_trainer(recipe: Recipe, folder: Path, *, batches: list[list[str]]) -> di
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    times = _StepTimes()
-    trainer = _Trainer(model=model, args=arguments, train_dataset=LazyDataset(folder), callbacks=[times])
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.batches = batches
-    with _Clock() as clock:
-        trainer.train()
-    seconds = times.ends[-1] - times.ends[WARMUP_STEPS]
-    return {
-        "samples_per_s": sum(len(batch) for batch in batches[WARMUP_STEPS * ACCUMULATION :]) / seconds,
-        "cpu_seconds": clock.cpu,
-        "losses": [float(line["loss"]) for line in trainer.state.log_history if "loss" in line],
-    }
+
+
+def samples_of(recipe: Recipe, folder: Path) -> tuple[list[list[str]], dict[str, int]]:
+    """Ids of the records of each of our steps, and the number of tokens of every record."""
+    columns = (Dataset(folder / "data").index[name].to_pylist() for name in ("key", "id", "n_tokens"))
+    rows = list(zip(*columns, strict=True))
+    id_of = {key: id for key, id, _ in rows}
+    loader = PackLoader(
+        [{"path": str(folder / "data"), "split": "train"}],
+        global_batch=recipe.data.global_batch,
+        max_tokens=recipe.data.max_tokens,
+        seed=recipe.run.seed,
+    )
+    steps = (step for step, _ in zip(train.grouped(loader), range(recipe.optim.steps), strict=False))
+    samples = [[id_of[key] for microbatch in step for key in microbatch.keys] for step in steps]
+    return samples, {id: length for _, id, length in rows}
 
 
 class _Clock:
@@ -280,56 +349,38 @@ class _Clock:
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def batches_of(recipe: Recipe, folder: Path) -> list[list[str]]:
-    """Ids of the records of our steps, each step's shuffled and dealt to ACCUMULATION batches."""
-    dataset = Dataset(folder / "data")
-    columns = (dataset.index[name].to_pylist() for name in ("key", "id"))
-    id_of = dict(zip(*columns, strict=True))
-    loader = PackLoader(
-        [{"path": str(folder / "data"), "split": "train"}],
-        global_batch=recipe.data.global_batch,
-        max_tokens=recipe.data.max_tokens,
-        seed=recipe.run.seed,
-    )
-    steps = (
-        next_step for next_step, _ in zip(train.grouped(loader), range(recipe.optim.steps), strict=False)
-    )
-    batches, draw = [], random.Random(0)
-    for step in steps:
-        mine = [id_of[key] for microbatch in step for key in microbatch.keys]
-        draw.shuffle(mine)
-        batches += [mine[first::ACCUMULATION] for first in range(ACCUMULATION)]
-    return batches
+# --- side by side -----------------------------------------------------------------------------------------
+
+CONTENDERS = {
+    "ours, packed": lambda folder, options: run_ours(folder, options, unpacked=False),
+    "HF Trainer": run_trainer,
+    "ours, unpacked": lambda folder, options: run_ours(folder, options, unpacked=True),
+}
 
 
-def compare_on_cpu(options: argparse.Namespace) -> dict[str, Any]:
-    """All contenders, one after the other."""
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """All contenders, one after the other, and what ours gains over each."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data = make_corpus(folder, records=options.records)
-        recipes = {
-            run: recipe_of(data, folder / run, steps=options.steps, tokens=options.tokens)
-            for run in ("packed", "unpacked")
-        }
-        results = {
-            "ours, packed": run_ours(recipes["packed"], unpacked=False),
-            "HF Trainer": run_trainer(
-                recipes["packed"], folder, batches=batches_of(recipes["packed"], folder)
-            ),
-            "ours, unpacked": run_ours(recipes["unpacked"], unpacked=True),
-        }
-    ours = results["ours, packed"]
+        make_corpus(Path(name), records=options.records)
+        results = {contender: in_a_process(contender, Path(name)) for contender in options.contenders}
+    ours = next(iter(results.values()))
+    curve = np.array(ours["losses"])
     for result in results.values():
-        losses = result.pop("losses")
-        result["max_loss_difference"] = max(
-            abs(a - b) for a, b in zip(losses, ours.get("curve", losses), strict=True)
-        )
-        result["curve"] = losses
+        losses = np.array(result.pop("losses"))
+        result["first_loss"], result["last_loss"] = losses[0], losses[-1]
+        result["mean_loss_difference"] = np.abs(losses - curve).mean()
+        result["max_loss_difference"] = np.abs(losses - curve).max()
         result["ours_is_faster"] = ours["samples_per_s"] / result["samples_per_s"]
         result["ours_cpu_saving"] = result["cpu_seconds"] / ours["cpu_seconds"]
-    for result in results.values():
-        result["first_loss"], result["last_loss"] = result["curve"][0], result.pop("curve")[-1]
     return results
+
+
+def in_a_process(contender: str, folder: Path) -> dict[str, Any]:
+    """Denormals, allocator and threads of one are no concern of the next."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", contender, str(folder)]
+    print(contender, "...", file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return json.loads((folder / "result.json").read_text())
 
 
 def main() -> None:
@@ -337,12 +388,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--records", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a pack")
+    parser.add_argument("--records", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=WARMUP_STEPS + 16)
+    parser.add_argument("--batch", type=int, default=8, help="of the Trainer, about")
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    report = compare_on_cpu(options)
+    if options.run:
+        contender, folder = options.run[0], Path(options.run[1])
+        (folder / "result.json").write_text(json.dumps(CONTENDERS[contender](folder, options)))
+        return
+    report = compare(options)
     if options.json:
         print(json.dumps(report))
         return
