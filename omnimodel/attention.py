@@ -15,7 +15,6 @@ None of these copies anything from the GPU to the host.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -83,13 +82,14 @@ def per_document_attention(
     window: int | None,
 ) -> torch.Tensor:
     """One causal SDPA call a document. Reads ``cu_seqlens`` on the host, so only for the CPU."""
-    bounds = cu_seqlens.tolist()
+    lengths = cu_seqlens.diff().tolist()
+    # split, not slices: its backward pass joins the documents' gradients instead of adding full-size zeros.
+    documents = zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     outputs = []
-    for start, end in itertools.pairwise(bounds):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+    for length, q, k, v in documents:
         mask = None
-        if window is not None and end - start > window:
-            mask = _causal_window(torch.arange(end - start, device=q.device), window)
+        if window is not None and length > window:
+            mask = _causal_window(torch.arange(length, device=q.device), window)
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
