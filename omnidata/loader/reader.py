@@ -13,8 +13,8 @@ import functools
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,8 +33,7 @@ class LoadError(UserError):
     """A sample cannot be read: says which, where and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """One sample of a pack: where its bytes are, and what the plan takes of it."""
 
     dataset: int  # position in the blend
