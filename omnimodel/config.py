@@ -31,6 +31,7 @@ class OmniLMMConfig(MistralConfig):
     im_patch_token: int = 32000
     im_start_token: int = 32001
     im_end_token: int = 32002
+    slicing: dict[str, Any] | None = None  # how the training data cut large pictures (omnidata.images.slices)
     frozen: list[str] | None = None  # omnimodel.freezing components, frozen again after every load
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -52,5 +53,6 @@ class OmniLMMConfig(MistralConfig):
 
     @property
     def image_token_ids(self) -> list[int]:
-        """Ids that only an image block may hold; generation never emits them."""
-        return [self.im_patch_token, self.im_start_token, self.im_end_token]
+        """Ids that belong to pictures; generation never emits them."""
+        around_tiles = (self.slicing or {}).get("slice_token_ids", [])
+        return [self.im_patch_token, self.im_start_token, self.im_end_token, *around_tiles]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from omnidata import Dataset
+from omnidata.images.slices import Slicing, slicing_of
 from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.packs import PackLoader
 from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, Manifest, UserError
@@ -50,6 +51,7 @@ def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
 def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: OmniLMMConfig) -> None:
     """UserError that lists everything in which datasets, model and recipe do not fit."""
     problems = [line for dataset in datasets for line in _dataset_mismatches(dataset, datasets[0], config)]
+    problems += _slicing_mismatches(datasets, config)
     if recipe.model.path is not None:
         problems += _tokenizer_mismatches(recipe.model.path, datasets[0])
     if recipe.model.config is not None:
@@ -88,6 +90,41 @@ def _dataset_mismatches(dataset: Dataset, first: Dataset, config: OmniLMMConfig)
     if manifest.image_policy == "shrink" and manifest.image_size < config.image_size:
         yield (
             f"{name}: images were shrunk to {manifest.image_size} pixels, but the model's image_size is "
+            f"{config.image_size}"
+        )
+
+
+def data_slicing(datasets: Sequence[Dataset]) -> Slicing | None:
+    """How the datasets' pictures were cut. Those without pictures go with any; the others must agree."""
+    cuts = {
+        dataset.path: slicing_of(dataset.manifest.settings)
+        for dataset in datasets
+        if dataset.manifest.num_images
+    }
+    if len(set(cuts.values())) > 1:
+        found = ", ".join(f"{path}: {cut and cut.to_json()}" for path, cut in cuts.items())
+        raise UserError(f"the datasets cut their pictures in different ways ({found}); build them alike")
+    return next(iter(cuts.values()), None)
+
+
+def slicing_config(datasets: Sequence[Dataset]) -> dict[str, Any] | None:
+    """The same as the model's configuration carries it: with the ids of the tokens around the tiles."""
+    slicing = data_slicing(datasets)
+    if slicing is None:
+        return None
+    [ids, *_] = [d.manifest.special_tokens for d in datasets if d.manifest.num_images]
+    return slicing.to_json() | {"slice_token_ids": [ids[token] for token in slicing.slice_tokens]}
+
+
+def _slicing_mismatches(datasets: Sequence[Dataset], config: OmniLMMConfig) -> Iterator[str]:
+    try:
+        slicing = data_slicing(datasets)
+    except UserError as error:
+        yield str(error)
+        return
+    if slicing and slicing.slice_size < config.image_size:
+        yield (
+            f"tiles were cut at {slicing.slice_size} pixels (--slice-size), but the model's image_size is "
             f"{config.image_size}"
         )
 

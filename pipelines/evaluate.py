@@ -30,6 +30,7 @@ import torch
 import transformers
 
 from omnidata import Dataset
+from omnidata.images.slices import slicing_of
 from omnidata.schema import UserError
 from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMForCausalLM
@@ -144,6 +145,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, float | int]:
     if fingerprint(tokenizer) != dataset.manifest.tokenizer_fingerprint:
         raise UserError(f"{options.model} and {dataset.path} have tokenizers that tokenize differently")
     config = model.config
+    trained, cut = slicing_of(config.slicing), slicing_of(dataset.manifest.settings)
+    if dataset.manifest.num_images and trained != cut:
+        raise UserError(
+            f"{dataset.path} cuts pictures as {cut and cut.to_json()}, but {options.model} was trained with "
+            f"{config.slicing}: build the dataset with the model's --max-slices, --slice-size, --slice-tokens"
+        )
     found = questions_of(
         dataset,
         end_token=config.eos_token_id,

@@ -22,6 +22,7 @@ from omnidata.durable import Store
 from omnidata.schema import TOKENIZER_DIR
 from omnimodel import OmniLMMForCausalLM
 from pipelines.config import Recipe, to_yaml
+from pipelines.data import slicing_config
 from pipelines.lora import merged
 from pipelines.parallel import DTYPES, World
 
@@ -42,6 +43,7 @@ def export(
     if world.is_main:
         temporary = folder.with_name(".tmp-final")
         shutil.rmtree(temporary, ignore_errors=True)
+        model.config.slicing = slicing_config(datasets)  # pictures of questions must be cut like these
         _save_model(model, merged(state, recipe.model.lora), temporary, dtype=DTYPES[recipe.run.dtype])
         _copy_tokenizer(datasets[0], temporary)
         (temporary / "recipe.yaml").write_text(to_yaml(recipe))

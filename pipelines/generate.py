@@ -7,8 +7,9 @@
 A line of a questions file is ``{"image": "cat.jpg" or a list, "question": "…", "truth": "…"}``; image and
 truth may be absent. ``<image>`` in a question says where a picture goes; without it, pictures come first.
 
-The prompt is made by the code that rendered the training data, and pictures are decoded and resized as the
-training loader does it. Sampling starts from the original's settings; ``--greedy`` takes the likeliest token.
+The prompt is made by the code that rendered the training data, and pictures are cut (where that was built
+with --max-slices), decoded and resized as in training. Sampling starts from the original's settings;
+``--greedy`` takes the likeliest token.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 
 import torch
 
-from omnidata.conversation import to_conversation
-from omnidata.images.pixels import process_image
+from omnidata.conversation import to_conversation, with_grids
+from omnidata.images.slices import Picture, Slicing, read_picture, slicing_of
 from omnidata.render import Renderer
 from omnidata.schema import Conversation, Record, RejectError, UserError
 from omnimodel import OmniLMMForCausalLM
@@ -52,19 +53,28 @@ class Answerer:
 
     def __init__(self, model: OmniLMMForCausalLM, tokenizer: Any, *, sampling: dict[str, Any]) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.renderer = Renderer(tokenizer, num_query=model.config.num_query)
+        self.slicing = slicing_of(model.config.slicing)
+        self.renderer = Renderer(
+            tokenizer,
+            num_query=model.config.num_query,
+            slice_tokens=self.slicing and self.slicing.slice_tokens,
+        )
+
+    def prompt(self, turns: Turns, images: Sequence[str]) -> tuple[torch.Tensor, list[bytes]]:
+        """Ids int64 ``[1, T]`` and the stored images of their blocks, both as a dataset would hold them."""
+        conversation = prompt_conversation(turns, images)
+        pictures = [read_image(image.path, slicing=self.slicing) for image in conversation.images]
+        conversation = with_grids(conversation, [picture.grid for picture in pictures])
+        ids = torch.from_numpy(self.renderer.render_prompt(conversation)).long()[None]
+        return ids, [image.data for picture in pictures for image in picture.images]
 
     @torch.inference_mode()
     def reply(self, turns: Turns, images: Sequence[str], *, stream: bool = False) -> str:
         """The assistant's next words; with ``stream`` they also appear on the terminal as they come."""
         from transformers import TextStreamer
 
-        conversation = prompt_conversation(turns, images)
-        ids = torch.from_numpy(self.renderer.render_prompt(conversation)).long()[None]
-        size = self.model.config.image_size
-        stack = [
-            pixels(read_image(image.path), size) for image in conversation.images
-        ]  # in placeholder order
+        ids, stored = self.prompt(turns, images)
+        stack = [pixels(data, self.model.config.image_size) for data in stored]
         config = self.model.config
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
@@ -92,10 +102,10 @@ def prompt_conversation(turns: Turns, images: Sequence[str]) -> Conversation:
     return replace(conversation, messages=conversation.messages[:-1])
 
 
-def read_image(path: str) -> bytes:
+def read_image(path: str, *, slicing: Slicing | None = None) -> Picture:
     """A picture file as a shard would hold it."""
     try:
-        return process_image(Path(path).read_bytes(), policy="keep").data
+        return read_picture(Path(path).read_bytes(), slicing=slicing, policy="keep")
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from error
     except RejectError as error:

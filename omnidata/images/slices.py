@@ -70,17 +70,16 @@ def read_picture(data: bytes, *, slicing: Slicing | None = None, **options: Any)
         RejectError: it cannot be trusted.
     """
     overview = process_image(data, **options)
-    grid = slicing and choose_grid(
-        *read_header(data).upright_size, slice_size=slicing.slice_size, max_slices=slicing.max_slices
-    )
-    if not grid:
+    if slicing is None:
+        return Picture((overview,), None)
+    header = read_header(data)
+    grid = choose_grid(*header.upright_size, slice_size=slicing.slice_size, max_slices=slicing.max_slices)
+    if grid is None:
         return Picture((overview,), None)
     size = grid[0] * slicing.slice_size, grid[1] * slicing.slice_size
     tiles = cut_tiles(decode_resized(data, *size), grid)
-    # What was resized has lost its last bit anyway, as in process_image; the same pixels stay the same.
-    lossless = overview.extension == "png" and size == read_header(data).upright_size
-    quality = options.get("quality", 90)
-    encoded = [encode_rgb(tile, lossless=lossless, quality=quality) for tile in tiles]
+    lossless = header.lossless and size == header.upright_size  # as in process_image
+    encoded = [encode_rgb(tile, lossless=lossless, quality=options.get("quality", 90)) for tile in tiles]
     return Picture((overview, *encoded), grid)
 
 
