@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from omnidata.index import numbers
+from omnidata.index import codes, numbers
 from omnidata.plan.oversize import cut_length
 from omnidata.schema import IM_START, INDEX, UserError
 from omnidata.shards import read_sample
@@ -106,7 +106,7 @@ class IndexCatalog:
     def _parquet(self) -> pq.ParquetFile:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.dataset.open_file(INDEX))
+        return pq.ParquetFile(self.dataset.open_file(INDEX), read_dictionary=["shard"])
 
     def _check_row_groups(self, sizes: list[int]) -> None:
         metadata = self._parquet.metadata
@@ -120,6 +120,10 @@ class IndexCatalog:
     def _table(self, shards: Sequence[int], columns: Sequence[str]) -> pa.Table:
         return self._parquet.read_row_groups(self._groups[shards].tolist(), columns=list(columns))
 
+    def _rows(self, shards: Sequence[int]) -> np.ndarray:
+        spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
     def _leave_out(self, keys: list[str]) -> None:
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -127,8 +131,8 @@ class IndexCatalog:
         wanted, rows, found = pa.array(keys, pa.string()), [], set()
         for shard, first in enumerate(self._first_rows[:-1]):
             names = self._table([shard], ["key"])["key"]
-            hits = np.from_dlpack(pc.indices_nonzero(pc.is_in(names, value_set=wanted))).astype(np.int64)
-            rows.append(first + hits)
+            hits = pc.indices_nonzero(pc.is_in(names, value_set=wanted))
+            rows.append(first + np.from_dlpack(hits).astype(np.int64))
             found.update(names.take(hits).to_pylist())
         if missing := sorted(set(keys) - found):
             raise UserError(
@@ -144,9 +148,8 @@ class IndexCatalog:
         """The lengths of the samples of these shards, in index order."""
         shards = np.sort(np.asarray(shards, np.int64))
         table = self._table(shards, LENGTHS)
-        spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
         columns = [numbers(table, name).astype(np.int64) for name in LENGTHS]
-        lengths = Lengths(np.concatenate(spans) if spans else np.zeros(0, np.int64), *columns)
+        lengths = Lengths(self._rows(shards), *columns)
         if not len(self._excluded):
             return lengths
         return lengths.take(np.flatnonzero(~np.isin(lengths.rows, self._excluded)))
@@ -170,13 +173,9 @@ class IndexCatalog:
         return cut_length(sample.labels, starts, max_tokens=max_tokens, max_images=max_images)
 
     def locate(self, rows: np.ndarray) -> Places:
-        """Where the bytes of these rows are."""
-        rows = np.unique(rows)
+        """Where the bytes of these rows are (and of the others of their shards)."""
         shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1)
-        table = self._table(shards, PLACES)
-        spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
-        held = np.concatenate(spans)
-        return Places(rows, table.take(np.searchsorted(held, rows)))
+        return Places(self._rows(shards), self._table(shards, PLACES))
 
 
 class Place(NamedTuple):  # one a sample goes to a worker: tuples are pickled ten times faster than classes
@@ -194,9 +193,7 @@ class Places:
 
     def __init__(self, rows: np.ndarray, table: pa.Table) -> None:
         self._rows = rows  # sorted
-        shards = table["shard"].combine_chunks().dictionary_encode()
-        self._shard_names = shards.dictionary.to_pylist()
-        self._shards = np.from_dlpack(shards.indices)
+        self._shard_names, self._shards = codes(table, "shard")
         self._offsets, self._nbytes = (numbers(table, name) for name in ("offset", "nbytes"))
         self._keys, self._hashes = (_Strings(table[name]) for name in ("key", "content_hash"))
 
@@ -210,14 +207,14 @@ class Places:
 
 
 class _Strings:
-    """A column of strings, a few of which are wanted at a time: pyarrow's ``take`` costs 100 us a call."""
+    """A column of strings, of which a few are wanted at a time: pyarrow's ``take`` costs 100 us a call."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        import pyarrow as pa
-
-        array = column.cast(pa.large_string()).combine_chunks()
+        array = column.combine_chunks()
         _, offsets, text = array.buffers()
-        self._offsets = np.frombuffer(offsets, np.int64)[array.offset :] if offsets else np.zeros(1, np.int64)
+        self._offsets = np.frombuffer(offsets, np.int32)[
+            array.offset :
+        ]  # index_schema: strings, no large ones
         self._text = memoryview(text or b"")
 
     def take(self, positions: np.ndarray) -> list[str]:
