@@ -42,7 +42,9 @@ class DatasetConfig:
 
     path: str  # folder or fsspec URL made by `omnidata build-shards`
     split: str = "train"
-    weight: float = 1.0  # relative to the other datasets of the list
+    weight: float | None = None  # share of the samples, relative to the other weights; null: by size, or
+    epochs: float | None = None  # passes in one epoch of the whole list; null: 1, unless there are weights
+    exclude: str | None = None  # a file of keys to leave out, one a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class DataConfig:
     val: list[DatasetConfig] = field(default_factory=list)
     max_tokens: int = 4096  # tokens of a pack = of a microbatch
     max_images: int | None = None  # images of a pack; null: only max_tokens limits it
+    oversize: Literal["refuse", "cut", "leave_out"] = "refuse"  # what to do with samples that fit no pack
     global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
     num_workers: int = 1  # of the loader, a rank
 
@@ -64,7 +67,8 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: list[str] = field(
+    targets: list[str] = field(default_factory=lambda: ["language_model"])  # vision_tower language_model
+    target_modules: list[str] = field(  # of the language model's blocks; of the tower's: every matrix
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 

@@ -7,6 +7,7 @@ Microbatch (CPU) ──model_inputs──▶ keyword arguments of OmniLMMForCaus
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def new_token_ids(manifest: Manifest) -> list[int]:
 def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader:
     """Microbatches of this rank, for as many epochs as the recipe asks."""
     return PackLoader(
-        [{"path": c.path, "split": c.split, "weight": c.weight} for c in recipe.data.train],
+        [asdict(config) for config in recipe.data.train],
         num_epochs=recipe.optim.epochs,
         num_workers=recipe.data.num_workers,
         **_shared_settings(recipe, world, image_size),
@@ -161,7 +162,7 @@ def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader
 def val_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader:
     """One pass over the validation data, the same at every evaluation."""
     return PackLoader(
-        [{"path": c.path, "split": c.split, "weight": c.weight} for c in recipe.data.val],
+        [asdict(config) for config in recipe.data.val],
         num_epochs=1,
         tail="pad",
         **_shared_settings(recipe, world, image_size),
@@ -173,6 +174,7 @@ def _shared_settings(recipe: Recipe, world: World, image_size: int) -> dict[str,
         "global_batch": recipe.data.global_batch,
         "max_tokens": recipe.data.max_tokens,
         "max_images": recipe.data.max_images,
+        "oversize": recipe.data.oversize,
         "seed": recipe.run.seed,
         "rank": world.rank,
         "world_size": world.size,

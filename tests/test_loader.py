@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from omnidata.loader.packs import PackLoader
 from omnidata.loader.reader import LoadError
 from omnidata.plan.epoch import EpochPlan
 from omnidata.schema import IGNORE_INDEX, UserError
+from pipelines.config import DatasetConfig
 
 SETTINGS = {"global_batch": 6, "max_tokens": 450, "window_samples": 60, "image_size": 24, "num_epochs": 1}
 PLAN = {name: SETTINGS[name] for name in ("max_tokens", "window_samples")}
@@ -240,6 +242,20 @@ def test_a_blend_reads_each_dataset(data, tmp_path):
         counts[1] += sum(key in val for key in microbatch.keys)
         counts[0] += len(microbatch.keys)
     assert counts[0] == 158 and counts[1] >= 79
+
+
+def test_datasets_without_weights_are_each_read_once_an_epoch(data, tmp_path):
+    other = build_tiny_dataset(tmp_path / "other", num_samples=28, samples_per_shard=10)
+    configs = [
+        DatasetConfig(path=str(data)),
+        DatasetConfig(path=str(other), split="val"),
+    ]  # as recipes give them
+    found, _ = global_batches([asdict(config) for config in configs], tail="pad")
+    keys = list(itertools.chain(*itertools.chain(*found.values())))
+    assert len(keys) == 158 and sorted(keys) == sorted(
+        Dataset(data, "train").index["key"].to_pylist() + Dataset(other, "val").index["key"].to_pylist()
+    )
+    assert loader(data).plan.digest == loader({"path": str(data), "weight": 2.0}).plan.digest
 
 
 def test_datasets_of_different_tokenizers_do_not_blend(data, own):

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omnidata.plan import packing
-from omnidata.plan.blend import Blend, Draw, Source
+from omnidata.plan.blend import Blend, Draw, Source, quotas
 from omnidata.plan.catalog import Lengths
 from omnidata.plan.order import permutation
 from omnidata.plan.oversize import Oversize
@@ -176,7 +176,10 @@ class EpochPlan:
     def digest(self) -> str:
         """Equal for plans whose epochs have equal packs in equal order (the epoch's number left out)."""
         settings = (self.seed, self.max_tokens, self.max_images, self.oversize, self.window_samples)
-        blend = [(source.catalog.digest, source.weight, source.epochs) for source in self.sources]
+        shares = quotas(self.sources)  # of one dataset the same, whatever its weight
+        blend = [
+            (source.catalog.digest, str(share)) for source, share in zip(self.sources, shares, strict=True)
+        ]
         return hashlib.blake2b(repr((settings, blend)).encode(), digest_size=16).hexdigest()
 
     # --- packs --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sources: what a recipe names as ``data`` -> the datasets of a blend, opened and checked against each other.
 
 data: data/llava                                      one dataset, its train split, one pass an epoch
+data: [data/llava, data/shapes]                       each once an epoch, mixed in proportion to their sizes
 data: [{path: data/llava, weight: 3}, {path: data/shapes, weight: 1}]
 data: [{path: data/llava, epochs: 1, exclude: bad_keys.txt}, {path: data/shapes, epochs: 2.5}]
 """
