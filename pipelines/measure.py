@@ -1,7 +1,8 @@
-"""Run one random microbatch of a recipe on this machine, and compare with what the planner says.
+"""Run random microbatches of a recipe on this machine, and compare with what the planner says.
 
 memory   peak of the GPU's allocator, or of this process on a CPU, less what was there before
-time     a step, against the rate of a microbatch of a quarter of the size
+time     this machine is calibrated with microbatches of an eighth and of a half of the size: seconds are a
+         fixed part and a rate of FLOPs; a full one, and a step of them with its update, follow from that
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import gc
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,56 +21,91 @@ from omnidata import Dataset
 from omnidata.schema import IGNORE_INDEX
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.config import Recipe
-from pipelines.flops import count_flops
+from pipelines.flops import FlopCount, count_flops
 from pipelines.memory import Shape, estimate, shape_of
 from pipelines.model import build_model
-from pipelines.optim import build_optimizer
+from pipelines.optim import build_optimizer, clip_gradients
 from pipelines.parallel import World, compute_dtype
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What this machine does with this model: seconds = fixed + FLOPs / rate, and an update a step."""
+
+    fixed: float
+    rate: float  # FLOP/s of the forward and backward pass
+    update: float  # clipping, optimizer, zeroing
+
+    @classmethod
+    def of(cls, points: Sequence[tuple[float, float]], *, update: float) -> Calibration:
+        """From ``(FLOPs, seconds)`` of a small and of a larger microbatch.
+
+        >>> Calibration.of([(1.0, 3.0), (5.0, 5.0)], update=0.5).step(9.0, microbatches=2)
+        14.5
+        """
+        (small_flops, small), (flops, seconds) = points
+        rate = (flops - small_flops) / max(seconds - small, 1e-9)
+        rate = min(rate, flops / (0.5 * seconds))  # noise must not make most of it fixed
+        return cls(fixed=max(0.0, seconds - flops / rate), rate=rate, update=update)
+
+    def microbatch(self, flops: float) -> float:
+        """Seconds of one forward and backward pass."""
+        return self.fixed + flops / self.rate
+
+    def step(self, flops: float, *, microbatches: int) -> float:
+        """Seconds of a step whose microbatches have ``flops`` each."""
+        return microbatches * self.microbatch(flops) + self.update
+
+
 def measure(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> dict[str, float]:
-    """Predicted and measured memory and seconds of one microbatch with its update."""
+    """Predicted and measured memory and seconds of one microbatch, and the seconds of a step."""
     is_cuda = torch.cuda.is_available() and recipe.run.device != "cpu"
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
     world = World(0, 1, device, "single")
     shape = shape_of(recipe, config, dataset)
     if not is_cuda:
         _give_back_at_once()
-    quarter = _quarter(shape)
-    _warm_up(recipe, config, world, quarter)
+    eighth, half = _part(shape, 8), _part(shape, 2)
+    _warm_up(recipe, config, world, eighth)
     before = _memory_now(device)
     model = build_model(recipe, config, world).model
     optimizer = build_optimizer(model, recipe.optim)
     count = count_flops(model)
-    small = _seconds(recipe, model, optimizer, world, quarter)
-    rate = _flops(count, quarter) / small
-    seconds = _seconds(recipe, model, optimizer, world, shape)
-    predicted = estimate(recipe, config, shape, num_ranks=1, device=device.type, microbatches=1).total
+    timings = _seconds(recipe, model, optimizer, world, [eighth, half, shape])
+    *calibration, (seconds, update) = timings
+    points = [(_flops(count, s), fb) for s, (fb, _) in zip((eighth, half), calibration, strict=True)]
+    machine = Calibration.of(points, update=min(u for _, u in calibration))
+    predicted = estimate(recipe, config, shape, num_ranks=1, device=device.type, microbatches=1)
+    flops = _flops(count, shape)
     return {
-        "predicted_memory_gb": predicted / 1e9,
+        "predicted_memory_gb": (predicted.total - predicted.overhead) / 1e9,
         "measured_memory_gb": (_memory_peak(device) - before) / 1e9,
-        "predicted_seconds": _flops(count, shape) / rate,
-        "measured_seconds": seconds,
+        "predicted_seconds": machine.step(flops, microbatches=1),
+        "measured_seconds": seconds + update,
+        "flops_per_second": machine.rate,
+        "step_seconds": machine.step(flops, microbatches=recipe.data.global_batch),
     }
 
 
 def _warm_up(recipe: Recipe, config: OmniLMMConfig, world: World, shape: Shape) -> None:
     """Load the libraries and start the threads that the first step brings: they are no part of the plan."""
     model = build_model(recipe, config, world).model
-    _seconds(recipe, model, build_optimizer(model, recipe.optim), world, shape, repeats=1)
+    _seconds(recipe, model, build_optimizer(model, recipe.optim), world, [shape], repeats=1)
 
 
-def _quarter(shape: Shape) -> Shape:
-    return dataclasses.replace(
-        shape,
-        num_tokens=shape.num_tokens // 4,
-        num_images=max(1, shape.num_images // 4),
-        num_documents=max(1, shape.num_documents // 4),
-        num_supervised=max(1, shape.num_supervised // 4),
+def _part(shape: Shape, parts: int) -> Shape:
+    """A microbatch of 1/``parts`` of the size, its documents as long as before."""
+    numbers = {name: number // parts for name, number in dataclasses.asdict(shape).items()}
+    documents = max(1, numbers["num_documents"])
+    return Shape(
+        num_tokens=round(shape.num_tokens / shape.num_documents * documents),
+        num_images=max(min(1, shape.num_images), numbers["num_images"]),
+        num_documents=documents,
+        num_supervised=max(1, numbers["num_supervised"]),
     )
 
 
-def _flops(count: Any, shape: Shape) -> float:
+def _flops(count: FlopCount, shape: Shape) -> float:
     lengths = [shape.num_tokens / shape.num_documents] * shape.num_documents
     return count.of(lengths, images=shape.num_images, supervised=shape.num_supervised)
 
@@ -78,23 +115,32 @@ def _seconds(
     model: OmniLMMForCausalLM,
     optimizer: torch.optim.Optimizer,
     world: World,
-    shape: Shape,
+    shapes: Sequence[Shape],
     *,
     repeats: int = 3,
-) -> float:
-    """The fastest of a few steps: others only add noise."""
-    inputs = random_inputs(model.config, shape, world.device)
-    best = float("inf")
+) -> list[tuple[float, float]]:
+    """(forward and backward, update) of each shape, the fastest of a few: others only add noise.
+
+    The shapes take turns, so that a machine that slows down meanwhile slows all of them.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = [random_inputs(model.config, shape, world.device) for shape in shapes]
+    best = [(float("inf"), float("inf"))] * len(shapes)
     for _ in range(repeats):
-        _wait(world.device)
-        started = time.perf_counter()
-        with compute_dtype(recipe, world):
-            loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        _wait(world.device)
-        best = min(best, time.perf_counter() - started)
+        for number, batch in enumerate(inputs):
+            _wait(world.device)
+            started = time.perf_counter()
+            with compute_dtype(recipe, world):
+                loss = model(**batch).loss
+            loss.backward()
+            _wait(world.device)
+            between = time.perf_counter()
+            clip_gradients(trainable, recipe.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            _wait(world.device)
+            times = (between - started, time.perf_counter() - between)
+            best[number] = tuple(map(min, best[number], times))
     return best
 
 

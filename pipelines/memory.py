@@ -157,15 +157,37 @@ AttentionInterface.register(_PLANNED_ATTENTION, _planned_attention)
 AttentionMaskInterface.register(_PLANNED_ATTENTION, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A recipe's model after one microbatch without numbers: the same for any number of GPUs."""
+
+    model: OmniLMMForCausalLM
+    kept: int
+    peak: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: OmniLMMConfig, shape: Shape) -> Traced:
+        """Trace it: some seconds for a 12B."""
+        model = planned_model(recipe, config)
+        return cls(model, *trace(model, shape))
+
+
 def estimate(
-    recipe: Recipe, config: OmniLMMConfig, shape: Shape, *, num_ranks: int, device: str, microbatches: int
+    recipe: Recipe,
+    config: OmniLMMConfig,
+    shape: Shape,
+    *,
+    num_ranks: int,
+    device: str,
+    microbatches: int,
+    traced: Traced | None = None,
 ) -> Memory:
     """Peak memory of one device while it trains on microbatches of ``shape``."""
-    model = planned_model(recipe, config)
+    traced = traced or Traced.of(recipe, config, shape)
+    model, kept, peak = traced.model, traced.kept, traced.peak
     strategy = recipe.parallel.strategy
     if strategy == "auto":
         strategy = "fsdp" if num_ranks > 1 else "single"
-    kept, peak = trace(model, shape)
     sizes = _Sizes.of(model)
     shards = {"fsdp": num_ranks, "hsdp": min(num_ranks, recipe.parallel.shard_size or 1)}.get(strategy, 1)
     grads = 4 * sizes.trainable  # float32, made while tracing in the compute dtype

@@ -1,11 +1,11 @@
 """What a recipe will need: memory and time, on any number of GPUs, without having any.
 
-    python pipelines/plan_memory.py pipelines/recipes/sft.yaml --gpus 8
+    python pipelines/plan_memory.py pipelines/recipes/sft.yaml --gpus 1 8 64
     python pipelines/plan_memory.py pipelines/recipes/tiny_cpu.yaml --measure
 
 Memory is traced (pipelines.memory). Time is model FLOPs over the data sheet's peak times an assumed MFU.
-``--measure`` runs the recipe's model here on a random microbatch and prints prediction beside measurement;
-the time is then predicted from a microbatch of a quarter of the size.
+``--measure`` runs the recipe's model here on random microbatches, prints prediction beside measurement, and
+the seconds of a step at this machine's own rate, which it takes from smaller ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 from omnidata import Dataset
 from omnidata.inspect.cost import DEFAULT_GPU, DEFAULT_MFU, GPUS
 from omnidata.schema import MANIFEST, UserError
-from omnimodel import OmniLMMConfig
+from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.config import Recipe, load_recipe
 from pipelines.data import model_config
 from pipelines.flops import count_flops
-from pipelines.memory import Shape, estimate, planned_model, shape_of
+from pipelines.memory import Shape, Traced, estimate, shape_of
 
 GPU_MEMORY = {"b200": 180e9, "h200": 141e9, "h100": 80e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}
 PUBLISHED = {"vocab_size": 32009}  # OmniLMM-12B; everything else is OmniLMMConfig's default
@@ -48,24 +49,42 @@ def open_for_planning(recipe: Recipe) -> tuple[OmniLMMConfig, Dataset | None]:
     return OmniLMMConfig(**(PUBLISHED | recipe.model.config)), dataset
 
 
-def step_flops(recipe: Recipe, config: OmniLMMConfig, shape: Shape) -> float:
+def step_flops(recipe: Recipe, model: OmniLMMForCausalLM, shape: Shape) -> float:
     """Model FLOPs of a whole step, over all ranks."""
-    count = count_flops(planned_model(recipe, config))
     lengths = [shape.num_tokens / shape.num_documents] * shape.num_documents
-    return recipe.data.global_batch * count.of(
-        lengths, images=shape.num_images, supervised=shape.num_supervised
-    )
+    microbatch = count_flops(model).of(lengths, images=shape.num_images, supervised=shape.num_supervised)
+    return recipe.data.global_batch * microbatch
 
 
-def plan(recipe: Recipe, *, gpus: int, gpu: str = DEFAULT_GPU, mfu: float = DEFAULT_MFU) -> dict[str, Any]:
-    """Everything that the table shows."""
+def plan(
+    recipe: Recipe, *, gpus: Sequence[int], gpu: str = DEFAULT_GPU, mfu: float = DEFAULT_MFU
+) -> list[dict[str, Any]]:
+    """Everything that the table shows, for each number of GPUs."""
     config, dataset = open_for_planning(recipe)
     shape = shape_of(recipe, config, dataset)
+    traced = Traced.of(recipe, config, shape)
+    flops = step_flops(recipe, traced.model, shape)
+    return [_plan_one(recipe, config, shape, traced, flops, gpus=n, gpu=gpu, mfu=mfu) for n in gpus]
+
+
+def _plan_one(
+    recipe: Recipe,
+    config: OmniLMMConfig,
+    shape: Shape,
+    traced: Traced,
+    flops: float,
+    *,
+    gpus: int,
+    gpu: str,
+    mfu: float,
+) -> dict[str, Any]:
     microbatches = math.ceil(recipe.data.global_batch / gpus)
-    memory = estimate(recipe, config, shape, num_ranks=gpus, device="cuda", microbatches=microbatches)
+    memory = estimate(
+        recipe, config, shape, num_ranks=gpus, device="cuda", microbatches=microbatches, traced=traced
+    )
     # Ranks that have one microbatch less than others wait for them.
     busy = recipe.data.global_batch / (microbatches * gpus)
-    seconds = step_flops(recipe, config, shape) / (gpus * GPUS[gpu] * mfu * busy)
+    seconds = flops / (gpus * GPUS[gpu] * mfu * busy)
     return {
         "gpus": gpus,
         "gpu": gpu,
@@ -106,8 +125,10 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="before the options")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1], metavar="N", help="one or several numbers"
+    )
     parser.add_argument("--gpu", choices=list(GPUS), default=DEFAULT_GPU)
     parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="assumed share of the peak")
     parser.add_argument("--measure", action="store_true", help="run it here, prediction beside measurement")
@@ -121,8 +142,9 @@ def main(arguments: list[str]) -> int:
             figures = measure(recipe, *open_for_planning(recipe))
             text = "\n".join(f"{name:<24} {value:.4g}" for name, value in figures.items())
         else:
-            figures = plan(recipe, gpus=options.gpus, gpu=options.gpu, mfu=options.mfu)
-            text = describe(figures)
+            plans = plan(recipe, gpus=options.gpus, gpu=options.gpu, mfu=options.mfu)
+            figures = plans if len(plans) > 1 else plans[0]
+            text = "\n\n".join(map(describe, plans))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.config import load_recipe, parse_recipe
 from pipelines.flops import count_flops
-from pipelines.measure import measure, random_inputs
+from pipelines.measure import Calibration, measure, random_inputs
 from pipelines.memory import Shape, check_fits, planned_model, trace
 from pipelines.parallel import World
 from pipelines.plan_memory import estimate_line, plan
@@ -45,6 +45,17 @@ def recipe(**model):
     )
 
 
+def test_calibration_follows_a_fixed_part_and_a_rate_and_bounds_noise():
+    rate, fixed, update = 2e9, 0.5, 0.1
+    points = [(flops, fixed + flops / rate) for flops in (1e9, 4e9)]
+    machine = Calibration.of(points, update=update)
+    assert machine.microbatch(8e9) == pytest.approx(fixed + 8e9 / rate)
+    assert machine.step(8e9, microbatches=3) == pytest.approx(3 * (fixed + 8e9 / rate) + update)
+    # The larger microbatch was no slower than the small one: only a busy machine says so.
+    noisy = Calibration.of([(1e9, 3.0), (4e9, 3.0)], update=0.0)
+    assert 3.0 < noisy.microbatch(8e9) < 6.0 and noisy.fixed <= 1.5 + 1e-9
+
+
 def measure_there(queue):
     queue.put(measure(recipe(), OmniLMMConfig(**CONFIG), None))
 
@@ -57,6 +68,8 @@ def test_memory_is_within_15_percent_of_what_the_process_took():
     figures = queue.get(timeout=100)
     process.join()
     assert figures["predicted_memory_gb"] == pytest.approx(figures["measured_memory_gb"], rel=0.15), figures
+    # benchmarks/memory.py holds the time to 15 %; here others may be at work on the machine.
+    assert 1 / 4 < figures["predicted_seconds"] / figures["measured_seconds"] < 4, figures
 
 
 def test_checkpointing_and_freezing_show():
@@ -94,13 +107,8 @@ def test_what_cannot_fit_is_refused_before_it_is_tried():
         check_fits(recipe(), OmniLMMConfig(**huge), None, world)
 
 
-@pytest.mark.parametrize("name", ["align", "lora"])
+@pytest.mark.parametrize("name", ["align", "sft", "full", "lora"])
 def test_recipes_state_the_planners_estimates(name):
     path = Path(__file__).parents[1] / "pipelines" / "recipes" / f"{name}.yaml"
     stated = re.findall(r"^# (estimate: .*)$", path.read_text(), re.MULTILINE)
-    recipe = load_recipe(path)
-    assert len(stated) == 3
-    for line in stated:
-        gpus = int(line.split()[1])
-        if gpus == 8:  # one is enough to notice a change of either side
-            assert line == estimate_line(plan(recipe, gpus=gpus))
+    assert stated == [estimate_line(figures) for figures in plan(load_recipe(path), gpus=[1, 8, 64])]
