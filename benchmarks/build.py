@@ -46,7 +46,7 @@ from corpus import make_photos, write_records
 from PIL import Image
 
 HERE = Path(__file__).parent
-FEW_TURNS = 2  # a quarter of the records takes mostly the start, which varies little: so many turns are enough
+FEW_TURNS = 2  # enough for a quarter of the records: that is mostly the start, which varies little
 PR_SET_CHILD_SUBREAPER = 36
 TOKENIZER = HERE.parent / "tests" / "golden" / "tokenizer"
 OURS = {
