@@ -21,7 +21,7 @@ from omnidata import Dataset
 from omnidata.durable import Store
 from omnidata.schema import TOKENIZER_DIR
 from omnimodel import OmniLMMForCausalLM
-from pipelines.config import Recipe, to_yaml
+from pipelines.config import DatasetConfig, Recipe, to_yaml
 from pipelines.data import slicing_config
 from pipelines.lora import merged
 from pipelines.parallel import DTYPES, World
@@ -73,11 +73,15 @@ def _copy_tokenizer(dataset: Dataset, folder: Path) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
+def _share(config: DatasetConfig) -> str:
+    return f"{config.epochs or 1:g} epochs" if config.weight is None else f"weight {config.weight:g}"
+
+
 def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[float, int] | None) -> str:
     """The model card."""
     configs = [*recipe.data.train, *recipe.data.val]
     rows = [
-        f"| {c.path} | {c.split} | {c.weight:g} | {len(d):,} | `{d.digest}` |"
+        f"| {c.path} | {c.split} | {_share(c)} | {len(d):,} | `{d.digest}` |"
         for c, d in zip(configs, datasets, strict=True)
     ]
     validation = (
@@ -96,7 +100,7 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
             "",
             "## Data",
             "",
-            "| dataset | split | weight | samples | digest |",
+            "| dataset | split | share | samples | digest |",
             "|---|---|---|---|---|",
             *rows,
             "",
