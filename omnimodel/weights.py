@@ -70,7 +70,9 @@ def assemble(
     token_ids = _new_token_ids(tokenizer, mistral.vocab_size)
     settings = {key: value for key, value in mistral.to_dict().items() if key != "model_type"}
     settings |= {f"{name.strip('<>')}_token": token_ids[name] for name in NEW_TOKENS[:3]}
-    settings |= {"vocab_size": max(mistral.vocab_size, max(token_ids.values()) + 1)}
+    settings |= {
+        "vocab_size": max(mistral.vocab_size, max(token_ids.values()) + 1, _tokenizer_size(tokenizer))
+    }
     config = OmniLMMConfig(
         **settings | {"architectures": ["OmniLMMForCausalLM"], "dtype": dtype},
         mm_vision_tower=tower_name,
@@ -78,10 +80,10 @@ def assemble(
         num_query=num_query,
         image_size=image_size,
     )
-    language, new_rows = _language_weights(llm, config, set(token_ids.values()), dtype)
     with torch.device("meta"):
         model = OmniLMMForCausalLM(config)
-    tower, dropped = _tower_weights(model, tower_file, dtype)
+    tower, dropped = _tower_weights(model, tower_file, dtype)  # may have to download, so it fails first
+    language, new_rows = _language_weights(llm, config, set(token_ids.values()), dtype)
     torch.manual_seed(seed)
     state = language | tower | _resampler_weights(model, dtype)
     model.load_state_dict(state, assign=True, strict=True)
@@ -107,6 +109,14 @@ def _new_token_ids(tokenizer: Path | None, vocab_size: int) -> dict[str, int]:
             "`omnidata prepare-tokenizer SOURCE --out DIR`"
         )
     return {name: ids[name] for name in NEW_TOKENS}
+
+
+def _tokenizer_size(tokenizer: Path | None) -> int:
+    """One more than the largest id, so that every token has a row: others may have been added as well."""
+    if tokenizer is None:
+        return 0
+    added = json.loads((Path(tokenizer) / "tokenizer.json").read_text())["added_tokens"]
+    return 1 + max(token["id"] for token in added)
 
 
 def _language_weights(
@@ -155,12 +165,31 @@ def _tower_weights(
     """Weights that the tower keeps, and the names of those it drops; timm translates foreign layouts."""
     config = model.config
     overlay = {} if file is None else {"pretrained_cfg_overlay": {"file": str(file)}}
-    full = timm.create_model(
-        config.mm_vision_tower, pretrained=True, num_classes=0, **overlay, **config.vision_kwargs
-    ).state_dict()
+    try:
+        full = timm.create_model(
+            config.mm_vision_tower, pretrained=True, num_classes=0, **overlay, **config.vision_kwargs
+        ).state_dict()
+    except (OSError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(_no_weights(config.mm_vision_tower, file, first_line)) from error
     dropped = vision.dropped_names(list(full), model.model.vision_tower)
     prefix = "model.vision_tower."
     return {prefix + name: full[name].to(dtype) for name in full if name not in dropped}, dropped
+
+
+def _no_weights(name: str, file: Path | None, error: str) -> str:
+    if file is not None:
+        return (
+            f"{file} does not hold the weights of timm's {name} ({error}); --vision-name says which they are"
+        )
+    hub_id = getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "hf_hub_id", None)
+    source = (
+        f"download huggingface.co/{hub_id} on a machine that can" if hub_id else "timm has none to download"
+    )
+    return (
+        f"no weights for the timm model {name}: {error} Either way, --vision takes a local folder "
+        f"(config.json and model.safetensors) or file: {source}"
+    )
 
 
 def _resampler_weights(model: OmniLMMForCausalLM, dtype: torch.dtype) -> Tensors:

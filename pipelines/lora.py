@@ -3,6 +3,8 @@
 Adapters are injected in place, so the model keeps its class and its parameter names get one more part:
 
     …q_proj.weight  ->  …q_proj.base_layer.weight, …q_proj.lora_A.default.weight, …q_proj.lora_B.…
+
+``targets`` says which of language model and tower get them; what gets them is frozen but for them.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from omnidata.schema import UserError
 from pipelines.config import LoraConfig
 
+BASES = {"language_model": ("model.layers.", "model.norm."), "vision_tower": ("model.vision_tower.",)}
+
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
-    """Put adapters into the language model's blocks and freeze the blocks themselves."""
+    """Put adapters into the blocks of the targets and freeze the targets themselves."""
+    if not config.targets or set(config.targets) - BASES.keys():
+        raise UserError(f"model.lora.targets is {config.targets}: name one or both of {', '.join(BASES)}")
     try:
         import peft
     except ImportError:
@@ -28,16 +34,32 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=rf"model\.layers\.\d+\..*\.({'|'.join(config.target_modules)})",
+        target_modules=[name for target in config.targets for name in _matrices(model, target, config)],
     )
     peft.inject_adapter_in_model(settings, model)
-    if not any(is_adapter(name) for name, _ in model.named_parameters()):
-        raise UserError(
-            f"model.lora.target_modules {config.target_modules} match nothing in the language model"
-        )
+    bases = tuple(prefix for target in config.targets for prefix in BASES[target])
     for name, parameter in model.named_parameters():  # peft has frozen everything but its own
-        in_blocks = name.startswith(("model.layers.", "model.norm."))
-        parameter.requires_grad_(is_adapter(name) or (trainable[base_name(name)] and not in_blocks))
+        is_base = name.startswith(bases)
+        parameter.requires_grad_(is_adapter(name) or (trainable[base_name(name)] and not is_base))
+
+
+def _matrices(model: nn.Module, target: str, config: LoraConfig) -> list[str]:
+    """Full names of the matrices in the target's blocks that get an adapter."""
+    blocks = {"language_model": "model.layers.", "vision_tower": "model.vision_tower.blocks."}[target]
+    names = []
+    for name, module in model.named_modules():
+        if not name.startswith(blocks):
+            continue
+        if hasattr(module, "qkv_bias_separate"):
+            # timm's EVA reads this matrix without calling its module, and so without the adapter, unless told
+            # to add the bias by itself: the same numbers in two steps.
+            module.qkv_bias_separate = True
+        is_chosen = target == "vision_tower" or name.rpartition(".")[2] in config.target_modules
+        if isinstance(module, nn.Linear) and is_chosen:
+            names.append(name)
+    if not names:
+        raise UserError(f"model.lora.target_modules {config.target_modules} match nothing in the {target}")
+    return names
 
 
 def is_adapter(name: str) -> bool:

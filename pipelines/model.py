@@ -69,8 +69,9 @@ def choose_trainable(model: OmniLMMForCausalLM, recipe: Recipe) -> None:
         lora.add_adapters(model, recipe.model.lora)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze leaves nothing to train")
-    if "vision_tower" in recipe.model.freeze:
-        model.model.vision_tower.to(DTYPES[recipe.run.dtype])
+    tower = model.model.vision_tower
+    if not any(parameter.requires_grad for parameter in tower.parameters()):  # adapters train in float32
+        tower.to(DTYPES[recipe.run.dtype])
 
 
 def load_shards(model: nn.Module, path: str, *, seed: int) -> None:

@@ -219,3 +219,33 @@ def test_the_commands_print_json(parts, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["lm_head.weight"] == [96, 128]
     with pytest.raises(SystemExit, match="2"):
         main(["assemble"])
+
+
+def test_without_network_a_timm_name_says_what_to_do(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    arguments = ["assemble", "--llm", str(parts / "llm"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--vision", "vit_tiny_patch16_224"]) == 1
+    message = capsys.readouterr().err
+    assert "no weights for the timm model vit_tiny_patch16_224" in message
+    assert "huggingface.co/timm/vit_tiny_patch16_224" in message and "local folder" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_file_of_weights_needs_the_name(parts, tmp_path):
+    file = str(parts / "vit/model.safetensors")
+    with pytest.raises(ValueError, match="--vision-name"):
+        assemble(parts / "llm", file, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"does not hold the weights of timm's vit_tiny"):
+        assemble(parts / "llm", file, tmp_path / "b", vision_name="vit_tiny_patch16_224")
+    settings = {"vision_kwargs": VISION, "num_query": 4, "image_size": 28, "vision_name": TOWER}
+    assemble(parts / "llm", file, tmp_path / "c", **settings)
+    assert OmniLMMForCausalLM.from_pretrained(tmp_path / "c").config.mm_vision_tower == TOWER
+
+
+def test_every_token_of_the_tokenizer_gets_a_row(parts, tmp_path):
+    names = [*NEW_TOKENS, "<slice>", "</slice>"]
+    added = [{"id": 87 + number, "content": name} for number, name in enumerate(names)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    report = build(parts, tmp_path / "out", tokenizer=tmp_path)
+    assert report["rows_set_to_the_mean"] == list(range(87, 98))
