@@ -128,6 +128,21 @@ def test_a_damaged_array_is_refused_and_not_read_short(tmp_path, text, message):
         read_all(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "samples"])
+def test_an_array_that_an_object_wraps_is_unwrapped(tmp_path, indent, key):
+    records = [llava(i) for i in range(30)]
+    whole = {"version": "1.0", "count": 30, key: records, "license": "CC-BY"}
+    (tmp_path / "a.json").write_text(json.dumps(whole, indent=indent), encoding="utf-8-sig")
+    assert payloads(tmp_path / "a.json") == records
+    (tmp_path / "b.json").write_text(json.dumps({"data": records, "test": records}))
+    with pytest.raises(UserError, match="more arrays after the end"):
+        payloads(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(json.dumps({"train": records}, indent=2))
+    with pytest.raises(UserError, match="under 'data' in an object"):
+        payloads(tmp_path / "c.json")
+
+
 def test_a_byte_order_mark_is_no_content(tmp_path):
     for name, text in (("a.json", json.dumps([llava(1)])), ("a.jsonl", json.dumps(llava(1)))):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")

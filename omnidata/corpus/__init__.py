@@ -5,7 +5,7 @@
     read(file, unit)   -> Record | Reject    parses one of them; any process, any order
 
     json_lines   one JSON object a line, LLaVA or chat keys        scan reads every byte, parses nothing
-    json_array   one JSON array of such objects, streamed          the same
+    json_array   one JSON array of such objects, streamed          the same; {"data": [...]} is unwrapped
     parquet      Hugging Face datasets                             scan reads the footer
     tsv          Muffin, RLHF-V: base64 pictures in a table        scan reads every byte
     webdataset   tar shards of .json and pictures                  scan reads the headers
@@ -84,7 +84,9 @@ def _open(name: str, format: str) -> SourceFile:
         if format in ("auto", *shape.FORMATS) and (not head or shape.sniff(name, head)):
             return SourceFile(name, _format(shape, format, head), candidate, file_size(name), compression)
     wanted = "any known format" if format == "auto" else f"--format {format}"
-    raise UserError(f"source {name}: its first bytes {head[:20]!r} are not those of {wanted}")
+    remedy = "write one object a line, or all of them in an array (under 'data' in an object)"
+    hint = f"; {remedy}" if head.lstrip()[:1] == b"{" else ""
+    raise UserError(f"source {name}: its first bytes {head[:20]!r} are not those of {wanted}{hint}")
 
 
 def _format(shape: Shape, format: str, head: bytes) -> str:

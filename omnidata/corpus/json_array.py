@@ -1,6 +1,7 @@
 """A JSON array of records, read as a stream: memory does not grow with the file.
 
     [{"id": "7", "conversations": [...]}, {"id": "8", ...}, ...]
+    {"version": 1, "data": [{"id": "7", ...}, ...]}               the array may be wrapped (_WRAPPER)
 
 Items are found without parsing them: a block of bytes is looked at with numpy for quotes, brackets and
 commas; what stands between two quotes is text; a comma at depth 1 ends an item. Each item is then parsed on
@@ -9,6 +10,7 @@ its own, so that a broken one is one reject.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -16,13 +18,19 @@ import numpy as np
 
 from omnidata.corpus.json_lines import BOM, parse
 from omnidata.corpus.source import UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
-from omnidata.corpus.streams import Limited, open_at
+from omnidata.corpus.streams import Limited, open_at, read_head
 from omnidata.schema import Record, Reject, UserError
 
 FORMATS = ("llava", "messages")
 BLOCK = 4 << 20
+_HEAD = 64 << 10  # bytes in which a wrapped array must start
 MAX_ITEM = 256 << 20  # bytes; more means that a quote or bracket is missing
 
+# An object that holds the array under one of these names, after nothing but plain values.
+_WRAPPER = re.compile(
+    rb'\s*\{\s*(?:"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+)\s*,\s*)*'
+    rb'"(?:data|records|samples|examples)"\s*:\s*\[(?=\s*[{\]])'
+)
 _QUOTE, _BACKSLASH, _COMMA, _OPEN = b'"\\,['
 _BLANKS = b" \t\r\n"
 _DEPTH = np.zeros(256, dtype=np.int8)  # what a byte outside strings does to the depth
@@ -32,15 +40,23 @@ _STRUCTURAL[list(b'"{}[],')] = True
 
 
 def sniff(name: str, head: bytes) -> bool:
-    """An opening bracket first."""
-    return head.removeprefix(BOM).lstrip()[:1] == b"["
+    """An opening bracket first, or a wrapper around one."""
+    return head.removeprefix(BOM).lstrip()[:1] == b"[" or _array_start(head) > 0
+
+
+def _array_start(head: bytes) -> int:
+    """Bytes in front of a wrapped array's bracket; 0 where nothing wraps it."""
+    match = _WRAPPER.match(head, len(BOM) if head.startswith(BOM) else 0)
+    return match.end() - 1 if match else 0
 
 
 def scan(file: SourceFile) -> Iterator[Unit]:
     """Cost: one pass over the bytes at numpy's speed, nothing parsed."""
-    with open_at(file) as stream:
+    bracket = _array_start(read_head(file.source, _HEAD)[0])
+    with open_at(file, bracket) as stream:
         start, first, records, stop = 0, 0, 0, 0
-        for number, (item_start, text) in enumerate(items(stream, 0, inside=False, name=file.source)):
+        found = items(stream, bracket, inside=False, name=file.source, wrapped=bracket > 0)
+        for number, (item_start, text) in enumerate(found):
             if records == 0:
                 start, first = item_start, number
             records += 1
@@ -60,7 +76,9 @@ def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
             yield parse(file, f"item {number}", text)
 
 
-def items(stream: BinaryIO | Limited, offset: int, *, inside: bool, name: str) -> Iterator[tuple[int, bytes]]:
+def items(
+    stream: BinaryIO | Limited, offset: int, *, inside: bool, name: str, wrapped: bool = False
+) -> Iterator[tuple[int, bytes]]:
     """(offset, text) of each item. ``inside``: the stream starts at an item, not at the array's bracket."""
     finder = _Finder(depth=1 if inside else 0)
     pending, base = b"", offset  # bytes since the last border, and where they start
@@ -73,7 +91,7 @@ def items(stream: BinaryIO | Limited, offset: int, *, inside: bool, name: str) -
             done = border + 1
         pending, base = pending[done:], base + done
         if finder.closed:
-            _check_end(pending, stream, base, name)
+            _check_end(pending, stream, base, name, wrapped=wrapped)
             return
         if len(pending) > MAX_ITEM:
             break
@@ -91,14 +109,16 @@ def _item(text: bytes, start: int, border: int, base: int) -> Iterator[tuple[int
         yield base + start + (text.find(item[:1], start) - start if item else 0), item
 
 
-def _check_end(rest: bytes, stream: BinaryIO | Limited, base: int, name: str) -> None:
-    while not rest.strip(_BLANKS):
+def _check_end(rest: bytes, stream: BinaryIO | Limited, base: int, name: str, *, wrapped: bool) -> None:
+    """Blanks end a file; around a wrapped array there may be plain values, but no second array."""
+    while not (b"[" in rest if wrapped else rest.strip(_BLANKS)):
         base += len(rest)
         rest = stream.read(BLOCK)
         if not rest:
             return
     raise UserError(
-        f"source {name}: more text after the end of the array, near byte {base}; one file holds one array"
+        f"source {name}: more {'arrays' if wrapped else 'text'} after the end of the array, "
+        f"near byte {base}; one file holds one array"
     )
 
 

@@ -22,8 +22,9 @@ BOM = b"\xef\xbb\xbf"
 
 
 def sniff(name: str, head: bytes) -> bool:
-    """An object on the first line that is not blank."""
-    return head.removeprefix(BOM).lstrip()[:1] == b"{"
+    """An object that starts, and does not only start, on the first line that is not blank."""
+    first = head.removeprefix(BOM).lstrip().partition(b"\n")[0].strip()
+    return first[:1] == b"{" and first != b"{"
 
 
 def scan(file: SourceFile) -> Iterator[Unit]:
