@@ -1,4 +1,4 @@
-"""Executors: where tasks run. In this process, in worker processes, or on a Ray cluster.
+"""Executors: where tasks run. In this process, in worker processes, or on a Ray cluster (ray_executor.py).
 
 An executor takes ``work``, a picklable function of (task, report), and deals tasks to its workers::
 
@@ -328,66 +328,3 @@ def portable(error: Exception) -> Exception:
         copy.add_note(f"in a worker:\n{text}")
         return copy
     return RuntimeError(f"in a worker:\n{text}")
-
-
-# --- Ray --------------------------------------------------------------------------------------------------
-
-
-class RayExecutor:
-    """Tasks of a Ray cluster: the one RAY_ADDRESS names, else one started on this machine.
-
-    The output, the corpus and the images must be at paths or URLs that every node can open.
-    """
-
-    def __init__(self, work: Work, *, num_workers: int | None) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise UserError("--executor ray needs Ray: pip install 'omnilmm-toolkit[ray]'") from None
-        self._ray = ray
-        self._started = not ray.is_initialized()
-        if self._started:
-            address = os.environ.get("RAY_ADDRESS")
-            size = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
-            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **size)
-        self.capacity = num_workers or int(ray.cluster_resources().get("CPU", 1))
-        # Ray's own retries are off: run_tasks counts them, and names the record.
-        self._remote = ray.remote(max_retries=0, num_cpus=1)(_ray_task)
-        self._work = ray.put(work)
-        self._running: dict[Any, Any] = {}
-
-    def submit(self, task: Any) -> None:
-        """Start a Ray task."""
-        self._running[self._remote.remote(self._work, os.getcwd(), task)] = task
-
-    def wait(self) -> list[Event]:
-        """Block until a Ray task ended."""
-        ready, _ = self._ray.wait(list(self._running), num_returns=1)
-        return [self._event(reference) for reference in ready]
-
-    def _event(self, reference: Any) -> Event:
-        task, errors = self._running.pop(reference), self._ray.exceptions
-        try:
-            return Done(task, self._ray.get(reference))
-        except errors.RayTaskError as error:
-            return Failed(task, error.cause)
-        except errors.RayError as error:
-            return Died(task, f"{type(error).__name__}: {error}".splitlines()[0])
-
-    def close(self) -> None:
-        """Cancel what runs; leave a cluster that was there before us as it was."""
-        for reference in self._running:
-            self._ray.cancel(reference, force=True)
-        self._running.clear()
-        if self._started:
-            self._ray.shutdown()
-
-
-def _ray_task(work: Work, folder: str, task: Any) -> Any:
-    """Runs on a Ray worker. Nothing is reported on the way: the result says it all."""
-    if os.path.isdir(folder):  # relative paths, where the node has the folder
-        os.chdir(folder)
-    try:
-        return work(task, lambda data: None)
-    except Exception as error:
-        raise portable(error) from error

@@ -7,13 +7,10 @@ import sys
 import time
 
 import pytest
-from tiny_corpus import digests, write_corpus
 
-from omnidata.builder.settings import RunOptions
 from omnidata.executors import (
     InlineExecutor,
     ProcessExecutor,
-    RayExecutor,
     WorkerDiedError,
     one_thread,
     run_tasks,
@@ -188,48 +185,3 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
-
-
-# --- Ray --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray = pytest.importorskip("ray")
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))  # workers import this file
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
-    yield ray
-    ray.shutdown()
-
-
-def test_ray_runs_tasks_and_survives_a_killed_worker(local_ray, tmp_path):
-    executor = RayExecutor(double, num_workers=2)
-    assert dict(run_tasks(executor, range(1, 8))) == {task: 2 * task for task in range(1, 8)}
-    executor.close()
-    assert local_ray.is_initialized(), "a cluster that was there before is left as it was"
-
-    executor = RayExecutor(die_until, num_workers=2)
-    tasks = [(str(tmp_path / "once"), 1), (str(tmp_path / "healthy"), 0)]
-    assert dict(run_tasks(executor, tasks)) == {tasks[0]: 2, tasks[1]: 1}
-    with pytest.raises(WorkerDiedError, match="3 times"):
-        list(run_tasks(executor, [(str(tmp_path / "always"), 99)]))
-    executor.close()
-
-    executor = RayExecutor(fail, num_workers=2)
-    with pytest.raises(UserError, match="no such corpus"):
-        list(run_tasks(executor, [UserError("no such corpus")]))
-    executor.close()
-
-
-def test_ray_builds_the_same_bytes(local_ray, tmp_path):
-    corpus = write_corpus(tmp_path / "c", num_llava=12, num_chat=8, bad=False)
-    corpus.build(tmp_path / "here", options=RunOptions(executor="inline", quiet=True), samples_per_shard=10)
-    corpus.build(tmp_path / "ray", options=RunOptions(executor="ray", quiet=True), samples_per_shard=10)
-    assert digests(tmp_path / "ray") == digests(tmp_path / "here")

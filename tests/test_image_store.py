@@ -4,6 +4,7 @@ import base64
 import http.server
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -204,6 +205,18 @@ def test_bad_roots_are_the_users_mistake(tmp_path):
     for url in ("memory://nothing-here", "http://example.com/", "nosuchprotocol://x"):
         with pytest.raises(UserError):
             ImageStore(url)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_the_digest_follows_an_archive_s_content(folder, tmp_path, kind):
+    digests = {ImageStore(str(folder)).digest()}
+    for content in (b"one", b"two!", b"too!"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / "a.jpg").write_bytes(content)
+        path = shutil.make_archive(str(tmp_path / "a"), kind, tmp_path / "in")
+        digests.add(ImageStore(path).digest())
+        assert ImageStore(path).digest() in digests
+    assert None in digests and len(digests) == (4 if kind == "zip" else 3), "a tar has no checksums"
 
 
 def test_a_truncated_tar_is_refused_at_once(folder, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
 import tempfile
 import threading
@@ -37,11 +38,11 @@ from omnidata.executors import (
     Executor,
     InlineExecutor,
     ProcessExecutor,
-    RayExecutor,
     num_cpus,
     run_tasks,
 )
 from omnidata.manifest import manifest_from_json
+from omnidata.ray_executor import RayExecutor
 from omnidata.schema import MANIFEST, TOKENIZER_DIR, UserError
 
 EARLY_RECORDS, EARLY_SHARE = 1000, 0.05  # seen before --max-rejects, as a share, is applied to a part
@@ -142,13 +143,19 @@ def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     if private or options.executor == "inline":
         executor: Executor = InlineExecutor(function)
     elif options.executor == "ray":
-        executor = RayExecutor(function, num_workers=options.workers)
+        executor = RayExecutor(function, num_workers=options.workers, folder=_start_of_paths(job))
     else:
         executor = ProcessExecutor(function, num_workers=options.workers or num_cpus(), preload=PRELOAD)
     try:
         yield executor
     finally:
         executor.close()
+
+
+def _start_of_paths(job: Job) -> str | None:
+    """The working folder, if any path of the build is relative."""
+    paths = (job.out, job.settings.image_root or "/", *job.settings.source)
+    return None if all("://" in path or os.path.isabs(path) for path in paths) else os.getcwd()
 
 
 # --- (5) to (7) -------------------------------------------------------------------------------------------

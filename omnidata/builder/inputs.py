@@ -21,13 +21,14 @@ def open_inputs(
     A tokenizer that lacks the image tokens or a chat template gets them here.
     """
     files = open_sources(settings)
-    if settings.image_root is not None:
-        ImageStore(settings.image_root, allow_http=settings.allow_http)  # raises where there is none
+    images = None
+    if settings.image_root is not None:  # raises where there is none
+        images = ImageStore(settings.image_root, allow_http=settings.allow_http).digest()
     tokenizer = save_tokenizer(settings.tokenizer, folder)
     if settings.max_slices:  # raises here, not in a worker
         Renderer(tokenizer, content_tokens=settings.content_tokens, slice_tokens=settings.slice_tokens)
     marks = {"behaviour": fingerprint(tokenizer), "chat template": template_fingerprint(tokenizer)}
-    return files, identity_of(settings, files, marks), tokenizer
+    return files, identity_of(settings, files, marks, images=images), tokenizer
 
 
 def open_sources(settings: BuildSettings) -> tuple[corpus.SourceFile, ...]:

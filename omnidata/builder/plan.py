@@ -1,7 +1,7 @@
 """The plan of a build: what it is made from, and how the corpus is cut into shards. Kept in
 ``.build/plan.json`` until the dataset is complete, so that every run and every task builds the same shards.
 
-    identity_of   settings, tokenizer, versions, inputs: all that can change a byte
+    identity_of   settings, tokenizer, versions, inputs: all that can change a byte, but a folder's pictures
     make_plan     scan (units and their counts) ─▶ survey (splits, sizes, ids) ─▶ Stretch rows
     what_changed  why an unfinished build cannot go on
 """
@@ -65,14 +65,24 @@ def versions() -> dict[str, str]:
 
 
 def identity_of(
-    settings: BuildSettings, files: Sequence[SourceFile], tokenizer: dict[str, str]
+    settings: BuildSettings,
+    files: Sequence[SourceFile],
+    tokenizer: dict[str, str],
+    *,
+    images: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the dataset. Equal identities, equal datasets."""
+    """Everything that decides the bytes of the dataset. Equal identities, equal datasets.
+
+    ``images`` is the digest of an archive that is the image root. A folder of pictures has none: to read
+    them all takes as long as the build. Whoever changes one there while a build is stopped gets the old
+    one in shards that were done and the new one in the others; begin anew with --overwrite.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "settings": settings.to_json(),
         "tokenizer": tokenizer,
         "versions": versions(),
+        "images": images,
         "inputs": [
             {
                 "source": file.source,
@@ -103,6 +113,8 @@ def what_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         lines += [
             f"{name[:9]} {key} was {was} and is {is_now}" for key, was, is_now in pairs if was != is_now
         ]
+    if before.get("images") != now.get("images"):
+        lines.append(f"--image-root {new['image_root']} changed")
     was_in = {entry["source"]: entry for entry in before["inputs"]}
     is_in = {entry["source"]: entry for entry in now["inputs"]}
     lines += [f"{source} is new" for source in is_in.keys() - was_in.keys()]

@@ -9,12 +9,13 @@ Processes share no seek position, so a forked or unpickled archive works as it i
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import tarfile
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import fsspec
@@ -88,6 +89,16 @@ class Archive:
             detail = f"{name!r} in {self.source.path}: size or checksum is wrong; the archive is damaged"
             raise RejectError("image_corrupt", detail)
         return data
+
+    def digest(self) -> str:
+        """Hex hash of names, places and sizes, and for a zip of its members' checksums: of their content.
+
+        A tar has no checksums, so a picture in it that was changed in place, at the same size, goes unseen.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, member in sorted(self.members.items()):
+            digest.update(repr((name, astuple(member))).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def _read_zip(self, member: Member) -> bytes | None:
         head = self.source.read(member.offset, _ZIP_LOCAL_HEADER)

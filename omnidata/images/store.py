@@ -78,6 +78,10 @@ class ImageStore:
         elif not os.path.isdir(root):
             raise UserError(f"--image-root {root}: not a folder, nor a .zip or .tar file")
 
+    def digest(self) -> str | None:
+        """A hash that follows what an archive holds; None for a folder, which nobody can read in full."""
+        return self._archive.digest() if self._archive else None
+
     def read(self, ref: ImageRef) -> bytes:
         """The image's encoded bytes; RejectError where the record does not lead to any."""
         if ref.data is not None:
