@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,15 @@ from transformers.masking_utils import sdpa_mask
 NAME = "omnilmm"
 # torch 2.11's kernel wants a key and value for each query head; they are repeated there.
 KERNEL_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class Pack(NamedTuple):
+    """Which tokens of a row belong together, and what a token may see of its own document."""
+
+    cu_seqlens: torch.Tensor  # int32 [D + 1]: where documents start, and the end
+    max_seqlen: int | None = None  # tokens of the longest; a GPU kernel needs it
+    scale: float | None = None  # of the scores; None: 1 / sqrt(width of a head)
+    window: int | None = None  # tokens seen, itself included; None: all before it
 
 
 def omnilmm_attention(
@@ -61,7 +71,7 @@ def omnilmm_attention(
     # Under autocast rotary tables, and so queries and keys, are float32; values have the kernel's dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
     attend = _choose(query)
-    output_THd = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
+    output_THd = attend(query, key, value, Pack(cu_seq_lens_q, max_length_q, scaling, window))
     return output_THd[None], None
 
 
@@ -73,68 +83,48 @@ def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @torch.compiler.disable(recursive=False)
 def per_document_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int | None,
-    scale: float | None,
-    window: int | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack
 ) -> torch.Tensor:
     """One causal SDPA call a document. Reads ``cu_seqlens`` on the host, so only for the CPU."""
-    lengths = cu_seqlens.diff().tolist()
+    lengths = pack.cu_seqlens.diff().tolist()
     # split, not slices: its backward pass joins the documents' gradients instead of adding full-size zeros.
     documents = zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     outputs = []
     for length, q, k, v in documents:
         mask = None
-        if window is not None and length > window:
-            mask = _causal_window(torch.arange(length, device=q.device), window)
+        if pack.window is not None and length > pack.window:
+            mask = _causal_window(torch.arange(length, device=q.device), pack.window)
         outputs.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=pack.scale, enable_gqa=True
             )
         )
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
-def masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int | None,
-    scale: float | None,
-    window: int | None,
-) -> torch.Tensor:
+def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack) -> torch.Tensor:
     """One SDPA call with a ``[T, T]`` mask: any device, any dtype, exact, quadratic memory."""
     positions = torch.arange(query.shape[2], device=query.device)
-    document = torch.bucketize(positions, cu_seqlens[1:], right=True)
-    mask = _causal_window(positions, window) & (document[:, None] == document[None])
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    document = torch.bucketize(positions, pack.cu_seqlens[1:], right=True)
+    mask = _causal_window(positions, pack.window) & (document[:, None] == document[None])
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=pack.scale, enable_gqa=True
+    )
     return output[0].transpose(0, 1)
 
 
-def varlen_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int | None,
-    scale: float | None,
-    window: int | None,
-) -> torch.Tensor:
+def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack) -> torch.Tensor:
     """torch's variable-length flash attention: CUDA, half precision."""
-    if max_seqlen is None:
+    if pack.max_seqlen is None:
         raise ValueError("cu_seqlens on a GPU needs max_seqlen: the kernel is launched from the host")
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     grouped = {"enable_gqa": True} if KERNEL_GROUPS_HEADS else {}
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # The kernel's window counts the tokens to the left, transformers' the token itself as well.
-    left = -1 if window is None else window - 1
-    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return varlen_attn(q, k, v, *bounds, scale=scale, window_size=(left, 0), **grouped)
+    left = -1 if pack.window is None else pack.window - 1
+    bounds = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
+    return varlen_attn(q, k, v, *bounds, scale=pack.scale, window_size=(left, 0), **grouped)
 
 
 def _causal_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -31,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from omnidata import Dataset
 from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
-from omnimodel.attention import varlen_attention
+from omnimodel.attention import Pack, varlen_attention
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from pipelines.config import Recipe
 from pipelines.model import choose_trainable
@@ -140,16 +140,15 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     batch, _, length, _ = query.shape
     lengths = torch.empty(batch + 1, dtype=torch.int32, device="meta")
     rows = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
-    output_THd = varlen_attention(*rows, lengths, length, None, None)
+    output_THd = varlen_attention(*rows, Pack(lengths, length))
     return output_THd.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def _planned_attention(
     module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    output = varlen_attention(
-        query, key, value, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling"), None
-    )
+    pack = Pack(kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling"))
+    output = varlen_attention(query, key, value, pack)
     return output[None], None
 
 
