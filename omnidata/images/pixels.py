@@ -92,20 +92,32 @@ def decode_resized(data: bytes, width: int, height: int, *, out: np.ndarray | No
     return _decode(data, read_header(data), size=(width, height), out=out)
 
 
-def resize_rgb(rgb: np.ndarray, width: int, height: int, *, out: np.ndarray | None = None) -> np.ndarray:
+def resize_rgb(
+    rgb: np.ndarray,
+    width: int,
+    height: int,
+    *,
+    extent: tuple[float, float] | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """uint8 ``[H, W, 3]`` -> ``[height, width, 3]``: antialiased bicubic, as the model's ImageProcessor.
 
-    With ``out`` (contiguous) the result is there, and ``out`` is returned.
+    Args:
+        rgb: the picture.
+        width, height: what it becomes.
+        extent: how many columns and rows the picture fills, where its last ones are only covered in part.
+        out: contiguous; where the result goes, and what is returned.
     """
     import torch
 
     if rgb.shape[:2] == (height, width):
         return rgb if out is None else _copied(rgb, out)
     resized = (np.empty((height, width, 3), np.uint8) if out is None else out)[None]
+    scales = (height / extent[1], width / extent[0]) if extent else (None, None)
     # Same numbers as F.interpolate(..., mode="bicubic", antialias=True), which returns planes: interleaving
     # them again takes twice as long as the resize itself at 640×480. Given ``out`` it works in place.
     torch.ops.aten._upsample_bicubic2d_aa.out(
-        _as_nchw(np.ascontiguousarray(rgb)[None]), [height, width], False, None, None, out=_as_nchw(resized)
+        _as_nchw(np.ascontiguousarray(rgb)[None]), [height, width], False, *scales, out=_as_nchw(resized)
     )
     return resized[0]
 
@@ -167,23 +179,27 @@ def _decode(
 ) -> np.ndarray:
     """Upright sRGB at ``size`` (width, height)."""
     stored_size = size if header.orientation < 5 else size[::-1]
+    extent = None
     if header.format == "jpeg":
-        rgb = _jpeg_rgb(data, header, size=stored_size)
+        divisor = _dct_divisor(header, stored_size)
+        rgb = _jpeg_rgb(data, header, divisor=divisor)
+        if divisor > 1:  # 1501 columns become 751 that the picture fills to 750.5
+            extent = header.width / divisor, header.height / divisor
     else:
         rgb = _pillow_rgb(_open_whole(data, header), header)
     if header.orientation == 1:
-        return resize_rgb(rgb, *stored_size, out=out)
-    upright = _upright(resize_rgb(rgb, *stored_size), header.orientation)
+        return resize_rgb(rgb, *stored_size, extent=extent, out=out)
+    upright = _upright(resize_rgb(rgb, *stored_size, extent=extent), header.orientation)
     return upright if out is None else _copied(upright, out)
 
 
-def _jpeg_rgb(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.ndarray:
-    """sRGB at ``size`` or larger."""
+def _jpeg_rgb(data: bytes, header: ImageHeader, *, divisor: int) -> np.ndarray:
+    """sRGB at the stored size divided by ``divisor``, rounded up."""
     from PIL import Image
 
     mode = _JPEG_MODES.get(header.num_channels, "RGB")
     transform = _to_srgb(header.icc, mode)
-    min_size = _dct_size(header, size)
+    min_size = header.width // divisor, header.height // divisor
     if mode != "CMYK" and transform is None:
         return _decode_jpeg(data, mode="RGB", min_size=min_size)
     pixels = _decode_jpeg(data, mode=mode, min_size=min_size)
@@ -196,13 +212,13 @@ def _jpeg_rgb(data: bytes, header: ImageHeader, *, size: tuple[int, int]) -> np.
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # by number of channels, as Pillow names them
 
 
-def _dct_size(header: ImageHeader, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (width, height) to decode to: the stored size halved while DCT_MARGIN allows it."""
-    width, height = header.width, header.height
+def _dct_divisor(header: ImageHeader, size: tuple[int, int]) -> int:
+    """By what to divide the stored size while decoding to ``size``: as much as DCT_MARGIN allows."""
     for divisor in (8, 4, 2):
-        if width >= divisor * DCT_MARGIN * size[0] and height >= divisor * DCT_MARGIN * size[1]:
-            return width // divisor, height // divisor
-    return width, height
+        margin = divisor * DCT_MARGIN
+        if header.width >= margin * size[0] and header.height >= margin * size[1]:
+            return divisor
+    return 1
 
 
 def _decode_jpeg(data: bytes, *, mode: str, min_size: tuple[int, int]) -> np.ndarray:
