@@ -62,14 +62,14 @@ def read(file: SourceFile, unit: Unit) -> Iterator[Record]:
 
 
 def _rows(file: SourceFile, group: int) -> _Rows:
-    import pyarrow
+    from pyarrow import ArrowException  # by name: a kept iterator may be closed when modules are gone
 
     parquet = _open(file)
     columns = [name for name in parquet.schema_arrow.names if name in COLUMNS]
     try:
         for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"source {file.source}: row group {group} cannot be read ({error})") from error
 
 
