@@ -10,7 +10,8 @@
     ``--repeat`` counts. (a) tokens + decoded 448x448 images, (b) tokens + encoded bytes; with each number of
     workers.
 (3) floor: decode + resize of the same pictures and nothing else, on one core.
-(4) restart: stop in the middle of an epoch, go on from what was saved; count repeats and losses.
+(4) restart: stop in the middle of an epoch, go on from what was saved, with as many ranks and with others;
+    count repeats and losses (benchmarks/load_exact.py).
 (5) million: time to the first batch on an index of a million samples, beside a list of JSON lines.
 (6) memory: of all processes, while 50,000 samples are read by two workers.
 
@@ -48,13 +49,16 @@ def prepare(folder: Path, samples: int, peers_python: str | None) -> None:
     command += ["--out", str(folder / "ours"), "--tokenizer", str(corpus.tokenizer), "--quiet"]
     command += ["--image-root", str(corpus.images), "--image-policy", "keep", "--samples-per-shard", "500"]
     subprocess.run(command, check=True)
-    for write in ("write_mds", "write_litdata") if peers_python else ():
-        subprocess.run([peers_python, str(HERE / "load_peers.py"), write, str(folder)], check=True)
+    if peers_python:
+        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+        subprocess.run(
+            [peers_python, str(HERE / "load_formats.py"), str(folder)], check=True, env=environment
+        )
 
 
-def ask(python: str, *words: Any) -> dict[str, Any]:
+def ask(python: str, script: str, *words: Any) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [python, str(HERE / "load_peers.py"), *map(str, words)]
+    command = [python, str(HERE / script), *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -75,8 +79,8 @@ def measure_speed(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]
             for workers in args.workers:
                 for name in args.names:
                     if python := python_of(name, args):
-                        words = ["run", folder, "--name", name, "--workers", workers, *flags]
-                        found = ask(python, *words)
+                        words = [folder, "--name", name, "--workers", workers, *flags]
+                        found = ask(python, "load_peers.py", *words)
                         old = rows.get((mode, workers, name), {})
                         if found.get("samples/s", 0) >= old.get("samples/s", 0):
                             rows[mode, workers, name] = found
@@ -113,8 +117,12 @@ def measure_floor(folder: Path) -> dict[str, float]:
 
 def measure_restart(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """(4) By contender."""
-    found = {name: python_of(name, args) for name in args.names}
-    return {name: ask(python, "restart", folder, "--name", name) for name, python in found.items() if python}
+    pythons = {name: python_of(name, args) for name in args.names}
+    return {
+        name: ask(python, "load_exact.py", folder, "--name", name)
+        for name, python in pythons.items()
+        if python
+    }
 
 
 def measure_million(folder: Path, *, num_samples: int = 1_000_000) -> dict[str, float]:
@@ -173,7 +181,7 @@ def write_repeated(dataset: Any, root: Path, copies: int) -> None:
 
 
 def measure_memory(folder: Path, *, num_samples: int = 50_000) -> dict[str, Any]:
-    """(6) Proportional set size of this process and its workers, MB, at ten moments."""
+    """(6) Memory of this process and its workers, MB, at ten moments."""
     from omnidata import PackLoader
 
     count, marks = 0, []
@@ -192,10 +200,14 @@ def measure_memory(folder: Path, *, num_samples: int = 50_000) -> dict[str, Any]
 
 
 def memory_mb() -> float:
-    """Of this process and its children; pages that they share count once."""
+    """Of this process and its children; pages that they share count once.
+
+    Pages of files are left out: those of torch's libraries count less while other processes map them too.
+    """
     tasks = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in ("self", *tasks)]
-    return sum(int(text.split("Pss:")[1].split()[0]) for text in rollups) / 1024
+    kinds = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(text.split(kind)[1].split()[0]) for text in rollups for kind in kinds) / 1024
 
 
 def main() -> None:

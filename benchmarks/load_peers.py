@@ -2,7 +2,10 @@
 
 A contender is a class: ``Contender(folder, workers=, decode=)``, iterated once for one epoch. ``decode=True``
 gives int64 tensors and a uint8 448x448 RGB tensor an image; False gives the tensors and the encoded bytes.
-``state()`` is what it offers to save in mid-epoch (None: nothing), ``load(state)`` goes on from there.
+``state()`` is what it offers to save in mid-epoch (None: nothing), ``load(state)`` goes on from there. Rank
+and world size are torchrun's, from the environment: benchmarks/load_exact.py restarts contenders.
+
+    python load_peers.py FOLDER --name litdata --workers 2 --decode
 
 Peers decode as their documentation shows: Pillow, ``convert("RGB")``, ``resize(BICUBIC)``.
 """
@@ -10,8 +13,11 @@ Peers decode as their documentation shows: Pillow, ``convert("RGB")``, ``resize(
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
+import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 BATCH = 8
 SIZE = 448
@@ -58,8 +64,13 @@ def as_columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 class Contender:
     """What all have in common."""
 
+    restored: Any = None  # what to go on from
+
     def __init__(self, folder: Path, *, workers: int, decode: bool) -> None:
         self.folder, self.workers, self.decode = folder, workers, decode
+        self.rank, self.world_size = (
+            int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
 
     def state(self) -> Any:
         """What it can save in mid-epoch."""
@@ -67,6 +78,7 @@ class Contender:
 
     def load(self, state: Any) -> None:
         """Go on from ``state``."""
+        self.restored = state
 
     def __iter__(self) -> Iterator[list[str]]:
         for batch in self.batches():
@@ -77,6 +89,25 @@ class Contender:
         raise NotImplementedError
 
 
+class StatefulLoader(Contender):
+    """A peer whose own loader has ``state_dict``."""
+
+    loader: Any
+
+    def batches(self) -> Any:
+        self.loader = self.make_loader()
+        if self.restored is not None:
+            self.loader.load_state_dict(self.restored)
+        return self.loader
+
+    def state(self) -> Any:
+        return self.loader.state_dict()
+
+    def make_loader(self) -> Any:
+        """Of one epoch."""
+        raise NotImplementedError
+
+
 class Ours(Contender):
     """PackLoader, one pack a microbatch."""
 
@@ -84,9 +115,11 @@ class Ours(Contender):
         super().__init__(folder, workers=workers, decode=decode)
         from omnidata import PackLoader
 
-        self._loader = PackLoader(
+        self.loader = PackLoader(
             folder / "ours",
-            global_batch=1,
+            global_batch=self.world_size,
+            rank=self.rank,
+            world_size=self.world_size,
             num_epochs=1,
             num_workers=workers,
             decode_images=decode,
@@ -95,14 +128,14 @@ class Ours(Contender):
         )
 
     def __iter__(self) -> Iterator[list[str]]:
-        for microbatch in self._loader:
+        for microbatch in self.loader:
             yield list(microbatch.keys)
 
     def state(self) -> Any:
-        return self._loader.state_dict()
+        return self.loader.state_dict()
 
     def load(self, state: Any) -> None:
-        self._loader.load_state_dict(state)
+        self.loader.load_state_dict(state)
 
 
 class WebDataset(Contender):
@@ -112,7 +145,10 @@ class WebDataset(Contender):
         import webdataset
 
         urls = sorted(map(str, (self.folder / "ours" / "shards").glob("train-*.tar")))
-        dataset = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).map(self._sample)
+        dataset = webdataset.WebDataset(
+            urls, shardshuffle=100, seed=0, nodesplitter=webdataset.split_by_node, empty_check=False
+        )
+        dataset = dataset.shuffle(1000).map(self._sample)
         return webdataset.WebLoader(
             dataset.batched(BATCH, collation_fn=as_list), batch_size=None, num_workers=self.workers
         )
@@ -152,30 +188,29 @@ class Energon(Contender):
             batch_size=BATCH,
             shuffle_buffer_size=1000,
             max_samples_per_sequence=100,
-            worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=self.workers),
+            worker_config=energon.WorkerConfig(
+                rank=self.rank, world_size=self.world_size, num_workers=self.workers
+            ),
             task_encoder=Encoder(),
             repeat=False,
         )
         self._loader = energon.get_savable_loader(dataset)
-        if getattr(self, "_restored", None):
-            self._loader.restore_state_rank(self._restored)
+        if self.restored is not None:
+            self._loader.restore_state_rank(self.restored)
         return self._loader
 
     def state(self) -> Any:
         return self._loader.save_state_rank()
 
-    def load(self, state: Any) -> None:
-        self._restored = state
 
-
-class Mosaic(Contender):
+class Mosaic(StatefulLoader):
     """mosaicml-streaming's MDS, with its default shuffle."""
 
     def __iter__(self) -> Iterator[list[str]]:
         for batch in self.batches():
             yield batch["key"]
 
-    def batches(self) -> Any:
+    def make_loader(self) -> Any:
         import streaming
 
         decode = self.decode
@@ -185,26 +220,18 @@ class Mosaic(Contender):
                 raw = super().__getitem__(at)
                 return tensors(raw["key"], raw["ids"], raw["labels"], raw["image"] or None, decode=decode)
 
-        streaming.base.util.clean_stale_shared_memory()
-        self._dataset = Samples(local=str(self.folder / "mds"), shuffle=True, batch_size=BATCH)
-        self._loader = streaming.StreamingDataLoader(
-            self._dataset, batch_size=BATCH, num_workers=self.workers, collate_fn=as_columns
+        if self.world_size == 1:  # ranks would clean up what the others have just made
+            streaming.base.util.clean_stale_shared_memory()
+        dataset = Samples(local=str(self.folder / "mds"), shuffle=True, batch_size=BATCH)
+        return streaming.StreamingDataLoader(
+            dataset, batch_size=BATCH, num_workers=self.workers, collate_fn=as_columns
         )
-        if getattr(self, "_restored", None):
-            self._loader.load_state_dict(self._restored)
-        return self._loader
-
-    def state(self) -> Any:
-        return self._loader.state_dict()
-
-    def load(self, state: Any) -> None:
-        self._restored = state
 
 
-class LitData(Contender):
+class LitData(StatefulLoader):
     """litdata's StreamingDataset."""
 
-    def batches(self) -> Any:
+    def make_loader(self) -> Any:
         import litdata
 
         decode = self.decode
@@ -216,18 +243,9 @@ class LitData(Contender):
                 return tensors(raw["key"], *arrays, raw["image"] or None, decode=decode)
 
         dataset = Samples(str(self.folder / "litdata"), shuffle=True)
-        self._loader = litdata.StreamingDataLoader(
+        return litdata.StreamingDataLoader(
             dataset, batch_size=BATCH, num_workers=self.workers, collate_fn=as_list
         )
-        if getattr(self, "_restored", None):
-            self._loader.load_state_dict(self._restored)
-        return self._loader
-
-    def state(self) -> Any:
-        return self._loader.state_dict()
-
-    def load(self, state: Any) -> None:
-        self._restored = state
 
 
 class HFDatasets(Contender):
@@ -241,21 +259,20 @@ class HFDatasets(Contender):
             "webdataset", data_files={"train": urls}, streaming=True, split="train"
         )
         stream = stream.cast_column("jpg", datasets.Image(decode=False))
-        self._stream = stream.shuffle(seed=0, buffer_size=1000)
-        if getattr(self, "_restored", None):
-            self._stream.load_state_dict(self._restored)
+        stream = stream.shuffle(seed=0, buffer_size=1000)
+        if self.world_size > 1:
+            from datasets.distributed import split_dataset_by_node
+
+            stream = split_dataset_by_node(stream, self.rank, self.world_size)
+        self._stream = stream
+        if self.restored is not None:
+            stream.load_state_dict(self.restored)
         return DataLoader(
-            _Stream(self._stream, self.decode),
-            batch_size=BATCH,
-            num_workers=self.workers,
-            collate_fn=as_list,
+            _Stream(stream, self.decode), batch_size=BATCH, num_workers=self.workers, collate_fn=as_list
         )
 
     def state(self) -> Any:
         return self._stream.state_dict() if not self.workers else None  # a worker's copy has the position
-
-    def load(self, state: Any) -> None:
-        self._restored = state
 
 
 class _Stream(torch.utils.data.IterableDataset):
@@ -269,18 +286,25 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 class LazyJSON(Contender):
-    """What LLaVA does: the whole JSON in memory; tokenize and open the image when a sample is asked for."""
+    """What LLaVA does: the whole JSON in memory; tokenize and open the image when a sample is asked for.
+
+    It goes on as its Trainer does: it reads as many batches as were done, and throws them away.
+    """
+
+    _done = 0
 
     def batches(self) -> Any:
-        generator = torch.Generator().manual_seed(0)
-        return DataLoader(
-            _Lazy(self.folder, self.decode),
-            batch_size=BATCH,
-            shuffle=True,
-            num_workers=self.workers,
-            collate_fn=as_list,
-            generator=generator,
+        dataset = _Lazy(self.folder, self.decode)
+        sampler = DistributedSampler(dataset, self.world_size, self.rank, shuffle=True, seed=0)
+        loader = DataLoader(
+            dataset, batch_size=BATCH, sampler=sampler, num_workers=self.workers, collate_fn=as_list
         )
+        for self._done, batch in enumerate(loader, start=1):
+            if self._done > (self.restored or 0):
+                yield batch
+
+    def state(self) -> Any:
+        return self._done
 
 
 class _Lazy(torch.utils.data.Dataset):
@@ -324,70 +348,23 @@ def run(name: str, folder: Path, *, workers: int, decode: bool) -> dict[str, flo
     for keys in CONTENDERS[name](folder, workers=workers, decode=decode):
         count += len(keys)
         if first is None:
-            first, first_count, cpu = time.perf_counter() - begin, count, time.process_time()
+            first, first_count, cpu = time.perf_counter() - begin, count, cpu_seconds()
     seconds = time.perf_counter() - begin - first
+    gc.collect()  # ends the workers: their CPU time counts from then on
     return {
         "samples": count,
         "samples/s": (count - first_count) / seconds,
-        "samples/CPU s of this process": (count - first_count) / max(time.process_time() - cpu, 1e-9),
+        "samples/CPU s, workers included": (count - first_count) / (cpu_seconds() - cpu),
         "first batch, s": first,
     }
 
 
-def restart(name: str, folder: Path) -> dict[str, Any]:
-    """Stop in the middle of an epoch, start anew from what was saved, run to the end."""
-    workers = 0 if name == "datasets" else 1  # datasets can only save what runs in this process
-    whole = [key for keys in CONTENDERS[name](folder, workers=workers, decode=False) for key in keys]
-    first = CONTENDERS[name](folder, workers=workers, decode=False)
-    seen: list[str] = []
-    for keys in first:
-        seen += keys
-        if len(seen) >= len(whole) // 2:
-            state = first.state()
-            break
-    second = CONTENDERS[name](folder, workers=workers, decode=False)
-    if state is not None:
-        second.load(state)
-    after = [key for keys in second for key in keys]
-    return {
-        "samples": len(set(whole)),
-        "saves a state": state is not None,
-        "repeated": len(seen) + len(after) - len(set(seen) | set(after)),
-        "lost": len(set(whole) - set(seen) - set(after)),
-        "same order as unbroken": seen + after == whole,
-    }
-
-
-def write_mds(folder: Path) -> None:
-    """The same samples as MDS."""
-    import streaming
-
-    columns = {"key": "str", "ids": "ndarray:int32", "labels": "ndarray:int32", "image": "bytes"}
-    with streaming.MDSWriter(out=str(folder / "mds"), columns=columns) as writer:
-        for sample in _samples(folder):
-            writer.write(sample | {name: np.array(sample[name]) for name in ("ids", "labels")})
-
-
-def write_litdata(folder: Path) -> None:
-    """The same samples as litdata chunks (written by its own writer, in this process)."""
-    from litdata.streaming.writer import BinaryWriter
-
-    (folder / "litdata").mkdir()
-    writer = BinaryWriter(str(folder / "litdata"), chunk_bytes="64MB")
-    for number, sample in enumerate(_samples(folder)):
-        writer.add_item(number, sample | {name: sample[name].tobytes() for name in ("ids", "labels")})
-    writer.done()
-    writer.merge()
-
-
-def _samples(folder: Path) -> Iterator[dict[str, Any]]:
-    from omnidata import Dataset
-
-    dataset = Dataset(folder / "ours", "train")
-    for number in range(len(dataset)):
-        sample = dataset[number]
-        image = sample.images[0] if sample.images else b""
-        yield {"key": sample.key, "ids": sample.input_ids, "labels": sample.labels, "image": image}
+def cpu_seconds() -> float:
+    """Of this process and the children that have ended."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def main() -> None:
@@ -395,20 +372,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["run", "restart", "write_mds", "write_litdata"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--name", choices=CONTENDERS)
+    parser.add_argument("--name", choices=CONTENDERS, required=True)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--decode", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.what == "run":
-        result = run(args.name, args.folder, workers=args.workers, decode=args.decode)
-    elif args.what == "restart":
-        result = restart(args.name, args.folder)
-    else:
-        result = globals()[args.what](args.folder)
-    print(json.dumps(result))
+    print(json.dumps(run(args.name, args.folder, workers=args.workers, decode=args.decode)))
     sys.stdout.flush()
 
 
