@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from throwaway import golden_tokenizer_folder
 from tiny_dataset import make_jpeg
 from tiny_recipe import MODEL, ROOT
 
@@ -17,6 +18,7 @@ from omnidata.schema import Record
 from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.generate import main, prompt_conversation
+from pipelines.questions import supervised_spans
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,28 @@ def test_cluster_examples_hang_together():
     assert (ROOT / script).exists() and (ROOT / recipe).exists()
     for name in ("train.slurm.sh", "train.torchrun.sh"):
         assert "pipelines/train.py" in (folder / name).read_text()
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+@pytest.mark.parametrize("system", [None, "Answer in one word."])
+@pytest.mark.parametrize("num_questions", [1, 3])
+def test_the_prompt_ids_are_the_training_ids_up_to_the_answer(num_images, system, num_questions):
+    """With the real tokenizer: of every question of a conversation, whatever came before it."""
+    tokenizer = load_tokenizer(golden_tokenizer_folder())
+    renderer = Renderer(tokenizer, num_query=4)
+    turns = [{"role": "system", "content": system}] if system else []
+    pictures = [f"{number}.jpg" for number in range(num_images)]
+    for number in range(num_questions):
+        places = " <image>" * num_images if number == 0 and num_images > 1 else ""
+        turns.append({"role": "user", "content": f" Question  {number}:{places}\nwhat\t?</s> "})
+        turns.append({"role": "assistant", "content": f" Answer {number}.\n"})
+    payload = {"messages": turns, "images": pictures}
+    trained = renderer.render(to_conversation(Record("x", "line 1", "x", payload)))
+    spans = supervised_spans(trained.labels)
+    questions = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+    assert len(spans) == len(questions) == num_questions and trained.num_images == num_images
+    for number, (start, stop) in zip(questions, spans, strict=True):
+        prompt = renderer.render_prompt(prompt_conversation(turns[: number + 1], pictures))
+        assert prompt.tolist() == trained.input_ids[:start].tolist()
+        answer = tokenizer.decode(trained.input_ids[start:stop], skip_special_tokens=False)
+        assert answer.split() == f"{turns[number + 1]['content']}</s>".split()
