@@ -26,6 +26,8 @@ EVENNESS = 1.01  # times the packs of best fit that even packs may take
 _TARGET_FILL = 0.998  # of the packs that even_fit deals to: a little slack saves many misfits
 _MOST_IMAGES = 1.3  # times the images of the mean pack that an even pack may hold
 _TOKEN_ROUNDS = 3  # the last rounds even out tokens alone, those before them tokens and images
+_TIGHT_IMAGES = 1.25  # max_images below this many times the mean pack's images: both limits bind, and
+_TIGHT_ROUNDS = 8  # the last rounds even out tokens and images by turns
 
 Packed = tuple[np.ndarray, int]  # the pack of each sample, int64 [N]; and the number of packs
 
@@ -69,7 +71,8 @@ def even_fit(
     # No pack may end with many more images than the mean one, limited or not: ranks would wait for it.
     most = int(max(_MOST_IMAGES * images.sum() / max(needed, 1), images.max(initial=1))) + 1
     tokens, images, max_images = _checked(tokens, images, max_tokens, min(most, bound))
-    pack_of = _deal(tokens, images, num_packs)
+    tight = np.isfinite(bound) and bound * needed < _TIGHT_IMAGES * images.sum()
+    pack_of = _deal(tokens, images, num_packs, tight=tight)
     misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
     fitting = np.ones(len(tokens), bool)
     fitting[misfits] = False
@@ -91,23 +94,34 @@ def _checked(
     return tokens, images, max_images
 
 
-def _deal(tokens: np.ndarray, images: np.ndarray, num_packs: int) -> np.ndarray:
+def _deal(tokens: np.ndarray, images: np.ndarray, num_packs: int, *, tight: bool) -> np.ndarray:
     """Round by round, longest samples first: the largest of a round to the pack that has least so far."""
     order = np.argsort(-tokens, kind="stable")
-    tokens_an_image = tokens.sum() / max(images.sum(), 1)
-    size = tokens + images * tokens_an_image  # all the images together weigh as much as all the tokens
+    pixels = images * (tokens.sum() / max(images.sum(), 1))  # all the images weigh as much as all the tokens
+    weights = {
+        "tokens": tokens,
+        "both": tokens + pixels,
+        "tokens first": tokens + pixels / 1000,
+        "images first": tokens / 1000 + pixels,
+    }
+    held = {name: np.zeros(num_packs) for name in weights}
     pack_of = np.empty(len(tokens), np.int64)
-    held_tokens, held_size = np.zeros(num_packs), np.zeros(num_packs)
     num_rounds = -(-len(order) // max(num_packs, 1))
     for number in range(num_rounds):
         samples = order[number * num_packs : (number + 1) * num_packs]
-        weight, held = (size, held_size) if number < num_rounds - _TOKEN_ROUNDS else (tokens, held_tokens)
-        samples = samples[np.argsort(-weight[samples], kind="stable")]
-        packs = np.argsort(held, kind="stable")[: len(samples)]
+        what = _what_counts(num_rounds - number, tight=tight)
+        samples = samples[np.argsort(-weights[what][samples], kind="stable")]
+        packs = np.argsort(held[what], kind="stable")[: len(samples)]
         pack_of[samples] = packs
-        held_tokens[packs] += tokens[samples]
-        held_size[packs] += size[samples]
+        for name, weight in weights.items():
+            held[name][packs] += weight[samples]
     return pack_of
+
+
+def _what_counts(rounds_left: int, *, tight: bool) -> str:
+    if tight and rounds_left <= _TIGHT_ROUNDS:
+        return "images first" if rounds_left % 2 else "tokens first"
+    return "tokens" if not tight and rounds_left <= _TOKEN_ROUNDS else "both"
 
 
 def _misfits(
