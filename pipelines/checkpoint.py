@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -106,6 +107,12 @@ class Checkpoints:
                 os.replace(temporary, self.directory / _name(trainer["step"]))
                 _sync(self.directory)
                 self._prune(trainer["best"])
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its space is needed
+            self._error = UserError(
+                f"the checkpoint of step {trainer['step']} could not be written to {self.directory}: "
+                f"{_reason(error)}. Those before it are whole: free some space, start the same command again"
+            )
         except BaseException as error:
             self._error = error
             raise
@@ -148,6 +155,15 @@ class Checkpoints:
         """Let a checkpoint that is being written end; used on the way out, so it raises nothing."""
         if self._writing is not None:
             self._writing.join(timeout=600)
+
+
+def _reason(error: BaseException) -> str:
+    """DCP wraps what went wrong on each rank; the first cause says it."""
+    failures = getattr(error, "failures", {})
+    cause = next(iter(failures.values()))[0] if failures else error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__
+    return str(cause)
 
 
 def refuse_other_recipe(path: Path, recipe: Recipe) -> None:

@@ -175,6 +175,31 @@ class Recipe:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
 
+LEAST = {
+    "run.threads": 1,
+    "run.stop_after": 1,
+    "data.max_tokens": 1,
+    "data.max_images": 0,
+    "data.global_batch": 1,
+    "data.num_workers": 0,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup_steps": 0,
+    "optim.min_lr": 0,
+    "optim.steps": 1,
+    "optim.epochs": 1,
+    "parallel.shard_size": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep_last": 1,
+    "eval.every": 0,
+    "eval.num_batches": 0,
+    "eval.num_questions": 0,
+    "log.every": 1,
+    "log.profile_steps": 0,
+    "guard.max_nonfinite": 1,
+}
+
+
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``dotted.key=value`` overrides; every mistake in one UserError."""
     try:
@@ -214,6 +239,13 @@ def to_yaml(recipe: Recipe) -> str:
 def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
     """What each value alone cannot show."""
     model, optim, parallel = recipe.model, recipe.optim, recipe.parallel
+    for key, least in LEAST.items():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        if value is not None and value < least:
+            yield f"{key}: at least {least} is needed, not {value}"
+    if optim.clip <= 0:
+        yield f"optim.clip: a positive norm is needed, not {optim.clip}; a huge one clips nothing"
     if (model.path is None) == (model.config is None):
         yield "model: give exactly one of path (start from weights) and config (random weights)"
     if (optim.steps is None) == (optim.epochs is None):

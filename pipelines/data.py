@@ -6,6 +6,7 @@ Microbatch (CPU) ──model_inputs──▶ keyword arguments of OmniLMMForCaus
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +29,16 @@ SENTENCE_TOKEN_FIELDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_toke
 
 
 def open_datasets(configs: Sequence[DatasetConfig]) -> list[Dataset]:
-    """Open each; UserError for one that is missing or unfinished."""
-    return [Dataset(config.path, config.split) for config in configs]
+    """Open each; one UserError for all that are missing or unfinished."""
+    datasets, problems = [], []
+    for config in configs:
+        try:
+            datasets.append(Dataset(config.path, config.split))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n  ".join(dict.fromkeys(problems)))
+    return datasets
 
 
 def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
@@ -39,6 +48,11 @@ def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
     the special tokens and num_query.
     """
     if recipe.model.path is not None:
+        if not (Path(recipe.model.path) / "config.json").exists():
+            raise UserError(
+                f"model.path {recipe.model.path} is no model folder: it has no config.json. Earlier stages "
+                "write RUN/final; `python -m omnimodel.weights assemble` makes the first one"
+            )
         return OmniLMMConfig.from_pretrained(recipe.model.path)
     ids = manifest.special_tokens
     from_data = {field: ids[name] for field, name in IMAGE_TOKEN_FIELDS.items()}
@@ -58,6 +72,7 @@ def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: OmniL
     if recipe.model.config is not None:
         unknown = set(recipe.model.config) - set(OmniLMMConfig().to_dict())
         problems += [f"model.config.{key}: OmniLMMConfig has no such field" for key in sorted(unknown)]
+    problems += _missing_packages(recipe)
     if problems:
         raise UserError(
             "the recipe, its datasets and its model do not fit:\n  "
@@ -138,6 +153,15 @@ def _tokenizer_mismatches(model_path: str, dataset: Dataset) -> list[str]:
     return (
         [] if mine == other else [f"{model_path}: tokenizer {mine[:12]}, but {dataset.path} has {other[:12]}"]
     )
+
+
+def _missing_packages(recipe: Recipe) -> Iterator[str]:
+    """What the recipe asks for and this installation does not have."""
+    wanted = {"log.tracker": recipe.log.tracker} if recipe.log.tracker != "none" else {}
+    wanted |= {"model.lora": "peft"} if recipe.model.lora else {}
+    for key, package in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"{key} needs {package}: pip install 'omnilmm-toolkit[{package}]'"
 
 
 def new_token_ids(manifest: Manifest) -> list[int]:

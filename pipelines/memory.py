@@ -34,7 +34,7 @@ from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from omnimodel.attention import Pack, varlen_attention
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from pipelines.config import Recipe
-from pipelines.model import choose_trainable
+from pipelines.model import choose_trainable, new_model
 from pipelines.parallel import DTYPES, World
 
 ADAM_BYTES = 8  # two float32 moments
@@ -247,7 +247,7 @@ def check_fits(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset, world: W
 def planned_model(recipe: Recipe, config: OmniLMMConfig) -> OmniLMMForCausalLM:
     """The recipe's model without memory, its blocks in the dtype that they compute in."""
     with torch.device("meta"):
-        model = OmniLMMForCausalLM(copy.deepcopy(config))
+        model = new_model(copy.deepcopy(config))
     model.train()
     choose_trainable(model, recipe)
     checkpoint_blocks(model, recipe.model.activation_checkpointing)

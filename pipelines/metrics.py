@@ -10,12 +10,13 @@ the data sheet's peak; it is left out where no peak is known (on a CPU).
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,9 +25,8 @@ import torch
 from torch import nn
 
 from omnidata.loader.microbatch import Microbatch
-from omnidata.schema import UserError
 from omnimodel.freezing import COMPONENTS, component
-from pipelines.config import Recipe
+from pipelines.config import Recipe, to_dict
 from pipelines.data import num_supervised
 from pipelines.flops import FlopCount, peak_flops
 from pipelines.parallel import World
@@ -113,12 +113,14 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(_rounded(line)) + "\n")
             for sink in self._sinks:
-                sink(line)
+                sink.log(line)
 
     def close(self) -> None:
         """No more lines."""
         if self._file is not None:
             self._file.close()
+            for sink in self._sinks:
+                sink.close()
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -173,9 +175,15 @@ def _rounded(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one(name, value) for name, value in line.items()}
 
 
-def _open_sinks(recipe: Recipe, run_dir: Path) -> list[Any]:
-    """Functions that take a line each."""
-    sinks = []
+@dataclass(frozen=True)
+class _Sink:
+    """A viewer."""
+
+    log: Callable[[Mapping[str, Any]], None]
+    close: Callable[[], None]
+
+
+def _open_sinks(recipe: Recipe, run_dir: Path) -> Iterator[_Sink]:
     if recipe.log.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -186,25 +194,22 @@ def _open_sinks(recipe: Recipe, run_dir: Path) -> list[Any]:
                 if name != "step":
                     writer.add_scalar(name, value, line["step"])
 
-        sinks.append(to_tensorboard)
+        yield _Sink(to_tensorboard, writer.close)
     if recipe.log.tracker != "none":
-        sinks.append(_open_tracker(recipe))
-    return sinks
+        yield _open_tracker(recipe, run_dir)
 
 
-def _open_tracker(recipe: Recipe) -> Any:
-    """wandb and trackio share these two calls."""
-    import importlib
-
+def _open_tracker(recipe: Recipe, run_dir: Path) -> _Sink:
+    """wandb and trackio share these calls."""
     name = recipe.log.tracker
-    try:
-        tracker = importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f"log.tracker={name}: install it (pip install {name}) or use log.tracker=none"
-        ) from None
-    tracker.init(project=recipe.log.project, name=Path(recipe.run.dir).name)
-    return lambda line: tracker.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+    os.environ.setdefault("WANDB_DIR", str(run_dir))  # or it would write into the current folder
+    tracker = importlib.import_module(name)
+    tracker.init(project=recipe.log.project, name=run_dir.name, config=to_dict(recipe))
+
+    def to_tracker(line: Mapping[str, Any]) -> None:
+        tracker.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+    return _Sink(to_tracker, tracker.finish)
 
 
 # --- told once, at the start ------------------------------------------------------------------------------

@@ -39,11 +39,11 @@ def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltMod
     torch.manual_seed(recipe.run.seed)  # the same weights on every rank
     if from_meta:
         with torch.device("meta"):
-            model = OmniLMMForCausalLM(config)
+            model = new_model(config)
     elif recipe.model.path is not None:
         model = OmniLMMForCausalLM.from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
     else:
-        model = OmniLMMForCausalLM(config)
+        model = new_model(config)
     model.train()
     choose_trainable(model, recipe)
     flop_count = count_flops(model)
@@ -60,6 +60,14 @@ def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltMod
     elif world.is_sharded:
         model.to(world.device)  # buffers and the replicated tower; the shards are there already
     return BuiltModel(model, wrapped, flop_count)
+
+
+def new_model(config: OmniLMMConfig) -> OmniLMMForCausalLM:
+    """A model with random weights; UserError for a configuration that cannot be built."""
+    try:
+        return OmniLMMForCausalLM(config)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"model.config cannot be built: {error}") from error
 
 
 def choose_trainable(model: OmniLMMForCausalLM, recipe: Recipe) -> None:

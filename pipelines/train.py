@@ -1,7 +1,7 @@
 """Train an OmniLMM: one loop, from a laptop to a cluster.
 
     python pipelines/train.py pipelines/recipes/tiny_cpu.yaml optim.lr=1e-3
-    torchrun --nproc-per-node 8 pipelines/train.py pipelines/recipes/sft.yaml
+    torchrun --nproc-per-node 8 pipelines/train.py pipelines/recipes/sft.yaml [--profile]
 
     prepare   recipe -> datasets that fit -> model -> optimizer -> loader -> newest verified checkpoint
     loop      microbatches -> loss -> gradients -> update -> metrics -> evaluation -> checkpoint
@@ -12,11 +12,14 @@ number, which the loader knows before the step begins. So each microbatch can be
 step is cut into microbatches and ranks does not change it.
 
 The same command goes on from the newest verified checkpoint. SIGTERM and SIGUSR1 finish the step, save and
-exit 0.
+exit 0. torchrun passes SIGTERM on, gives its ranks 30 seconds and then itself exits 1; where a step takes
+longer send SIGUSR1 to the ranks, as pipelines/cluster does.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
 import itertools
 import math
 import sys
@@ -265,14 +268,28 @@ def train(recipe: Recipe) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """``train.py RECIPE [dotted.key=value ...]``"""
-    if not arguments or arguments[0].startswith("-"):
-        print(__doc__.strip() if arguments else "usage: train.py RECIPE.yaml [dotted.key=value ...]")
-        return 0 if arguments else 2
+    """``train.py RECIPE [dotted.key=value ...] [--profile]``"""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps: log.profile_steps=3")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = options.overrides + ["log.profile_steps=3"] * options.profile
     try:
-        train(load_recipe(arguments[0], arguments[1:]))
+        train(load_recipe(options.recipe, overrides))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: no space left for the run's files ({error}). Checkpoints that are there are whole: free "
+            "some space and start the same command again",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -68,6 +68,9 @@ def test_every_mistake_in_one_message(tmp_path):
         ("run.seed=true", "run.seed: expected int"),  # a bool is an int in Python, not in a recipe
         ("run.dir=null", "run.dir: expected str"),
         ("data.train.1.path=x", "no place inside"),
+        ("data.global_batch=0", "data.global_batch: at least 1"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last: at least 1"),
+        ("optim.clip=-1", "optim.clip: a positive norm"),
         ("nonsense", "must look like section.key=value"),
     ],
 )

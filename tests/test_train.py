@@ -1,6 +1,9 @@
 """What a run refuses, tells, survives and leaves behind."""
 
+import contextlib
+import functools
 import json
+import resource
 import sys
 import time
 
@@ -12,6 +15,7 @@ from tiny_recipe import losses, tiny_recipe, write_recipe
 
 from omnidata.schema import UserError
 from omnimodel import OmniLMMForCausalLM
+from omnimodel.blocks import compile_blocks
 from pipelines.config import load_recipe, parse_recipe
 from pipelines.guard import LossGuard, Watchdog
 from pipelines.train import main, train
@@ -30,7 +34,7 @@ def finished(tiny_dataset, tmp_path_factory):
         },
         optim={"steps": 12},
         eval={"every": 6, "num_questions": 6},
-        log={"tensorboard": True, "plot": True, "profile_steps": 1},
+        log={"tensorboard": True, "plot": True},
     )
     train(load_recipe(write_recipe(run_dir.with_suffix(".yaml"), tree)))
     return run_dir
@@ -61,7 +65,6 @@ def test_it_leaves_a_model_that_loads_with_its_tokenizer_card_and_pictures(finis
     assert Dataset(tiny_dataset, "train").digest in card and "Lowest validation loss" in card
     assert (finished / "loss.svg").read_text().count("<polyline") == 3
     assert list((finished / "tensorboard").glob("events*"))
-    assert json.loads((finished / "profile" / "rank0.json").read_text())["traceEvents"]
 
 
 def test_a_finished_run_does_nothing_more(finished, capfd):
@@ -85,6 +88,63 @@ def test_every_mismatch_in_one_message_before_any_model_work(tiny_dataset, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.val=[{path: missing-val}]", ["missing-train", "missing-val"]),
+        ("model={path: nowhere}", ["missing-train"]),
+    ],
+)
+def test_all_missing_datasets_in_one_message(tiny_dataset, tmp_path, override, expected):
+    tree = tiny_recipe(tmp_path / "missing-train", tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        train(load_recipe(write_recipe(tmp_path / "r.yaml", tree), [override]))
+    assert all(name in str(error.value) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model={path: nowhere}", "nowhere is no model folder"),
+        ("model.config.hidden_size=33", "embed_dim=33 must be divisible"),
+        ("model.config.mm_vision_tower=nosuch", "timm cannot build the vision tower 'nosuch'"),
+    ],
+)
+def test_models_that_cannot_be_are_one_line(tiny_dataset, tmp_path, override, expected):
+    tree = tiny_recipe(tiny_dataset, tmp_path / "run")
+    with pytest.raises(UserError, match=expected):
+        train(load_recipe(write_recipe(tmp_path / "r.yaml", tree), [override]))
+
+
+def test_what_is_not_installed_is_said_with_all_else(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tree = tiny_recipe(tiny_dataset, tmp_path / "run", log={"tracker": "trackio"}, model={"lora": {}})
+    tree["model"]["config"]["num_query"] = 16
+    with pytest.raises(UserError) as error:
+        train(parse_recipe(tree))
+    for expected in ("num_query", "omnilmm-toolkit[trackio]", "omnilmm-toolkit[peft]"):
+        assert expected in str(error.value)
+
+
+def test_compiled_blocks_lose_alike_and_keep_their_names(tiny_dataset, tmp_path, monkeypatch):
+    """Traced and differentiated ahead of time, without the C++ compiler, which takes minutes for this."""
+    ahead = functools.partial(compile_blocks, backend="aot_eager")
+    monkeypatch.setattr("pipelines.model.compile_blocks", ahead)
+    for name, compiled in (("plain", False), ("compiled", True)):
+        tree = tiny_recipe(tiny_dataset, tmp_path / name, optim={"steps": 3}, model={"compile": compiled})
+        train(parse_recipe(tree))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    plain, compiled = (torch.tensor(losses(tmp_path / name)) for name in ("plain", "compiled"))
+    torch.testing.assert_close(plain, compiled, rtol=0, atol=2e-5)
+    OmniLMMForCausalLM.from_pretrained(tmp_path / "compiled/final")  # refuses names that it does not know
+
+
+def test_profile_is_a_flag(tiny_dataset, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(tiny_dataset, tmp_path / "run"))
+    assert main([str(recipe), "--profile", "optim.steps=7"]) == 0
+    assert json.loads((tmp_path / "run/profile/rank0.json").read_text())["traceEvents"]
+
+
 def test_a_model_with_another_tokenizer_is_refused(finished, tiny_dataset, tmp_path):
     import shutil
 
@@ -102,7 +162,9 @@ def test_a_model_with_another_tokenizer_is_refused(finished, tiny_dataset, tmp_p
 def test_one_clear_line_and_exit_1(tmp_path, capsys):
     assert main([str(tmp_path / "none.yaml")]) == 1
     assert capsys.readouterr().err.startswith("error: recipe")
-    assert main([]) == 2
+    with pytest.raises(SystemExit) as usage:
+        main([])
+    assert usage.value.code == 2
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(tiny_dataset, tmp_path):
@@ -130,6 +192,29 @@ def test_a_loss_spike_names_its_samples(tmp_path):
     assert guard.finite(2, 3.0, ["b"]) is None
     assert "over 2x its mean" in guard.finite(3, 9.0, ["c"])
     assert json.loads((tmp_path / "suspicious-samples-rank0.jsonl").read_text())["keys"] == ["c"]
+
+
+def train_with_room_for(num_bytes, recipe, error_file):
+    """As ``train.py`` would, where no file may grow beyond ``num_bytes``: in a process of its own."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    with error_file.open("w") as file, contextlib.redirect_stderr(file):
+        code = main([str(recipe)])
+    sys.exit(code)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_others(tiny_dataset, tmp_path):
+    tree = tiny_recipe(tiny_dataset, tmp_path / "run", checkpoint={"every": 2})
+    recipe = write_recipe(tmp_path / "r.yaml", tree)
+    train(load_recipe(recipe, ["run.stop_after=2"]))
+    process = start(train_with_room_for, 100_000, recipe, tmp_path / "stderr")
+    process.join(timeout=60)
+    assert process.exitcode == 1
+    message = (tmp_path / "stderr").read_text()
+    assert message.startswith("error: the checkpoint of step 4 could not be written"), message
+    assert "File too large" in message and message.count("\n") == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    train(load_recipe(recipe))
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def stall(run_dir):
