@@ -183,12 +183,13 @@ def test_ids_and_index_say_what_was_cut(built):
     special = dataset.manifest.special_tokens
     counts = [int((dataset[i].input_ids == special["<slice>"]).sum()) for i in range(len(RECORDS))]
     assert counts == [1, 0, 0, 2, 1], "what people type stays text"
+    assert "up to 9 tiles of 32 pixels" in (built / "README.md").read_text()
     assert dataset.manifest.settings["max_slices"] == 9 and dataset.manifest.settings["slice_size"] == SIZE
 
 
 def test_without_the_tiles_a_sample_is_what_it_is_without_slicing(built, whole):
     cut, plain = Dataset(built), Dataset(whole)
-    assert plain.index["slices"].to_pylist() == [[]] * 40
+    assert plain.index["slices"].to_pylist() == [[]] * 40 and "tiles" not in (whole / "README.md").read_text()
     for position in range(40):
         a, b = cut[position], plain[position]
         layout = cut.row(position)["slices"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from omnidata.images.slices import slicing_of
 from omnidata.schema import NV_META, Manifest
 
 ENERGON_VERSION = "7.4.1"  # the release that this layout is tested with
@@ -55,7 +56,7 @@ Each shard is a plain WebDataset tar. A sample is
 | `KEY.input_ids.npy` | int32 `[L]`; an image is `<im_start>` + {num_query} × `<im_patch>` + `<im_end>` |
 | `KEY.labels.npy` | int32 `[L]`, unshifted: the token id where it is supervised, else -100 |
 | `KEY.jpg` (`.png`, `.webp`), `KEY.1.jpg`, … | the images, in the order of their blocks |
-
+{slices}
 `tokenizer/` is the tokenizer that made the ids. `index.parquet` has a row a sample with its byte range;
 `manifest.json` says what the dataset was built from. The code below is run from this folder.
 
@@ -131,6 +132,17 @@ for sample in dataset:
 """
 
 
+def _slices_text(manifest: Manifest) -> str:
+    slicing = slicing_of(manifest.settings)
+    if slicing is None:
+        return ""
+    start, end = slicing.slice_tokens
+    return (
+        f"\nLarge pictures are cut into up to {slicing.max_slices} tiles of {slicing.slice_size} pixels:\n"
+        f"the overview, then `{start}`, the tiles row by row, `{end}`. `slices` in the index has the grids.\n"
+    )
+
+
 def dataset_card(manifest: Manifest) -> str:
     """README.md of the dataset."""
     shards_of = {split: sum(shard.split == split for shard in manifest.shards) for split in manifest.splits}
@@ -143,6 +155,7 @@ def dataset_card(manifest: Manifest) -> str:
         num_tokens=manifest.num_tokens,
         num_supervised=manifest.num_supervised,
         num_images=manifest.num_images,
+        slices=_slices_text(manifest),
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         num_rejects=manifest.num_rejects,
