@@ -1,15 +1,15 @@
 """Asking a model: the prompt is the one that was trained on, and mistakes are one clear line."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from throwaway import golden_tokenizer_folder
 from tiny_dataset import make_jpeg
-from tiny_recipe import MODEL, ROOT
+from tiny_recipe import MODEL
 
 from omnidata import Dataset
 from omnidata.conversation import to_conversation
@@ -17,7 +17,7 @@ from omnidata.render import Renderer
 from omnidata.schema import Record
 from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
-from pipelines.generate import main, prompt_conversation
+from pipelines.generate import Answerer, main, prompt_conversation
 from pipelines.questions import supervised_spans
 
 
@@ -87,19 +87,29 @@ def test_mistakes_are_one_line_and_exit_1(model_dir, capsys, image, question, ex
     assert error.startswith("error: ") and expected in error and "\n" not in error
 
 
-def test_cluster_examples_hang_together():
-    """As far as can be seen without a cluster: files exist, YAML parses, names and numbers agree."""
-    folder = ROOT / "pipelines" / "cluster"
-    job = yaml.safe_load((folder / "train.kubernetes.yaml").read_text())
-    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
-    [container] = worker["template"]["spec"]["containers"]
-    assert job["kind"] == "PyTorchJob" and container["name"] == "pytorch"
-    assert int(job["spec"]["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert job["spec"]["elasticPolicy"]["maxReplicas"] == worker["replicas"]
-    script, recipe, *_ = container["args"]
-    assert (ROOT / script).exists() and (ROOT / recipe).exists()
-    for name in ("train.slurm.sh", "train.torchrun.sh"):
-        assert "pipelines/train.py" in (folder / name).read_text()
+def test_chat_remembers_streams_and_ends_at_an_empty_line(model_dir, capsys, monkeypatch):
+    """Scripted: the second prompt holds the first round, and what is streamed is what is remembered."""
+    asked, questions = [], iter(["What?", "Really?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
+    reply = Answerer.reply
+
+    def remember(self, turns, images, **options):
+        asked.append([dict(turn) for turn in turns])
+        return reply(self, turns, images, **options)
+
+    monkeypatch.setattr(Answerer, "reply", remember)
+    arguments = ["--model", str(model_dir), "--image", str(model_dir.parent / "cat.jpg")]
+    assert main([*arguments, "--chat", "--max-new-tokens", "5"]) == 0
+    assert [turn["content"] for turn in asked[0]] == ["What?"]
+    first, answer, second = asked[1]
+    assert (first["content"], second["content"]) == ("What?", "Really?") and answer["role"] == "assistant"
+    streamed = capsys.readouterr().out
+    assert streamed.count("model: ") == 2 and answer["content"] in streamed
+
+
+def test_chat_ends_with_its_input(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["--model", str(model_dir), "--chat"]) == 0
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 3])
