@@ -4,6 +4,8 @@
                               [--peers-python .bench/bin/python] [--folder DIR] [--json]
                               [--only speed floor restart million memory]
 
+Speed takes about two minutes for each number of workers and repetition, restart four, the others one.
+
 (1) A corpus (benchmarks/corpus.py), built once by ``omnidata build-shards --image-policy keep``, and the
     same samples as MDS and litdata chunks.
 (2) speed: each contender (benchmarks/load_peers.py) in a process of its own, in turns; the best of
@@ -13,7 +15,7 @@
 (4) restart: stop in the middle of an epoch, go on from what was saved, with as many ranks and with others;
     count repeats and losses (benchmarks/load_exact.py).
 (5) million: time to the first batch on an index of a million samples, beside a list of JSON lines.
-(6) memory: of all processes, while 50,000 samples are read by two workers.
+(6) memory: of all processes, while 100,000 samples are read by two workers.
 
 On a machine that is busy with other work trust the ratios only. The peers' environment is described in
 benchmarks/peers-requirements.txt; without it the peers that need it are left out.
@@ -180,7 +182,7 @@ def write_repeated(dataset: Any, root: Path, copies: int) -> None:
     (root / MANIFEST).write_bytes(manifest_to_json(manifest))
 
 
-def measure_memory(folder: Path, *, num_samples: int = 50_000) -> dict[str, Any]:
+def measure_memory(folder: Path, *, num_samples: int = 100_000) -> dict[str, Any]:
     """(6) Memory of this process and its workers, MB, at ten moments."""
     from omnidata import PackLoader
 

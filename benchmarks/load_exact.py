@@ -16,10 +16,12 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -64,18 +66,23 @@ def stage(name: str, folder: Path, scratch: Path, *, ranks: int, **words: Any) -
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         environment |= {"GLOBAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         environment = os.environ | {key: str(value) for key, value in environment.items()}
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        with outs[-1].with_suffix(".err").open("w") as errors:
+            processes.append(
+                subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True)
+            )
     try:
-        errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
-    except subprocess.TimeoutExpired:
-        errors = [f"no end after {TIMEOUT} s"]
-    finally:
         for process in processes:
-            process.kill()
+            process.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"no end after {TIMEOUT} s"
+    finally:
+        for process in processes:  # and the workers that it has left behind
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if all(out.exists() for out in outs):
         return [pickle.loads(out.read_bytes()) | {"path": out} for out in outs]
-    raised = [line for text in errors for line in text.splitlines() if "Error" in line] or errors
-    return raised[0][:200]
+    lines = [line for out in outs for line in out.with_suffix(".err").read_text().splitlines()]
+    return next((line for line in reversed(lines) if "Error" in line), "\n".join(lines))[:200]
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
