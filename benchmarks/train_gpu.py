@@ -1,6 +1,7 @@
 """MFU of a full-width OmniLMM on one GPU, and where the time goes.
 
     python benchmarks/train_gpu.py [--layers 12] [--checkpointing selective] [--compile] [--json]
+    python benchmarks/train_gpu.py --toy       the same code at toy sizes on the CPU, to run every line once
 
 OmniLMM-12B's widths with as many language-model layers as asked for, stages align and sft with a frozen
 tower, 448² images, packs of 8k tokens, FSDP on one rank (bf16 compute, fp32 masters). Random data: what is
@@ -33,22 +34,40 @@ from pipelines.parallel import start
 
 STAGES = {"align": ["vision_tower", "language_model"], "sft": ["vision_tower"]}
 SHAPE = Shape(num_tokens=8192, num_images=24, num_documents=20, num_supervised=2400)
+TOY_SHAPE = Shape(num_tokens=256, num_images=2, num_documents=3, num_supervised=40)
+TOY = {
+    "mm_vision_tower": "vit_tiny_patch16_224",
+    "vision_kwargs": {"depth": 3, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32},
+    "image_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_query": 16,
+}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Both stages, and what the device can do at all."""
-    device = torch.device("cuda", 0)
+    device = torch.device("cpu") if options.toy else torch.device("cuda", 0)
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device),
-        "gemm_flops": gemm_rate(device),
+        "device": "toy sizes on a CPU: figures mean nothing"
+        if options.toy
+        else torch.cuda.get_device_name(device),
+        "gemm_flops": gemm_rate(device, size=64 if options.toy else 8192),
         "peak_flops": peak_flops(device),
     }
     # One rank's environment, as torchrun would make it.
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     os.environ.setdefault("MASTER_PORT", "29511")
     for stage, frozen in STAGES.items():
-        report[stage] = measure_stage(recipe_of(frozen, options), options.layers)
-        torch.cuda.empty_cache()
+        config = OmniLMMConfig(
+            vocab_size=32009, num_hidden_layers=options.layers, **(TOY if options.toy else {})
+        )
+        shape = TOY_SHAPE if options.toy else SHAPE
+        report[stage] = measure_stage(recipe_of(frozen, options), config, shape)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return report
 
 
@@ -57,8 +76,8 @@ def recipe_of(frozen: list[str], options: argparse.Namespace) -> Recipe:
     model = {"activation_checkpointing": options.checkpointing, "compile": options.compile}
     return parse_recipe(
         {
-            "run": {"dir": "unused", "dtype": "bfloat16"},
-            "data": {"train": [{"path": "unused"}], "max_tokens": SHAPE.num_tokens},
+            "run": {"dir": "unused", "dtype": "bfloat16", "device": "cpu" if options.toy else "cuda"},
+            "data": {"train": [{"path": "unused"}]},
             "model": {"config": {}, "freeze": frozen, **model},
             "optim": {"steps": 1},
             "parallel": {"strategy": "fsdp"},
@@ -66,26 +85,27 @@ def recipe_of(frozen: list[str], options: argparse.Namespace) -> Recipe:
     )
 
 
-def measure_stage(recipe: Recipe, layers: int) -> dict[str, float]:
+def measure_stage(recipe: Recipe, config: OmniLMMConfig, shape: Shape) -> dict[str, float]:
     """One stage of the full-width model."""
-    config = OmniLMMConfig(vocab_size=32009, num_hidden_layers=layers)
-    torch.cuda.reset_peak_memory_stats()
     with start(recipe) as world:
+        on_gpu = world.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         built = build_model(recipe, config, world)
         optimizer = build_optimizer(built.model, recipe.optim)
-        inputs = random_inputs(config, SHAPE, world.device)
+        inputs = random_inputs(config, shape, world.device)
         seconds = min(step(built.model, optimizer, inputs) for _ in range(8))
-        memory = torch.cuda.max_memory_allocated()
+        memory = torch.cuda.max_memory_allocated() if on_gpu else float("nan")
         forward = min(time_forward(built.model, inputs) for _ in range(5))
         images = min(time_images(built.model, inputs["pixel_values"]) for _ in range(5))
         peak = peak_flops(world.device) or float("nan")
-    lengths = [SHAPE.num_tokens / SHAPE.num_documents] * SHAPE.num_documents
-    flops = built.flop_count.of(lengths, images=SHAPE.num_images, supervised=SHAPE.num_supervised)
-    planned = estimate(recipe, config, SHAPE, num_ranks=1, device="cuda", microbatches=1)
+    lengths = [shape.num_tokens / shape.num_documents] * shape.num_documents
+    flops = built.flop_count.of(lengths, images=shape.num_images, supervised=shape.num_supervised)
+    planned = estimate(recipe, config, shape, num_ranks=1, device=world.device.type, microbatches=1)
     return {
         "mfu": flops / seconds / peak,
-        "tokens_per_s": SHAPE.num_tokens / seconds,
-        "images_per_s": SHAPE.num_images / seconds,
+        "tokens_per_s": shape.num_tokens / seconds,
+        "images_per_s": shape.num_images / seconds,
         "step_seconds": seconds,
         "forward_seconds": forward,
         "tower_and_resampler_seconds": images,
@@ -115,23 +135,28 @@ def time_forward(model: torch.nn.Module, inputs: dict[str, Any]) -> float:
 @torch.no_grad()
 def time_images(model: Any, images: torch.Tensor) -> float:
     """Seconds of tower and resampler in the forward pass, by the difference of hooks around them."""
-    with _Seconds() as clock, torch.autocast("cuda", torch.bfloat16):
+    with _Seconds() as clock, torch.autocast(images.device.type, torch.bfloat16):
         model.unshard() if hasattr(model, "unshard") else None
         model.model.encode_images(images)
     return clock.seconds
 
 
 class _Seconds:
-    """Wall-clock seconds of the GPU's work inside the block."""
+    """Wall-clock seconds of the device's work inside the block."""
 
     def __enter__(self) -> _Seconds:
-        torch.cuda.synchronize()
+        _wait()
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize()
+        _wait()
         self.seconds = time.perf_counter() - self._started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def gemm_rate(device: torch.device, *, size: int = 8192, repeats: int = 20) -> float:
@@ -153,10 +178,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="of the language model")
     parser.add_argument("--checkpointing", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, to run every line once")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA device")
+    if not options.toy and not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device; --toy runs its code at toy sizes on the CPU")
     report = measure(options)
     if options.json:
         print(json.dumps(report))
