@@ -116,8 +116,9 @@ def resize_rgb(
     scales = (height / extent[1], width / extent[0]) if extent else (None, None)
     # Same numbers as F.interpolate(..., mode="bicubic", antialias=True), which returns planes: interleaving
     # them again takes twice as long as the resize itself at 640×480. Given ``out`` it works in place.
+    readable = np.require(rgb, requirements=["C", "W"])  # torch warns of arrays that may not be written to
     torch.ops.aten._upsample_bicubic2d_aa.out(
-        _as_nchw(np.ascontiguousarray(rgb)[None]), [height, width], False, *scales, out=_as_nchw(resized)
+        _as_nchw(readable[None]), [height, width], False, *scales, out=_as_nchw(resized)
     )
     return resized[0]
 
