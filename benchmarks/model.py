@@ -183,7 +183,7 @@ def _in_a_process(function: str, *arguments: Any) -> Result:
 
 
 def small_model() -> tuple[OmniLMMForCausalLM, Result]:
-    """About 8 M parameters and a pack of 512 tokens in 4 documents, two of them with an image."""
+    """About 8 M parameters and a pack of 1,024 tokens in 8 documents, two of them with an image."""
     torch.manual_seed(0)
     config = OmniLMMConfig(
         vocab_size=8192,
@@ -201,7 +201,7 @@ def small_model() -> tuple[OmniLMMForCausalLM, Result]:
         im_start_token=8001,
         im_end_token=8002,
     )
-    return OmniLMMForCausalLM(config).train(), pack(config, num_documents=4, length=128, num_images=2)
+    return OmniLMMForCausalLM(config).train(), pack(config, num_documents=8, length=128, num_images=2)
 
 
 def pack(
