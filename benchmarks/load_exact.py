@@ -5,7 +5,8 @@
 
 Every rank is a process of its own, started as torchrun would. ``repeated`` counts samples read twice over
 all ranks, ``lost`` those that nobody read. A contender that refuses the other ranks' state says why: its
-epoch would have to begin anew.
+epoch would have to begin anew. (Energon has a tool, ``energon checkpoint redist``, that rewrites the states
+for another number of ranks beforehand; it is not used here.)
 
     python load_exact.py FOLDER --name litdata
 """
