@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WIDTH, HEIGHT, MARGIN = 720, 220, 56  # pixels of one panel
+MOST_DOTS = 40
 
 
 def plot(run_dir: Path) -> Path:
@@ -23,7 +24,8 @@ def plot(run_dir: Path) -> Path:
         ("tokens/s", [(line["step"], line["tokens_per_s"]) for line in steps], "#2ca02c"),
     ]
     panels = [panel for panel in panels if panel[1]]
-    body = "".join(_panel(*panel, top=number * HEIGHT) for number, panel in enumerate(panels))
+    span = (min(line["step"] for line in lines), max(line["step"] for line in lines))  # of all panels
+    body = "".join(_panel(*panel, span=span, top=number * HEIGHT) for number, panel in enumerate(panels))
     path = run_dir / "loss.svg"
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT * len(panels)}" '
@@ -33,22 +35,27 @@ def plot(run_dir: Path) -> Path:
     return path
 
 
-def _panel(title: str, points: Sequence[tuple[float, float]], color: str, *, top: int) -> str:
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+def _panel(
+    title: str, points: Sequence[tuple[float, float]], color: str, *, span: tuple[int, int], top: int
+) -> str:
+    ys = [y for _, y in points]
     low, high = min(0.0, *ys), max(ys) or 1.0
-    first, span = min(xs), (max(xs) - min(xs)) or 1
+    first, last = span
 
-    def place(x: float, y: float) -> str:
-        across = MARGIN + (x - first) / span * (WIDTH - 2 * MARGIN)
-        return f"{across:.1f},{top + HEIGHT - 32 - (y - low) / (high - low) * (HEIGHT - 64):.1f}"
+    def place(x: float, y: float) -> tuple[str, str]:
+        across = MARGIN + (x - first) / max(1, last - first) * (WIDTH - 2 * MARGIN)
+        return f"{across:.1f}", f"{top + HEIGHT - 32 - (y - low) / (high - low) * (HEIGHT - 64):.1f}"
 
-    line = " ".join(place(x, y) for x, y in points)
+    places = [place(x, y) for x, y in points]
+    line = " ".join(f"{x},{y}" for x, y in places)
+    # A line through one point would not be seen.
+    dots = "".join(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{color}"/>' for x, y in places)
     texts = [
         (MARGIN, top + 20, title, "start"),
         (MARGIN - 6, top + 36, f"{high:.4g}", "end"),
         (MARGIN - 6, top + HEIGHT - 28, f"{low:.4g}", "end"),
         (MARGIN, top + HEIGHT - 14, f"step {first}", "start"),
-        (WIDTH - MARGIN, top + HEIGHT - 14, f"step {max(xs)}", "end"),
+        (WIDTH - MARGIN, top + HEIGHT - 14, f"step {last}", "end"),
     ]
     labels = "".join(
         f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, text, anchor in texts
@@ -57,6 +64,7 @@ def _panel(title: str, points: Sequence[tuple[float, float]], color: str, *, top
     return (
         f'<path d="{axis}" fill="none" stroke="#999"/>{labels}'
         f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>'
+        f"{dots if len(points) <= MOST_DOTS else ''}"
     )
 
 
