@@ -102,7 +102,7 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise
         _step("settle", path)
-        _sync_folder(final.parent)
+        sync(final.parent)
 
     @contextlib.contextmanager
     def _write_remote(self, path: str) -> Iterator[BinaryIO]:
@@ -220,8 +220,9 @@ class _Streamed(io.FileIO):
         return written
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a local file's bytes, or a folder's names, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

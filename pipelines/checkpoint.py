@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from omnidata.durable import sync
 from omnidata.schema import UserError
 from pipelines.config import CheckpointConfig, Recipe, to_dict
 from pipelines.parallel import World
@@ -105,7 +106,7 @@ class Checkpoints:
             if self.world.is_main:
                 complete(temporary)
                 os.replace(temporary, self.directory / _name(trainer["step"]))
-                _sync(self.directory)
+                sync(self.directory)
                 self._prune(trainer["best"])
         except (OSError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its space is needed
@@ -202,10 +203,10 @@ def complete(folder: Path) -> None:
     )
     (folder / SUMS).write_text(sums)
     for path in (*files, folder / SUMS):
-        _sync(path)
+        sync(path)
     (folder / COMPLETE).write_text(hashlib.sha256(sums.encode()).hexdigest() + "\n")
-    _sync(folder / COMPLETE)
-    _sync(folder)
+    sync(folder / COMPLETE)
+    sync(folder)
 
 
 def verify(folder: Path) -> str | None:
@@ -234,14 +235,6 @@ def _sha256s(paths: Iterable[Path]) -> list[str]:
 
     with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
         return list(pool.map(one, paths))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- what is inside ---------------------------------------------------------------------------------------
