@@ -165,7 +165,7 @@ def test_best_checkpoint_is_kept(tiny_dataset, tmp_path):
         tiny_dataset,
         tmp_path / "run",
         data={"train": [{"path": str(tiny_dataset)}], "val": [{"path": str(tiny_dataset), "split": "val"}]},
-        optim={"steps": 8, "lr": 0.3, "warmup_steps": 6},
+        optim={"steps": 8, "lr": 10.0, "warmup_steps": 6},
         eval={"every": 1},
         checkpoint={"every": 1, "keep_last": 1},
     )
