@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
+from omnidata.loader.augment import Augment
+from omnidata.loader.remote import Remote
 from omnidata.schema import UserError
 
 
@@ -58,6 +60,10 @@ class DataConfig:
     oversize: Literal["refuse", "cut", "leave_out"] = "refuse"  # what to do with samples that fit no pack
     global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
     num_workers: int = 1  # of the loader, a rank
+    on_error: Literal["raise", "skip"] = "raise"  # an unreadable sample: stop, or leave it out and count it
+    checksum: bool = False  # hash what is read from a local disk, too; remote reads are always hashed
+    remote: Remote = field(default_factory=Remote)  # datasets at a URL: concurrency, attempts, cache_dir, …
+    augment: Augment | None = None  # training images only: crop, brightness, contrast
 
 
 @dataclass(frozen=True, kw_only=True)

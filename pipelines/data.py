@@ -179,6 +179,7 @@ def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader
         [asdict(config) for config in recipe.data.train],
         num_epochs=recipe.optim.epochs,
         num_workers=recipe.data.num_workers,
+        augment=recipe.data.augment,
         **_shared_settings(recipe, world, image_size),
     )
 
@@ -199,6 +200,9 @@ def _shared_settings(recipe: Recipe, world: World, image_size: int) -> dict[str,
         "max_tokens": recipe.data.max_tokens,
         "max_images": recipe.data.max_images,
         "oversize": recipe.data.oversize,
+        "on_error": recipe.data.on_error,
+        "checksum": recipe.data.checksum,
+        "remote": recipe.data.remote,
         "seed": recipe.run.seed,
         "rank": world.rank,
         "world_size": world.size,

@@ -31,7 +31,7 @@ from pipelines.data import num_supervised
 from pipelines.flops import FlopCount, peak_flops
 from pipelines.parallel import World
 
-COUNTS = ("tokens", "supervised_tokens", "images", "samples", "flops")  # summed over ranks
+COUNTS = ("tokens", "supervised_tokens", "images", "samples", "skipped_samples", "flops")  # over all ranks
 
 
 @dataclass
@@ -51,6 +51,7 @@ class StepCounts:
         self.totals["supervised_tokens"] += num_supervised(microbatch)
         self.totals["images"] += len(microbatch.images)
         self.totals["samples"] += len(microbatch.keys)
+        self.totals["skipped_samples"] += microbatch.num_skipped
         self.totals["flops"] += self.flop_count.microbatch(microbatch)
 
     def line(self, world: World) -> dict[str, float]:
@@ -106,6 +107,9 @@ class MetricsLog:
         every = self.recipe.log.every
         if line["step"] % every == 0 or line["step"] in (1, self.total_steps):
             self.say(progress(self._window, self.total_steps))
+            skipped = sum(line["skipped_samples"] for line in self._window)
+            if skipped:
+                self.warn(f"{skipped:.0f} unreadable samples left out since the last line")
             self._window = []
 
     def write(self, line: Mapping[str, Any]) -> None:

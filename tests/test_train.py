@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import resource
+import shutil
 import sys
 import time
 
@@ -13,6 +14,7 @@ from ranks import run_on_ranks, start
 from safetensors.torch import load_file
 from tiny_recipe import losses, tiny_recipe, write_recipe
 
+from omnidata import Dataset
 from omnidata.schema import UserError
 from omnimodel import OmniLMMForCausalLM
 from omnimodel.blocks import compile_blocks
@@ -184,6 +186,24 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(t
     lines = (tmp_path / "run/suspicious-samples-rank0.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [2, 3, 4] and all(row["keys"] for row in rows)
+
+
+def test_an_unreadable_sample_stops_the_run_or_is_counted_as_the_recipe_says(tiny_dataset, tmp_path, capfd):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_dataset, data)
+    row = Dataset(data, "train").rows([1])[0]  # it has one picture, the last of its bytes
+    with (data / row["shard"]).open("r+b") as shard:
+        shard.seek(row["offset"] + row["nbytes"] - 700)
+        shard.write(bytes(700))
+    optim = {"epochs": 1, "steps": None}
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(data, tmp_path / "run", optim=optim))
+    assert main([str(recipe)]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and row["key"] in error and error.count("\n") == 1
+    assert main([str(recipe), "data.on_error=skip", f"run.dir={tmp_path / 'skipping'}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "skipping/metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("skipped_samples", 0) for line in lines) == 1
+    assert "1 unreadable samples left out" in capfd.readouterr().out
 
 
 def test_a_loss_spike_names_its_samples(tmp_path):

@@ -229,9 +229,10 @@ class EpochPlan:
         for source in self.sources:
             tokens, images = source.catalog.longest()
             if tokens > self.max_tokens or (self.max_images is not None and images > self.max_images):
+                most = "any number" if self.max_images is None else self.max_images
                 raise UserError(
                     f"{source.catalog.name} has a sample of {tokens} tokens and one of {images} images, a "
-                    f"pack holds {self.max_tokens} and {self.max_images}: raise max_tokens or max_images, or "
+                    f"pack holds {self.max_tokens} and {most}: raise max_tokens or max_images, or "
                     "say oversize=cut or oversize=leave_out (`omnidata plan` counts them)"
                 )
 
