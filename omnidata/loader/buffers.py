@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Lender:
             self._free.append(buffer)
         forget = (self._free.popleft().number,) if self._free else ()
         num_bytes = -(-num_bytes // _ROUND_UP) * _ROUND_UP
-        descriptor = os.memfd_create("omnidata-images")
+        descriptor = _anonymous_file()
         os.truncate(descriptor, num_bytes)
         buffer = Buffer(self._num_created, mmap.mmap(descriptor, num_bytes))
         self._num_created += 1
@@ -69,6 +70,14 @@ class Lender:
     def take_back(self, buffer: Buffer) -> None:
         """The buffer was not needed, or what it held has been copied."""
         self._free.append(buffer)
+
+
+def _anonymous_file() -> int:
+    """The descriptor of a file without a name: in memory on Linux, elsewhere a deleted temporary one."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("omnidata-images")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 class Borrower:
