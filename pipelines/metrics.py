@@ -139,9 +139,10 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def progress(window: list[dict[str, Any]], total_steps: int) -> str:
-    """The line for people: the last step's loss, rates over all steps since the last such line."""
+    """The line for people: mean loss and rates of all steps since the last such line, the rest of the last."""
     last = window[-1]
     seconds = sum(line["seconds"] for line in window)
+    loss = sum(line["loss"] for line in window) / len(window)
 
     def rate(name: str) -> str:
         return _short(sum(line[name] for line in window) / seconds)
@@ -150,7 +151,7 @@ def progress(window: list[dict[str, Any]], total_steps: int) -> str:
     eta = (total_steps - last["step"]) * seconds / len(window)
     mfu = f"  mfu {last['mfu']:.1%}" if "mfu" in last else ""
     return (
-        f"step {last['step']:>{len(str(total_steps))}}/{total_steps}  loss {last['loss']:.4f}  "
+        f"step {last['step']:>{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
         f"norm {last['grad_norm']:.2f}  lr {last['lr']:.1e}  "
         f"{rate('tokens')} tok/s  {rate('images')} img/s  {rate('supervised_tokens')} sup/s"
         f"{mfu}  wait {wait:.1%}  {last['memory_gb']:.1f} GB  eta {_duration(eta)}"
