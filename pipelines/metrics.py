@@ -139,7 +139,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def progress(window: list[dict[str, Any]], total_steps: int) -> str:
-    """The line for people: mean loss and rates of all steps since the last such line, the rest of the last."""
+    """The line for people: mean loss and rates over the steps since the last one, else of the last step."""
     last = window[-1]
     seconds = sum(line["seconds"] for line in window)
     loss = sum(line["loss"] for line in window) / len(window)
