@@ -10,7 +10,7 @@ Speed takes about two minutes for each number of workers and repetition, restart
     same samples as MDS and litdata chunks.
 (2) speed: each contender (benchmarks/load_peers.py) in a process of its own, in turns; the best of
     ``--repeat`` counts. (a) tokens + decoded 448x448 images, (b) tokens + encoded bytes; with each number of
-    workers.
+    workers. All files are read once before, so that nobody waits for the disk.
 (3) floor: decode + resize of the same pictures and nothing else, on one core.
 (4) restart: stop in the middle of an epoch, go on from what was saved, with as many ranks and with others;
     count repeats and losses (benchmarks/load_exact.py).
@@ -73,9 +73,19 @@ def python_of(name: str, args: argparse.Namespace) -> str | None:
     return args.peers_python or (sys.executable if name in OWN_ENVIRONMENT else None)
 
 
+def warm(folder: Path) -> None:
+    """Read every file once: the disk is slow and the same for all, so nobody pays for being the first."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 22):
+                    pass
+
+
 def measure_speed(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """(2) One row for each contender, mode and number of workers."""
     rows: dict[tuple, dict[str, Any]] = {}
+    warm(folder)
     for _ in range(args.repeat):
         for mode, flags in (("(b) tokens + bytes", []), ("(a) decoded", ["--decode"])):
             for workers in args.workers:
