@@ -11,7 +11,7 @@ that learns), the same weights, and step by step the same samples, so the loss c
                         finetune.py does (which takes batches of 2 and no worker; LLaVA's takes 16)
     ours, unpacked      the same documents, each a microbatch of its own
 
-Texts are as uneven as those of instruction data: one to sixteen rounds, log-normal. Every contender runs in
+Texts are as long as in benchmarks/plan.py: log-normal, around 200 tokens. Every contender runs in
 a process of its own, with one loader worker and torch's own number of threads. CPU seconds count the workers
 too: on a busy machine trust their ratio. On a GPU see benchmarks/train_gpu.py.
 """
@@ -56,6 +56,7 @@ from pipelines.parallel import World
 WARMUP_STEPS = 3
 MAX_TOKENS = 4096  # of a pack
 PACKS = 2  # a step
+TOKENS_PER_WORD = 1.9  # of the corpus by the tokenizer below, with the turns' headers
 NUM_QUERY = 64
 IMAGE_SIZE = 224
 # In proportion: the frozen tower takes about a third of a sample's FLOPs, as in the 12B at 400 tokens.
@@ -90,19 +91,23 @@ def make_corpus(folder: Path, *, records: int) -> None:
 
 
 def write_uneven_records(path: Path, count: int, photos: list[str]) -> None:
-    """LLaVA records of 1 to 16 rounds: the rounds of several even ones joined."""
-    write_records(path, 8 * count, photos)
+    """LLaVA records: the rounds of several even ones joined, the last answer cut at the length drawn."""
+    write_records(path, 20 * count, photos)
     spare = iter([json.loads(line) for line in path.read_text().splitlines()])
     draw = random.Random(0)
     with path.open("w") as file:
         for _ in range(count):
             record = next(spare)
-            rounds = min(16, max(1, round(draw.lognormvariate(0.7, 0.9))))
-            while len(record["conversations"]) < 2 * rounds:
-                more = next(spare)["conversations"]
-                more[0]["value"] = more[0]["value"].removeprefix("<image>\n")
-                record["conversations"] += more
-            record["conversations"] = record["conversations"][: 2 * rounds]
+            room = min(1900, max(30, draw.lognormvariate(5.3, 0.9))) / TOKENS_PER_WORD
+            rounds, record["conversations"] = record["conversations"], []
+            while room >= 1:
+                if not rounds:
+                    rounds = next(spare)["conversations"]
+                    rounds[0]["value"] = rounds[0]["value"].removeprefix("<image>\n")
+                question, answer, *rounds = rounds
+                words = answer["value"].split()[: max(1, int(room - len(question["value"].split())))]
+                record["conversations"] += [question, {**answer, "value": " ".join(words)}]
+                room -= len(question["value"].split()) + len(words)
             file.write(json.dumps(record) + "\n")
 
 
