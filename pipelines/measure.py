@@ -71,19 +71,24 @@ def measure(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> d
     model = build_model(recipe, config, world).model
     optimizer = build_optimizer(model, recipe.optim)
     count = count_flops(model)
+    _seconds(recipe, model, optimizer, world, [shape], repeats=1)
+    peak = _memory_peak(device)
+    if not is_cuda:
+        _hold_on()
     timings = _seconds(recipe, model, optimizer, world, [eighth, half, shape])
     *calibration, (seconds, update) = timings
     points = [(_flops(count, s), fb) for s, (fb, _) in zip((eighth, half), calibration, strict=True)]
     machine = Calibration.of(points, update=min(u for _, u in calibration))
     predicted = estimate(recipe, config, shape, num_ranks=1, device=device.type, microbatches=1)
     flops = _flops(count, shape)
+    average = _flops(count, shape_of(recipe, config, dataset, fullest=False))
     return {
         "predicted_memory_gb": (predicted.total - predicted.overhead) / 1e9,
-        "measured_memory_gb": (_memory_peak(device) - before) / 1e9,
+        "measured_memory_gb": (peak - before) / 1e9,
         "predicted_seconds": machine.step(flops, microbatches=1),
         "measured_seconds": seconds + update,
         "flops_per_second": machine.rate,
-        "step_seconds": machine.step(flops, microbatches=recipe.data.global_batch),
+        "step_seconds": machine.step(average, microbatches=recipe.data.global_batch),
     }
 
 
@@ -176,12 +181,21 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+MAP_THRESHOLD, MAX_MAPS, TRIM_THRESHOLD = -3, -4, -1  # of mallopt(3)
+
+
 def _give_back_at_once() -> None:
     """Let malloc map every tensor by itself: otherwise it holds on to a third of what was freed."""
     libc = ctypes.CDLL("libc.so.6")
-    threshold, max_maps = -3, -4  # M_MMAP_THRESHOLD, M_MMAP_MAX of mallopt(3)
-    libc.mallopt(threshold, 1 << 16)
-    libc.mallopt(max_maps, 1 << 20)
+    libc.mallopt(MAP_THRESHOLD, 1 << 16)
+    libc.mallopt(MAX_MAPS, 1 << 20)
+
+
+def _hold_on() -> None:
+    """Undo that before time is measured, with the values that malloc grows to by itself in a training."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(MAP_THRESHOLD, 32 << 20)
+    libc.mallopt(TRIM_THRESHOLD, 64 << 20)
 
 
 def _memory_now(device: torch.device) -> float:

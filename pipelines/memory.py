@@ -73,8 +73,13 @@ class Memory:
         )
 
 
-def shape_of(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> Shape:
-    """A full pack: as the dataset's samples are on average, but with as many images as the recipe lets in."""
+def shape_of(
+    recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None, *, fullest: bool = True
+) -> Shape:
+    """A full pack, as the dataset's samples are on average.
+
+    The ``fullest`` has as many images as the recipe lets in: it decides the memory, the average the time.
+    """
     tokens = recipe.data.max_tokens
     if dataset is None:
         documents = max(1, tokens // (config.num_query + 2 + TEXT_TOKENS))
@@ -85,7 +90,9 @@ def shape_of(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> 
         documents = max(1, round(manifest.num_samples * share))
         images, supervised = round(manifest.num_images * share), round(manifest.num_supervised * share)
     most = recipe.data.max_images
-    return Shape(tokens, images if most is None else most, documents, max(1, supervised))
+    if most is not None:
+        images = most if fullest else min(images, most)
+    return Shape(tokens, images, documents, max(1, supervised))
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -63,7 +63,7 @@ def plan(
     config, dataset = open_for_planning(recipe)
     shape = shape_of(recipe, config, dataset)
     traced = Traced.of(recipe, config, shape)
-    flops = step_flops(recipe, traced.model, shape)
+    flops = step_flops(recipe, traced.model, shape_of(recipe, config, dataset, fullest=False))
     return [_plan_one(recipe, config, shape, traced, flops, gpus=n, gpu=gpu, mfu=mfu) for n in gpus]
 
 
