@@ -136,7 +136,7 @@ def command(corpus, out, *more):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_real_build_is_stopped_and_goes_on(corpus, tmp_path, how):
-    out = tmp_path / "data"  # of so many shards that the build is far from its end when its first one is seen
+    out = tmp_path / "data"  # of so many shards that the build is far from its end when it is stopped
     process = subprocess.Popen(
         command(corpus, out),
         stderr=subprocess.PIPE,
@@ -145,7 +145,8 @@ def test_a_real_build_is_stopped_and_goes_on(corpus, tmp_path, how):
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob(".build/parts/train-0*.parquet")) and time.monotonic() < deadline:
+    # Several, since the one that has just appeared may not be the last file of its shard.
+    while len(list(out.glob(".build/parts/train-0*.parquet"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)
     _, errors = process.communicate(timeout=60)
