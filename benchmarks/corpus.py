@@ -1,7 +1,8 @@
-"""The corpus that benchmarks/build.py builds from: LLaVA JSON lines and real photographs of mixed sizes.
+"""The corpus that benchmarks build from: LLaVA JSON lines and real photographs of mixed sizes.
 
 70 % of the photographs are about 640×480, 20 % 1024×768 and 10 % 2000×1500: random cuts of scikit-image's
-own, JPEG quality 90. Records ask two or three questions and may share a photograph.
+own, JPEG quality 90. Records ask two or three questions and may share a photograph. Their texts are passages
+of Python's own language reference (65,000 words, 8,800 different ones), or words drawn from a short list.
 """
 
 from __future__ import annotations
@@ -51,20 +52,33 @@ def _cut(photo: Image.Image, width: int, height: int, rng: np.random.Generator) 
     return photo.resize((width, height), Image.Resampling.LANCZOS, (left, top, left + part[0], top + part[1]))
 
 
-def write_records(path: Path, count: int, photos: list[str]) -> None:
-    """LLaVA records, one a line; with no photos they are text only."""
+def prose() -> list[str]:
+    """The words of Python's language reference, in order."""
+    from pydoc_data.topics import topics
+
+    return " ".join(topics.values()).split()
+
+
+def write_records(path: Path, count: int, photos: list[str], *, text: list[str] | None = None) -> None:
+    """LLaVA records, one a line; with no photos they are text only.
+
+    Turns are passages of ``text``, or words of WORDS drawn at random.
+    """
     rng = random.Random(0)
+
+    def say(fewest: int, most: int) -> str:
+        number = rng.randint(fewest, most)
+        start = rng.randrange(len(text) - number) if text else 0
+        return " ".join(text[start : start + number] if text else rng.choices(WORDS, k=number)).capitalize()
+
     with path.open("w") as file:
         for number in range(count):
-            turns = [turn for _ in range(rng.randint(2, 3)) for turn in _exchange(rng)]
+            turns: list[dict[str, str]] = []
+            for _ in range(rng.randint(2, 3)):
+                turns.append({"from": "human", "value": say(6, 14) + "?"})
+                turns.append({"from": "gpt", "value": say(15, 80) + "."})
             record = {"id": f"r{number:07d}", "conversations": turns}
             if photos:
                 turns[0]["value"] = f"<image>\n{turns[0]['value']}"
                 record["image"] = photos[number % len(photos)]
             file.write(json.dumps(record) + "\n")
-
-
-def _exchange(rng: random.Random) -> list[dict[str, str]]:
-    question = " ".join(rng.choices(WORDS, k=rng.randint(6, 14))).capitalize() + "?"
-    answer = " ".join(rng.choices(WORDS, k=rng.randint(15, 80))).capitalize() + "."
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

@@ -14,6 +14,7 @@ and cannot tell whose task was the cause.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -294,6 +295,7 @@ def _how(exitcode: int | None) -> str:
 
 def _serve(work: Work, folder: str, pipe: connection.Connection, lifeline: connection.Connection) -> None:
     """A worker's life: take a task, send what happens, until the pipe closes."""
+    gc.freeze()  # what was imported stays: the collector need not touch the pages shared with the server
     os.chdir(folder)  # the server may have been started elsewhere, and paths may be relative
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -251,7 +251,7 @@ INDEX_COLUMNS: tuple[Column, ...] = (
     Column("id", "string", "the record's id"),
     Column("source", "string", "the file's name as given to build-shards"),
     Column("locator", "string", "where in it"),
-    Column("content_hash", "string", "hex, 128 bits of the sha256 of ids, labels and image bytes"),
+    Column("content_hash", "string", "hex, xxh3-128 of ids, labels and image bytes"),
 )
 
 REJECT_COLUMNS: tuple[Column, ...] = (

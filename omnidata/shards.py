@@ -11,12 +11,12 @@ mode) is fixed, so a shard's bytes are a function of its samples alone::
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
+import xxhash
 
 from omnidata.schema import (
     IMAGE_EXTENSIONS,
@@ -218,13 +218,14 @@ def read_sample(raw: bytes | memoryview) -> Sample:
 
 
 def content_hash(sample: Sample) -> str:
-    """The first 128 bits, in hex, of the sha256 of a sample's ids, labels and images, each after its length.
+    """xxh3-128, in hex, of a sample's ids, labels and images, each after its length.
 
-    sha256 since processors compute it in hardware, twice as fast as blake2b runs without.
+    It tells damage and repeats apart, thirty times as fast as sha256. It is no proof against forgery: the
+    manifest's sha256 of each shard is.
     """
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     arrays = (np.ascontiguousarray(array, "<i4").data for array in (sample.input_ids, sample.labels))
     for content in (*arrays, *(memoryview(image) for image in sample.images)):
         digest.update(content.nbytes.to_bytes(8, "little"))
         digest.update(content)
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()

@@ -201,13 +201,16 @@ def batches(records: Iterable[Positioned], note: Note = lambda text: None) -> It
 
 def carried_bytes(value: Any) -> int:
     """Bytes and characters of what a parsed row holds, nested values included."""
-    if isinstance(value, bytes | str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(carried_bytes(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return sum(carried_bytes(inner) for inner in value)
-    return 0
+    total, left = 0, [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, bytes | str):
+            total += len(value)
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return total
 
 
 # --- rejects ----------------------------------------------------------------------------------------------

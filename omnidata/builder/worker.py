@@ -15,6 +15,7 @@ A shard is done when its part is there, which is written last::
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -36,7 +37,8 @@ from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, 
 from omnidata.schema import Reject, ShardInfo, UserError
 from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
 
-PRELOAD = ("omnidata.builder.worker", "torch", "transformers")  # imported once, before the workers are forked
+# Imported once, before the workers are forked; pandas since pyarrow imports it for its first table, if there.
+PRELOAD = ("omnidata.builder.worker", "torch", "transformers", "pandas")
 REPORT_SECONDS = 0.5
 PARTS = f"{SCRATCH}/parts"
 READING = f"{SCRATCH}/reading"
@@ -119,7 +121,9 @@ def _stages(settings_json: str, tokenizer: str) -> Stages:
     settings = json.loads(settings_json)
     for name in ("source", "content_token", "slice_tokens"):
         settings[name] = tuple(settings[name])
-    return Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
+    loaded = Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
+    gc.freeze()  # a vocabulary stays: the collector need not go through it again and again
+    return loaded
 
 
 def stages(job: Job) -> Stages:

@@ -10,6 +10,8 @@ renderer writes guards where the chat template itself prints control tokens, and
 Everything else in the copy is the same (normalizer, pre-tokenizer, model), so the ids are those of encoding
 the whole rendering with the tokenizer itself, wherever no control token was typed. An image is one guard
 here; the renderer widens it to <im_start> <im_patch> ... <im_end> once the ids are known.
+
+Where the tokenizer allows it, texts are put together from words that were encoded before (words.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, UserError
 from omnidata.text.chat_template import NONCE
+from omnidata.text.words import Words
 
 IMAGE_GUARD = f"\ufdd0{NONCE}image\ufdd1"
 _BRACKETED = re.compile(r"<.*>|\[.*\]|\{.*\}|.*[|｜].*", re.DOTALL)  # how role markers and tags are spelt
@@ -46,6 +49,7 @@ class Encoder:
         self.control_guard = _alternation(self.guards.values())
         self._backend = _guarded(state, self.guards)
         _limit_cache(self._backend)
+        self._words = Words.of(json.loads(self._backend.to_str()))
         self.image_id = self._backend.token_to_id(IMAGE_GUARD)
         self._check_ids(backend)
 
@@ -69,7 +73,9 @@ class Encoder:
         return [self._backend.token_to_id(guard) for guard in guards]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        """Encodings (ids and character offsets) of guarded texts, nothing added."""
+        """Encodings (ids, char_to_token, token_to_chars) of guarded texts, nothing added."""
+        if self._words is not None:
+            return self._words.encode_batch(texts)
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _check_ids(self, backend: Any) -> None:

@@ -1,0 +1,142 @@
+"""Words: exactly what the tokenizers library gives for the whole text, or None where that cannot be told."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from throwaway import byte_level_tokenizer, sentencepiece_tokenizer
+from tokenizers import Tokenizer
+
+from omnidata.text import words as words_module
+from omnidata.text.words import Words
+
+PARTS = st.sampled_from(
+    [
+        "the",
+        " cat",
+        "a",
+        " ",
+        "  ",
+        "   ",
+        "▁",
+        "\n",
+        "\t",
+        "日本",
+        "𝒳",
+        "é",
+        "e\u0301",
+        "</s>",
+        "<im_patch>",
+        "<0x0A>",
+        "\u200d",
+        "👩‍👩‍👧",
+        "\0",
+        "\ufdd0",
+        "<",
+    ]
+)
+TEXTS = st.lists(PARTS, max_size=16).map("".join) | st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())
+
+
+@pytest.fixture(scope="module")
+def whole(state):
+    """The same tokenizer, encoding whole texts."""
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@pytest.fixture(scope="module")
+def words(state):
+    return Words.of(state)
+
+
+def check_same(ours, theirs, text):
+    """Ids, and which token belongs to which character."""
+    assert ours.ids == theirs.ids and len(ours) == len(theirs)
+    for character in range(len(text) + 2):
+        assert ours.char_to_token(character) == theirs.char_to_token(character), character
+    for token in range(len(ours)):
+        assert ours.token_to_chars(token) == theirs.token_to_chars(token), token
+
+
+@settings(deadline=None, max_examples=1000)
+@given(st.lists(TEXTS, max_size=4))
+def test_a_text_is_encoded_as_by_the_library(words, whole, texts):
+    theirs = whole.encode_batch(texts, add_special_tokens=False)
+    for ours, encoding, text in zip(words.encode_batch(texts), theirs, texts, strict=True):
+        check_same(ours, encoding, text)
+
+
+def test_words_may_be_forgotten_at_any_time(state, whole, monkeypatch):
+    words, texts = Words.of(state), ["the cat </s> sat", "on a mat", "the 日本 mat  "]
+    monkeypatch.setattr(words_module, "_HELD", 0)
+    for _ in range(3):
+        for text in texts:
+            [ours] = words.encode_batch([text])
+            check_same(ours, whole.encode(text, add_special_tokens=False), text)
+            assert words._held < 5_000, "forgets before each batch"
+
+
+def test_a_word_is_encoded_once(words, monkeypatch):
+    asked = []
+    encode = words._model.encode_batch_fast
+
+    class Model:
+        def encode_batch_fast(self, texts, **options):
+            asked.extend(texts)
+            return encode(texts, **options)
+
+    monkeypatch.setattr(words, "_model", Model())
+    words.encode_batch(["unheard unseen", "unseen unheard unseen"])
+    assert re.findall("[a-z]+", "".join(asked)) == ["unheard", "unseen", "unheard", "unseen"]
+    asked.clear()
+    words.encode_batch(["unheard unseen unheard", "unseen"])
+    assert not asked
+
+
+def with_model(**changes):
+    return lambda state: state["model"].update(changes)
+
+
+def add_piece(state):
+    state["model"]["vocab"]["of▁the"] = len(state["model"]["vocab"])
+
+
+def add_prefix_space_to_tokens(state):
+    state["added_tokens"][0]["lstrip"] = True
+
+
+DECLINED = {
+    "another model": with_model(type="Unigram"),
+    "dropout": with_model(dropout=0.1),
+    "whole words first": with_model(ignore_merges=True),
+    "a prefix inside words": with_model(continuing_subword_prefix="##"),
+    "an ending": with_model(end_of_word_suffix="</w>"),
+    "unknown characters": with_model(byte_fallback=False),
+    "a byte is missing": lambda state: state["model"]["vocab"].pop("<0x7F>"),
+    "no blank": lambda state: state["model"]["vocab"].pop("▁"),
+    "a piece that joins words": add_piece,
+    "tokens that eat blanks": add_prefix_space_to_tokens,
+    "tokens found in normalized text": lambda state: state["added_tokens"][0].update(normalized=True),
+    "no normalizer": lambda state: state.update(normalizer=None),
+    "another normalizer": lambda state: state["normalizer"]["normalizers"].append({"type": "NFKC"}),
+    "a pre-tokenizer": lambda state: state.update(pre_tokenizer={"type": "Whitespace"}),
+}
+
+
+@pytest.mark.parametrize("change", DECLINED.values(), ids=DECLINED)
+def test_a_tokenizer_that_may_differ_is_declined(state, change):
+    changed = json.loads(json.dumps(state))
+    assert Words.of(changed) is not None
+    change(changed)
+    assert Words.of(changed) is None
+
+
+def test_a_byte_level_tokenizer_is_declined():
+    assert Words.of(json.loads(byte_level_tokenizer("chatml").backend_tokenizer.to_str())) is None
