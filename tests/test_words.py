@@ -52,8 +52,8 @@ def whole(state):
 
 
 @pytest.fixture(scope="module")
-def words(state):
-    return Words.of(state)
+def words(state, whole):
+    return Words.of(state, whole.model)
 
 
 def check_same(ours, theirs, text):
@@ -74,7 +74,7 @@ def test_a_text_is_encoded_as_by_the_library(words, whole, texts):
 
 
 def test_words_may_be_forgotten_at_any_time(state, whole, monkeypatch):
-    words, texts = Words.of(state), ["the cat </s> sat", "on a mat", "the 日本 mat  "]
+    words, texts = Words.of(state, whole.model), ["the cat </s> sat", "on a mat", "the 日本 mat  "]
     monkeypatch.setattr(words_module, "_HELD", 0)
     for _ in range(3):
         for text in texts:
@@ -131,12 +131,13 @@ DECLINED = {
 
 
 @pytest.mark.parametrize("change", DECLINED.values(), ids=DECLINED)
-def test_a_tokenizer_that_may_differ_is_declined(state, change):
+def test_a_tokenizer_that_may_differ_is_declined(state, whole, change):
     changed = json.loads(json.dumps(state))
-    assert Words.of(changed) is not None
+    assert Words.of(changed, whole.model) is not None
     change(changed)
-    assert Words.of(changed) is None
+    assert Words.of(changed, whole.model) is None
 
 
 def test_a_byte_level_tokenizer_is_declined():
-    assert Words.of(json.loads(byte_level_tokenizer("chatml").backend_tokenizer.to_str())) is None
+    backend = byte_level_tokenizer("chatml").backend_tokenizer
+    assert Words.of(json.loads(backend.to_str()), backend.model) is None

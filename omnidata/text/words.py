@@ -12,7 +12,6 @@ told from their own description; those encode every text anew.
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -75,9 +74,11 @@ class Words:
     """Encodes texts by their words; holds a bounded number of them."""
 
     def __init__(self, model: Any, added: dict[str, int]) -> None:
-        self._model = model
+        from tokenizers import Tokenizer
+
+        self._model = Tokenizer(model)  # no normalizer, no added tokens
         self._added = added
-        vocab = model.get_vocab()
+        vocab = self._model.get_vocab()
         self._sizes = {i: len(piece) for piece, i in vocab.items()} | {vocab[piece]: 1 for piece in _BYTES}
         self._going_on = {vocab[piece] for piece in _BYTES[0x80:0xC0]}  # bytes that go on with a character
         longest_first = sorted(added, key=len, reverse=True)  # of those that fit, as tokenizers does
@@ -85,16 +86,11 @@ class Words:
         self._forget()
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> Words | None:
-        """For a tokenizer's ``to_str()``, parsed; None where words cannot be encoded one by one."""
-        from tokenizers import Tokenizer
-
+    def of(cls, state: dict[str, Any], model: Any) -> Words | None:
+        """For a tokenizer's model and its ``to_str()``, parsed; None where words cannot stand alone."""
         if not (_is_plain_bpe(state["model"]) and _is_plain_text(state)):
             return None
-        bare = {**state, "normalizer": None, "added_tokens": []}
-        return cls(
-            Tokenizer.from_str(json.dumps(bare)), {t["content"]: t["id"] for t in state["added_tokens"]}
-        )
+        return cls(model, {token["content"]: token["id"] for token in state["added_tokens"]})
 
     def encode_batch(self, texts: Sequence[str]) -> list[WordEncoding]:
         """The encodings of the texts, nothing added."""
