@@ -82,3 +82,27 @@ def write_records(path: Path, count: int, photos: list[str], *, text: list[str] 
                 turns[0]["value"] = f"<image>\n{turns[0]['value']}"
                 record["image"] = photos[number % len(photos)]
             file.write(json.dumps(record) + "\n")
+
+
+def write_uneven_records(path: Path, count: int, photos: list[str], *, tokens_per_word: float) -> None:
+    """LLaVA records of log-normal lengths, around 200 tokens, as benchmarks/plan.py's.
+
+    The rounds of several even ones are joined, and the last answer is cut at the length drawn.
+    """
+    write_records(path, 20 * count, photos)
+    spare = iter([json.loads(line) for line in path.read_text().splitlines()])
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            record = next(spare)
+            room = min(1900, max(30, draw.lognormvariate(5.3, 0.9))) / tokens_per_word
+            rounds, record["conversations"] = record["conversations"], []
+            while room >= 1:
+                if not rounds:
+                    rounds = next(spare)["conversations"]
+                    rounds[0]["value"] = rounds[0]["value"].removeprefix("<image>\n")
+                question, answer, *rounds = rounds
+                words = answer["value"].split()[: max(1, int(room - len(question["value"].split())))]
+                record["conversations"] += [question, {**answer, "value": " ".join(words)}]
+                room -= len(question["value"].split()) + len(words)
+            file.write(json.dumps(record) + "\n")

@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from build import Corpus
-from load_peers import CONTENDERS, SIZE
+from corpus import prose, write_records
+from load_peers import CONTENDERS, RECORDS, SIZE
 
 HERE = Path(__file__).parent
 OWN_ENVIRONMENT = ("ours", "webdataset", "energon", "datasets", "lazy JSON")
@@ -46,8 +47,9 @@ def prepare(folder: Path, samples: int, peers_python: str | None) -> None:
     """(1) Everything to read, once."""
     if (folder / "ours").exists():
         return
-    corpus = Corpus(folder / "corpus", samples=samples, photos=samples // 8)
-    command = [sys.executable, "-m", "omnidata.cli", "build-shards", str(folder / "corpus" / "whole.jsonl")]
+    corpus, records = Corpus(folder / "corpus", samples=samples, photos=samples // 8), folder / RECORDS
+    write_records(records, samples, corpus.names, text=prose())
+    command = [sys.executable, "-m", "omnidata.cli", "build-shards", str(records)]
     command += ["--out", str(folder / "ours"), "--tokenizer", str(corpus.tokenizer), "--quiet"]
     command += ["--image-root", str(corpus.images), "--image-policy", "keep", "--samples-per-shard", "500"]
     subprocess.run(command, check=True)
@@ -153,7 +155,7 @@ def measure_million(folder: Path, *, num_samples: int = 1_000_000) -> dict[str, 
     begin = time.perf_counter()
     steps = loader.steps_per_epoch()
     planned = time.perf_counter() - begin
-    lines = (folder / "corpus" / "whole.jsonl").read_bytes().splitlines()
+    lines = (folder / RECORDS).read_bytes().splitlines()
     begin = time.perf_counter()
     records = [json.loads(line) for line in lines]
     lazy = (time.perf_counter() - begin) / len(records) * num_samples

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 BATCH = 8
 SIZE = 448
+RECORDS = "corpus/whole.jsonl"
 
 
 def pillow(data: bytes) -> torch.Tensor:
@@ -312,7 +313,7 @@ class _Lazy(torch.utils.data.Dataset):
         from transformers import AutoTokenizer
 
         self._folder, self._decode = folder, decode
-        self._records = [json.loads(line) for line in (folder / "corpus" / "whole.jsonl").open()]
+        self._records = [json.loads(line) for line in (folder / RECORDS).open()]
         self._tokenizer = AutoTokenizer.from_pretrained(str(folder / "corpus" / "tokenizer"))
 
     def __len__(self) -> int:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import transformers
-from corpus import WORDS, make_photos, write_records
+from corpus import WORDS, make_photos, write_uneven_records
 from PIL import Image
 
 from omnidata import Dataset
@@ -56,7 +56,7 @@ from pipelines.parallel import World
 WARMUP_STEPS = 3
 MAX_TOKENS = 4096  # of a pack
 PACKS = 2  # a step
-TOKENS_PER_WORD = 1.9  # of the corpus by the tokenizer below, with the turns' headers
+TOKENS_PER_WORD = 1.9  # of the corpus's WORDS by the tokenizer below, with the turns' headers
 NUM_QUERY = 64
 IMAGE_SIZE = 224
 # In proportion: the frozen tower takes about a third of a sample's FLOPs, as in the 12B at 400 tokens.
@@ -79,7 +79,7 @@ MODEL = {
 def make_corpus(folder: Path, *, records: int) -> None:
     """Photographs, LLaVA JSON lines and the dataset built from them."""
     photos = make_photos(folder / "photos", min(records, 200))
-    write_uneven_records(folder / "records.jsonl", records, photos)
+    write_uneven_records(folder / "records.jsonl", records, photos, tokens_per_word=TOKENS_PER_WORD)
     make_tokenizer(folder)
     command = (
         *(sys.executable, "-m", "omnidata.cli", "build-shards", str(folder / "records.jsonl"), "--quiet"),
@@ -88,27 +88,6 @@ def make_corpus(folder: Path, *, records: int) -> None:
         *("--image-size", str(IMAGE_SIZE)),
     )
     subprocess.run(command, check=True, stdout=sys.stderr)
-
-
-def write_uneven_records(path: Path, count: int, photos: list[str]) -> None:
-    """LLaVA records: the rounds of several even ones joined, the last answer cut at the length drawn."""
-    write_records(path, 20 * count, photos)
-    spare = iter([json.loads(line) for line in path.read_text().splitlines()])
-    draw = random.Random(0)
-    with path.open("w") as file:
-        for _ in range(count):
-            record = next(spare)
-            room = min(1900, max(30, draw.lognormvariate(5.3, 0.9))) / TOKENS_PER_WORD
-            rounds, record["conversations"] = record["conversations"], []
-            while room >= 1:
-                if not rounds:
-                    rounds = next(spare)["conversations"]
-                    rounds[0]["value"] = rounds[0]["value"].removeprefix("<image>\n")
-                question, answer, *rounds = rounds
-                words = answer["value"].split()[: max(1, int(room - len(question["value"].split())))]
-                record["conversations"] += [question, {**answer, "value": " ".join(words)}]
-                room -= len(question["value"].split()) + len(words)
-            file.write(json.dumps(record) + "\n")
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -295,11 +295,11 @@ def _how(exitcode: int | None) -> str:
 
 def _serve(work: Work, folder: str, pipe: connection.Connection, lifeline: connection.Connection) -> None:
     """A worker's life: take a task, send what happens, until the pipe closes."""
-    gc.freeze()  # what was imported stays: the collector need not touch the pages shared with the server
     os.chdir(folder)  # the server may have been started elsewhere, and paths may be relative
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    gc.freeze()  # what was imported stays: the collector need not touch the pages shared with the server
     while True:
         try:
             task = pipe.recv()
@@ -313,6 +313,8 @@ def _serve(work: Work, folder: str, pipe: connection.Connection, lifeline: conne
             pipe.send(("failed", portable(error)))
             raise SystemExit(1) from error
         pipe.send(("done", result))
+        gc.collect()
+        gc.freeze()  # what a task leaves behind (a vocabulary) stays too
 
 
 def _end_with_parent(lifeline: connection.Connection) -> None:

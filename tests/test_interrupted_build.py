@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from tiny_corpus import chat_record, digests, write_corpus
+from tiny_corpus import chat_record, digests, killed_at, write_corpus
 
 from omnidata import durable
 from omnidata.builder.driver import BuildInterrupted
@@ -47,25 +47,6 @@ def count_steps(corpus, out):
     corpus.build(out, options=INLINE)
     durable.on_step = None
     return len(steps)
-
-
-def killed_at(step, corpus, out):
-    """Build in a child that kills itself at a durable step; -> whether it came that far."""
-
-    def die(name, path):
-        nonlocal step
-        step -= 1
-        if step < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        durable.on_step = die
-        try:
-            corpus.build(out, options=INLINE)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def test_killed_at_any_durable_step_the_same_command_completes_the_same_dataset(small, tmp_path):

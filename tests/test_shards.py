@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,6 +136,14 @@ def test_unequal_lengths_and_unknown_extensions_are_refused():
         written([Sample("a", np.zeros(2, np.int32), np.zeros(3, np.int32))])
     with pytest.raises(ValueError, match="extension"):
         written([make_sample(extensions=("jpg", "gif"))])
+
+
+def test_content_hash_is_of_the_sample_alone():
+    """Swapping two images of one sample changes it; the key does not."""
+    ids = np.arange(4, dtype=np.int32)
+    one = Sample("a", ids, ids, (b"x", b"y"), ("jpg", "jpg"))
+    assert content_hash(one) == content_hash(replace(one, key="b"))
+    assert content_hash(one) != content_hash(replace(one, images=(b"y", b"x")))
 
 
 def test_content_hash_tells_boundaries_apart():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from throwaway import golden_tokenizer_folder
-from tiny_corpus import Corpus, digests
+from tiny_corpus import Corpus, digests, killed_at
 from tiny_dataset import make_jpeg, write_tokenizer
 from tiny_recipe import tiny_recipe, write_recipe
 
@@ -23,7 +23,16 @@ from omnidata.images.pixels import decode_rgb, resize_rgb
 from omnidata.images.slices import Slicing, choose_grid, cut_tiles, read_picture, slicing_of
 from omnidata.inspect.samples import read_views
 from omnidata.render import Renderer
-from omnidata.schema import INDEX, SLICE_TOKENS, Conversation, ImagePart, Message, TextPart, UserError
+from omnidata.schema import (
+    INDEX,
+    MANIFEST,
+    SLICE_TOKENS,
+    Conversation,
+    ImagePart,
+    Message,
+    TextPart,
+    UserError,
+)
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, prepare_tokenizer
 from omnidata.verify.dataset import verify
 from omnidata.verify.repair import repair
@@ -204,6 +213,13 @@ def test_without_the_tiles_a_sample_is_what_it_is_without_slicing(built, whole):
 def test_workers_and_a_second_run_change_no_byte(corpus, built, tmp_path):
     corpus.build(tmp_path / "two", options=RunOptions(workers=2, quiet=True))
     assert digests(tmp_path / "two") == digests(built)
+
+
+@pytest.mark.parametrize("step", [12, 30, 45])
+def test_a_killed_build_goes_on(corpus, built, tmp_path, step):
+    assert killed_at(step, corpus, tmp_path / "data") and not (tmp_path / "data" / MANIFEST).exists()
+    corpus.build(tmp_path / "data", options=INLINE)
+    assert digests(tmp_path / "data") == digests(built)
 
 
 def test_verify_proves_the_layout_and_repair_gives_it_back(built, tmp_path):

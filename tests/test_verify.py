@@ -14,8 +14,8 @@ from omnidata import cli
 from omnidata.durable import Store
 from omnidata.index import index_schema, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
-from omnidata.schema import IGNORE_INDEX, INDEX, MANIFEST, REJECTS, Sample, UserError
-from omnidata.shards import content_hash, read_sample, write_shard
+from omnidata.schema import IGNORE_INDEX, INDEX, MANIFEST, REJECTS, UserError
+from omnidata.shards import read_sample, write_shard
 from omnidata.verify.dataset import read_or_none, verify
 from omnidata.verify.findings import CODES
 from omnidata.verify.repair import repair
@@ -392,11 +392,3 @@ def test_the_json_of_the_command(data, capsys):
     assert cli.run(["verify", str(data), "--repair", "--json", "--workers", "1"]) == 1
     repaired = json.loads(capsys.readouterr().out)
     assert repaired["ok"] and repaired["repair"]["rebuilt"] == [INDEX] and repaired["repair"]["lost"]
-
-
-def test_content_hash_is_of_the_sample_alone():
-    """Swapping two images of one sample changes it; the key does not."""
-    ids = np.arange(4, dtype=np.int32)
-    one = Sample("a", ids, ids, (b"x", b"y"), ("jpg", "jpg"))
-    assert content_hash(one) == content_hash(dataclasses.replace(one, key="b"))
-    assert content_hash(one) != content_hash(dataclasses.replace(one, images=(b"y", b"x")))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tiny_dataset import write_tokenizer
 
+from omnidata import durable
 from omnidata.builder.driver import build
 from omnidata.builder.settings import BuildSettings, RunOptions
 
@@ -108,3 +111,22 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def killed_at(step, corpus, out):
+    """Build in a child that kills itself at a durable step; -> whether it came that far."""
+
+    def die(name, path):
+        nonlocal step
+        step -= 1
+        if step < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        durable.on_step = die
+        try:
+            corpus.build(out, options=RunOptions(executor="inline", quiet=True))
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -15,7 +15,6 @@ A shard is done when its part is there, which is written last::
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -121,9 +120,7 @@ def _stages(settings_json: str, tokenizer: str) -> Stages:
     settings = json.loads(settings_json)
     for name in ("source", "content_token", "slice_tokens"):
         settings[name] = tuple(settings[name])
-    loaded = Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
-    gc.freeze()  # a vocabulary stays: the collector need not go through it again and again
-    return loaded
+    return Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
 
 
 def stages(job: Job) -> Stages:

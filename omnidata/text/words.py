@@ -5,9 +5,10 @@ so no merge reaches from one word into the next and each word may be encoded by 
 
     "Hello big world"  ->  " Hello" "▁big" "▁world"  ->  [22557] [2032] [1526]
 
-(The space in front stands for the ``▁`` that the normalizer puts before a text.) Words repeat: looking them
-up takes a tenth of the time of encoding them. ``Words.of`` gives None for tokenizers of which this cannot be
-told from their own description; those encode every text anew.
+(The space in front stands for the ``▁`` that the tokenizer puts before a text.) Words repeat, and looking
+them up takes a quarter of the time of encoding the whole text anew; text in which no word was seen before,
+such as random letters, takes three times as long instead. ``Words.of`` gives None for tokenizers of which all
+this cannot be told from their own description: those encode every text as a whole.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ import numpy as np
 
 BLANK = "▁"  # how sentencepiece spells a space
 FIRST = " "  # marks the first word after an added token; typed spaces are blanks by then
-_NORMALIZERS = [
-    {"type": "Prepend", "prepend": BLANK},
-    {"type": "Replace", "pattern": {"String": " "}, "content": BLANK},
-]
+_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": BLANK},
+        {"type": "Replace", "pattern": {"String": " "}, "content": BLANK},
+    ],
+}
+_METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_WORD = re.compile(f"[{FIRST}{BLANK}]{BLANK}*[^{BLANK}]*")
+_WORD = re.compile(f"[{FIRST}{BLANK}]{BLANK}*[^{BLANK}]*|[^{BLANK}]+")
 _HELD = 32_000_000  # bytes of words in memory, about
 _GROUP = 100  # words encoded as one text
 
@@ -73,11 +78,12 @@ class WordEncoding:
 class Words:
     """Encodes texts by their words; holds a bounded number of them."""
 
-    def __init__(self, model: Any, added: dict[str, int]) -> None:
+    def __init__(self, model: Any, added: dict[str, int], prefix: str) -> None:
         from tokenizers import Tokenizer
 
         self._model = Tokenizer(model)  # no normalizer, no added tokens
         self._added = added
+        self._prefix = prefix
         vocab = self._model.get_vocab()
         self._sizes = {i: len(piece) for piece, i in vocab.items()} | {vocab[piece]: 1 for piece in _BYTES}
         self._going_on = {vocab[piece] for piece in _BYTES[0x80:0xC0]}  # bytes that go on with a character
@@ -88,9 +94,11 @@ class Words:
     @classmethod
     def of(cls, state: dict[str, Any], model: Any) -> Words | None:
         """For a tokenizer's model and its ``to_str()``, parsed; None where words cannot stand alone."""
-        if not (_is_plain_bpe(state["model"]) and _is_plain_text(state)):
+        prefix = _prefix(state)
+        tokens = state["added_tokens"]
+        if prefix is None or not _is_plain_bpe(state["model"]) or not all(map(_is_plain_token, tokens)):
             return None
-        return cls(model, {token["content"]: token["id"] for token in state["added_tokens"]})
+        return cls(model, {token["content"]: token["id"] for token in tokens}, prefix)
 
     def encode_batch(self, texts: Sequence[str]) -> list[WordEncoding]:
         """The encodings of the texts, nothing added."""
@@ -114,14 +122,21 @@ class Words:
             if position % 2:
                 words.append(part)
             elif part:
-                words += _WORD.findall(FIRST + part.replace(" ", BLANK))
+                blanked = part.replace(" ", BLANK)
+                words += _WORD.findall(FIRST + blanked if self._is_prefixed(blanked, position) else blanked)
         return words
 
+    def _is_prefixed(self, text: str, position: int) -> bool:
+        """Whether a blank is put before the text (which is not empty)."""
+        if self._prefix == "prepend":
+            return True
+        return text[0] != BLANK and (self._prefix == "always" or (self._prefix == "first" and position == 0))
+
     def _learn(self, words: set[str]) -> None:
-        """Encode new words: many in one text, since a text costs more than a word; blanks would join."""
-        blank = [word for word in words if not word.strip(FIRST + BLANK)]
-        other = sorted(words.difference(blank))  # sorted, or a fault would show on some runs only
-        groups = [[word] for word in blank]
+        """Encode new words: many in one text, since a text costs more than a word; those that join, alone."""
+        alone = [word for word in words if word[0] not in FIRST + BLANK or not word.strip(FIRST + BLANK)]
+        other = sorted(words.difference(alone))  # sorted, or a fault would show on some runs only
+        groups = [[word] for word in alone]
         groups += [other[start : start + _GROUP] for start in range(0, len(other), _GROUP)]
         texts = ["".join(group).replace(FIRST, BLANK) for group in groups]
         encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
@@ -142,7 +157,7 @@ class Words:
             first = lengths[start] - (word[0] == FIRST)
             self._lengths[word] = (first, *lengths[start + 1 : end])
             start = end
-            self._held += 200 + 2 * len(word) + 48 * len(self._ids[word])  # two lists, integers, a string
+            self._held += 200 + 2 * len(word) + 48 * len(self._ids[word])  # two tuples, integers, a string
 
     def _lengths_of(self, ids: Sequence[int]) -> list[int]:
         """Characters of each piece; of a character that is spelled in bytes the last byte has it."""
@@ -174,13 +189,19 @@ def _is_plain_bpe(model: dict[str, Any]) -> bool:
     )
 
 
-def _is_plain_text(state: dict[str, Any]) -> bool:
-    """Whether texts reach the model as they are, with blanks, between added tokens that take no more room."""
-    normalizer = state["normalizer"] or {}
+def _is_plain_token(token: dict[str, Any]) -> bool:
+    """Whether an added token takes in nothing but itself, and cannot be mistaken for a word."""
     flags = ("single_word", "lstrip", "rstrip", "normalized")
-    return (
-        normalizer.get("type") == "Sequence"
-        and normalizer["normalizers"] == _NORMALIZERS
-        and state["pre_tokenizer"] is None
-        and not any(token[flag] for token in state["added_tokens"] for flag in flags)
-    )
+    content = token["content"]
+    return not (any(token[flag] for flag in flags) or BLANK in content or content.startswith(FIRST))
+
+
+def _prefix(state: dict[str, Any]) -> str | None:
+    """When a blank is put before a text: prepend (always), or as Metaspace does, which knows "first" as well
+    as "never" and puts none before another. None where texts reach the model in another way."""
+    normalizer, splitter = state["normalizer"], state["pre_tokenizer"]
+    if normalizer == _NORMALIZER and splitter is None:
+        return "prepend"
+    if normalizer is None and splitter and {**splitter, **_METASPACE} == splitter:
+        return splitter["prepend_scheme"]
+    return None
