@@ -57,7 +57,10 @@ def test_calibration_follows_a_fixed_part_and_a_rate_and_bounds_noise():
 
 
 def measure_there(queue):
-    queue.put(measure(recipe(), OmniLMMConfig(**CONFIG), None))
+    # Heads not grouped: torch 2.11 repeats keys and values on GPUs, for which the plan is, and not on CPUs.
+    heads = {"num_key_value_heads": CONFIG["num_attention_heads"]}
+    config = OmniLMMConfig(**CONFIG | heads)
+    queue.put(measure(recipe(config=CONFIG | heads), config, None))
 
 
 def test_memory_is_within_15_percent_of_what_the_process_took():
