@@ -118,6 +118,11 @@ def add_piece(state):
     state["model"]["vocab"]["of▁the"] = len(state["model"]["vocab"])
 
 
+def add_locations(state):
+    flags = {key: value for key, value in state["added_tokens"][0].items() if key not in ("id", "content")}
+    state["added_tokens"] += [{"id": 40_000 + n, "content": f"<loc{n}>", **flags} for n in range(1000)]
+
+
 def add_prefix_space_to_tokens(state):
     state["added_tokens"][0]["lstrip"] = True
 
@@ -132,6 +137,7 @@ DECLINED = {
     "a byte is missing": lambda state: state["model"]["vocab"].pop("<0x7F>"),
     "no blank": lambda state: state["model"]["vocab"].pop("▁"),
     "a piece that joins words": add_piece,
+    "a thousand tokens": add_locations,
     "tokens that eat blanks": add_prefix_space_to_tokens,
     "tokens found in normalized text": lambda state: state["added_tokens"][0].update(normalized=True),
     "a token like a word": lambda state: state["added_tokens"][0].update(content="▁the"),

@@ -35,6 +35,9 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _WORD = re.compile(f"[{FIRST}{BLANK}]{BLANK}*[^{BLANK}]*|[^{BLANK}]+")
 _HELD = 32_000_000  # bytes of words in memory, about
 _GROUP = 100  # words encoded as one text
+_MOST_TOKENS = (
+    256  # added ones; a thousand alternatives would take a regular expression longer than the library
+)
 
 
 class WordEncoding:
@@ -96,7 +99,9 @@ class Words:
         """For a tokenizer's model and its ``to_str()``, parsed; None where words cannot stand alone."""
         prefix = _prefix(state)
         tokens = state["added_tokens"]
-        if prefix is None or not _is_plain_bpe(state["model"]) or not all(map(_is_plain_token, tokens)):
+        if prefix is None or len(tokens) > _MOST_TOKENS or not all(map(_is_plain_token, tokens)):
+            return None
+        if not _is_plain_bpe(state["model"]):
             return None
         return cls(model, {token["content"]: token["id"] for token in tokens}, prefix)
 
