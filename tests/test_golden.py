@@ -6,7 +6,6 @@ from rendering import check_invariants, supervised
 from throwaway import (
     conversation,
     golden_cases,
-    sentencepiece_tokenizer,
 )
 
 from omnidata.conversation import to_conversation
@@ -20,17 +19,6 @@ from omnidata.schema import (
     RejectError,
     TextPart,
 )
-
-
-@pytest.fixture(scope="module")
-def mistral():
-    return sentencepiece_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def renderer(mistral):
-    return Renderer(mistral, num_query=4, max_length=None)
-
 
 # --- golden cases -----------------------------------------------------------------------------------------
 

@@ -32,16 +32,6 @@ from omnidata.text.chat_template import ChatTemplate
 FAST = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module")
-def mistral():
-    return sentencepiece_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def renderer(mistral):
-    return Renderer(mistral, num_query=4, max_length=None)
-
-
 @pytest.fixture(scope="module", params=[name for name in TEMPLATES if name != "zephyr"])
 def any_renderer(request):
     """A template's name, and its renderer on a byte-level tokenizer."""
