@@ -109,16 +109,8 @@ def command(name: str, corpus: Corpus, records: Path, out: Path, args: argparse.
     """The command line of one contender."""
     common = ["--out", str(out), "--tokenizer", str(corpus.tokenizer), "--workers", str(args.workers)]
     if name in OURS:
-        main = [
-            sys.executable,
-            "-m",
-            "omnidata.cli",
-            "build-shards",
-            str(records),
-            "--image-root",
-            str(corpus.images),
-        ]
-        return [*main, *common, *OURS[name], "--quiet"]
+        main = [sys.executable, "-m", "omnidata.cli", "build-shards", str(records)]
+        return [*main, "--image-root", str(corpus.images), *common, *OURS[name], "--quiet"]
     peer, policy = PEERS[name]
     python = sys.executable if peer == "script" else args.peers_python
     main = [python, str(HERE / "peers.py"), peer, "--records", str(records), "--images", str(corpus.images)]

@@ -13,8 +13,7 @@ from typing import Any
 
 from omnidata.schema import UserError
 from omnidata.text.tokenizer import PROBE
-
-BLANK = "▁"  # how sentencepiece spells a space
+from omnidata.text.words import BLANK
 
 
 def tokenizer_from_model(file: Path) -> Any:
