@@ -29,6 +29,7 @@ PARTS = st.sampled_from(
         "e\u0301",
         "</s>",
         "<im_patch>",
+        "es",
         "<0x0A>",
         "\u200d",
         "👩‍👩‍👧",
@@ -47,6 +48,9 @@ def metaspace(scheme):
 def state_of(scheme):
     """A real tokenizer as Zephyr's and Llama 2's (prepend) are written, or as newer ones are."""
     state = json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())
+    # Where two start alike the longer one counts. The library gives it the next free id.
+    longer = {"id": 40_000, "content": "<im_patch>es"}
+    state["added_tokens"].append(state["added_tokens"][-1] | longer)
     return state if scheme == "prepend" else state | {"normalizer": None, "pre_tokenizer": metaspace(scheme)}
 
 
@@ -63,7 +67,7 @@ def whole(state):
 
 @pytest.fixture(scope="module")
 def words(state, whole):
-    return Words.of(state, whole.model)
+    return Words.of(state, whole)
 
 
 def check_same(ours, theirs, text):
@@ -84,13 +88,12 @@ def test_a_text_is_encoded_as_by_the_library(words, whole, texts):
 
 
 def test_words_may_be_forgotten_at_any_time(state, whole, monkeypatch):
-    words, texts = Words.of(state, whole.model), ["the cat </s> sat", "on a mat", "the 日本 mat  "]
+    words = Words.of(state, whole)
     monkeypatch.setattr(words_module, "_HELD", 0)
-    for _ in range(3):
-        for text in texts:
-            [ours] = words.encode_batch([text])
-            check_same(ours, whole.encode(text, add_special_tokens=False), text)
-            assert words._held < 5_000, "forgets before each batch"
+    for text in ["the cat </s> sat", "on a mat", "the 日本 mat  ", "the cat </s> sat"]:
+        [ours] = words.encode_batch([text])
+        check_same(ours, whole.encode(text, add_special_tokens=False), text)
+        assert ("▁cat" in words._ids) == ("cat" in text), "forgets before each batch"
 
 
 def test_a_word_is_encoded_once(words, monkeypatch):
@@ -155,12 +158,12 @@ DECLINED = {
 @pytest.mark.parametrize("change", DECLINED.values(), ids=DECLINED)
 def test_a_tokenizer_that_may_differ_is_declined(change):
     state = state_of("prepend")
-    model = Tokenizer.from_str(json.dumps(state)).model
-    assert Words.of(state, model) is not None
+    backend = Tokenizer.from_str(json.dumps(state))
+    assert Words.of(state, backend) is not None
     change(state)
-    assert Words.of(state, model) is None
+    assert Words.of(state, backend) is None
 
 
 def test_a_byte_level_tokenizer_is_declined():
     backend = byte_level_tokenizer("chatml").backend_tokenizer
-    assert Words.of(json.loads(backend.to_str()), backend.model) is None
+    assert Words.of(json.loads(backend.to_str()), backend) is None

@@ -49,7 +49,7 @@ class Encoder:
         self.control_guard = _alternation(self.guards.values())
         self._backend = _guarded(state, self.guards)
         _limit_cache(self._backend)
-        self._words = Words.of(state, self._backend.model)
+        self._words = Words.of(state, self._backend)
         self.image_id = self._backend.token_to_id(IMAGE_GUARD)
         self._check_ids(backend)
 

@@ -95,15 +95,17 @@ class Words:
         self._forget()
 
     @classmethod
-    def of(cls, state: dict[str, Any], model: Any) -> Words | None:
-        """For a tokenizer's model and its ``to_str()``, parsed; None where words cannot stand alone."""
+    def of(cls, state: dict[str, Any], backend: Any) -> Words | None:
+        """For a tokenizer and its ``to_str()``, parsed; None where words cannot stand alone."""
         prefix = _prefix(state)
         tokens = state["added_tokens"]
         if prefix is None or len(tokens) > _MOST_TOKENS or not all(map(_is_plain_token, tokens)):
             return None
         if not _is_plain_bpe(state["model"]):
             return None
-        return cls(model, {token["content"]: token["id"] for token in tokens}, prefix)
+        # Not the state's ids: the library gives its own to tokens that leave a gap after the vocabulary.
+        ids = {token["content"]: backend.token_to_id(token["content"]) for token in tokens}
+        return cls(backend.model, ids, prefix)
 
     def encode_batch(self, texts: Sequence[str]) -> list[WordEncoding]:
         """The encodings of the texts, nothing added."""
