@@ -1,22 +1,45 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# The versions that both install: those that the tests last passed with (`make lock`). `LOCK=` takes the newest.
+LOCK ?= constraints.txt
+NEWEST := .venv-newest/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test slow test-newest lock lint clean
 help:
-	@echo "make demo   set up, build shards from real photos, inspect, train a tiny model on the CPU, answer questions"
-	@echo "make test   set up and run the whole test suite"
+	@echo "make demo         set up, build shards from real photos, inspect, train a tiny model on the CPU, answer questions"
+	@echo "make test         set up and run the test suite"
+	@echo "make slow         run the tests that take longer than about ten seconds each"
+	@echo "make test-newest  run the test suite with the newest versions that pyproject.toml allows, in .venv-newest"
+	@echo "make lock         the same, then write those versions to constraints.txt for the commands above"
+	@echo "make lint         mend and format the code"
+	@echo "make clean        remove what building and testing leave; data/ and runs/ stay"
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml $(LOCK)
 	@echo "Installing into .venv (PyTorch is large; the first time takes some minutes) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python $(PIP_INSTALL) $(if $(LOCK),-c $(LOCK)) -e '.[test]'
 	@touch $@
 
 test: .venv/.installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/.installed
+	@$(BIN)/python -m pytest -m slow
+
+test-newest:
+	@$(PYTHON) -m venv .venv-newest
+	@$(NEWEST)/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
+	@$(NEWEST)/python -m pytest -m "not slow"
+
+# nvidia-*, cuda-* and triton are torch's own exact choice, which differs by platform.
+lock: test-newest
+	@( echo "# What \`make demo\` and \`make test\` install; written by \`make lock\`. The ranges are in pyproject.toml."; \
+	   $(NEWEST)/python -m pip --disable-pip-version-check freeze --exclude-editable \
+	   | grep -E '^[A-Za-z0-9._-]+==' | grep -vE '^(nvidia|cuda|triton)' | sed 's/+.*//' ) > constraints.txt
 
 demo: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash pipelines/demo/demo.sh
@@ -25,4 +48,4 @@ lint: .venv/.installed
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf data runs build *.egg-info
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from transformers import MistralForCausalLM, MistralModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.mistral.modeling_mistral import MistralPreTrainedModel, MistralRotaryEmbedding
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from omnimodel import attention, loss, vision
 from omnimodel.config import OmniLMMConfig
@@ -94,12 +95,13 @@ class OmniLMMModel(_OmniLMM, MistralModel):
         )
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as the class that this one extends
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         *,
@@ -110,7 +112,7 @@ class OmniLMMModel(_OmniLMM, MistralModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states ``[B, T, D]``. ``cu_seqlens`` int32 ``[D+1]`` marks the documents of a pack."""
         if inputs_embeds is None:
-            is_decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+            is_decoding = cache is not None and cache.get_seq_length() > 0
             inputs_embeds = self.embed(input_ids, pixel_values, is_decoding=is_decoding)
         if cu_seqlens is not None:
             self._check_pack(attention_mask)
@@ -122,7 +124,7 @@ class OmniLMMModel(_OmniLMM, MistralModel):
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -258,7 +260,7 @@ class OmniLMMForCausalLM(_OmniLMM, MistralForCausalLM):
         ``labels`` are unshifted, as Hugging Face has them; ``shift_labels`` are what each position must
         predict, as the loader has them. ``num_supervised_tokens`` is the loss's denominator, by default this
         batch's own count; ``num_supervised_rows`` is that count where the host knows it, which spares a
-        wait for the GPU. Also: position_ids, max_seqlen (with cu_seqlens), past_key_values, inputs_embeds,
+        wait for the GPU. Also: position_ids, max_seqlen (with cu_seqlens), cache, inputs_embeds,
         use_cache.
         """
         num_supervised_tokens = kwargs.pop(
@@ -277,7 +279,7 @@ class OmniLMMForCausalLM(_OmniLMM, MistralForCausalLM):
         )
         hidden_BTD = outputs.last_hidden_state
         result = CausalLMOutputWithPast(
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

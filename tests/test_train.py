@@ -229,9 +229,11 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_others
     process = start(train_with_room_for, 100_000, recipe, tmp_path / "stderr")
     process.join(timeout=60)
     assert process.exitcode == 1
-    message = (tmp_path / "stderr").read_text()
+    [message] = [
+        line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error: ")
+    ]
     assert message.startswith("error: the checkpoint of step 4 could not be written"), message
-    assert "File too large" in message and message.count("\n") == 1
+    assert "File too large" in message
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
     train(load_recipe(recipe))
     assert len(losses(tmp_path / "run")) == 6
