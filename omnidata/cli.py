@@ -56,27 +56,77 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 @click.option("--tokenizer", metavar="DIR_OR_ID", help="Hugging Face tokenizer, or a sentencepiece .model.")
 @click.option("--image-root", metavar="DIR", help="Folder, zip or tar that image paths are relative to.")
 @click.option("--format", default="auto", show_default=True, help="auto, llava, messages, parquet, tsv, …")
-@click.option("--num-query", default=64, show_default=True, help="<im_patch> tokens an image.")
-@click.option("--max-length", default=2048, show_default=True, help="Tokens a sample.")
+@click.option("--num-query", default=64, show_default=True, help="<im_patch> tokens per image.")
+@click.option("--max-length", default=2048, show_default=True, help="Tokens per sample.")
 @click.option("--image-size", default=448, show_default=True, help="Pixels of the shorter side (shrink).")
-@click.option("--image-policy", type=click.Choice(["keep", "shrink"]), default="shrink", show_default=True)
+@click.option(
+    "--image-policy",
+    type=click.Choice(["keep", "shrink"]),
+    default="shrink",
+    show_default=True,
+    help="Store the original bytes, or bring large pictures down to --image-size.",
+)
 @click.option(
     "--max-slices", default=0, show_default=True, help="Also cut large pictures into up to N tiles."
 )
-@click.option("--slice-size", type=int, help="Pixels a side of a tile.  [default: --image-size]")
+@click.option("--slice-size", type=int, help="Pixels per side of a tile.  [default: --image-size]")
 @click.option("--slice-tokens", nargs=2, default=SLICE_TOKENS, show_default=True, help="Around the tiles.")
-@click.option("--check-images", type=click.Choice(["full", "quick"]), default="full", show_default=True)
+@click.option(
+    "--check-images",
+    type=click.Choice(["full", "quick"]),
+    default="full",
+    show_default=True,
+    help="Decode every picture that is kept, or look at its header and end.",
+)
 @click.option("--quality", default=90, show_default=True, help="JPEG quality of what is encoded anew.")
-@click.option("--samples-per-shard", type=int, metavar="N")
+@click.option("--samples-per-shard", type=int, metavar="N", help="Samples in every shard but the last.")
 @click.option("--shard-bytes", metavar="SIZE", help="About this size, as in 512MB.  [default: by the corpus]")
 @click.option("--split", multiple=True, metavar="NAME=SHARE", help="val=0.01: by hash of the id; repeatable.")
 @click.option("--seed", default=0, show_default=True, help="Which ids go to which split.")
-@click.option("--dedup", type=click.Choice(["off", "exact"]), default="off", show_default=True)
-@click.option("--duplicate-ids", type=click.Choice(["keep", "reject"]), default="keep", show_default=True)
+@click.option(
+    "--dedup",
+    type=click.Choice(["off", "exact"]),
+    default="off",
+    show_default=True,
+    help="Refuse samples with the same pictures and text as an earlier one.",
+)
+@click.option(
+    "--duplicate-ids",
+    type=click.Choice(["keep", "reject"]),
+    default="keep",
+    show_default=True,
+    help="Build records whose id an earlier one has, or refuse them.",
+)
 @click.option("--content-token", multiple=True, help="Special token that content may spell; repeatable.")
+@click.option(
+    "--image-key", multiple=True, metavar="NAME", help="Another key that holds pictures; repeatable."
+)
+@click.option(
+    "--caption-prompt",
+    multiple=True,
+    metavar="TEXT",
+    help="What asks for a caption; repeatable: one by the id.",
+)
+@click.option("--allow-empty-replies", is_flag=True, help="Build records whose assistant says nothing.")
+@click.option(
+    "--train-on",
+    type=click.Choice(["all", "last"]),
+    default="all",
+    show_default=True,
+    help="Assistant turns that are supervised, if not switched off.",
+)
+@click.option(
+    "--max-pixels", default=178_956_970, show_default=True, help="Of one picture; more is a reject."
+)
 @click.option("--allow-http", is_flag=True, help="Fetch images from public http(s) addresses.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: CPUs it may use]")
-@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Processes of this machine, or a Ray cluster.",
+)
 @click.option("--task", metavar="I/N", help="Build part I of N; the last one completes the dataset.")
 @click.option("--finalize", is_flag=True, help="Build nothing, complete a dataset whose tasks are done.")
 @click.option("--max-rejects", metavar="LIMIT", help="Stop at 5% or at 200 refused records.")

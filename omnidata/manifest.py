@@ -27,7 +27,10 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise UserError(f"{where} has schema version {version!r}, this code reads version {SCHEMA_VERSION}")
+        raise UserError(
+            f"{where} has schema version {version!r}, this code reads version {SCHEMA_VERSION}: "
+            "build the dataset again"
+        )
     names = {field.name for field in fields(Manifest)}
     if data.keys() != names:
         missing, unknown = sorted(names - data.keys()), sorted(data.keys() - names)

@@ -22,6 +22,7 @@ ids are exactly those of ``apply_chat_template(messages)``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -42,6 +43,7 @@ from omnidata.schema import (
 )
 from omnidata.text.chat_template import ChatTemplate, Shape
 from omnidata.text.encoder import IMAGE_GUARD, Encoder
+from omnidata.text.token_roles import content_tokens_of
 from omnidata.text.tokenizer import template_text
 
 DEFAULT_SYSTEM = (
@@ -105,7 +107,8 @@ class Renderer:
         self.num_query = num_query
         self.max_length = max_length
         self._template = ChatTemplate(text, tokenizer.special_tokens_map)
-        self._encoder = Encoder(tokenizer, content_tokens=content_tokens)
+        self.content_tokens = self._find_content_tokens(content_tokens)  # that the tokenizer has
+        self._encoder = Encoder(tokenizer, content_tokens=(*content_tokens, *self.content_tokens))
         self._slice_guards = None if slice_tokens is None else self._encoder.require(slice_tokens)
         self.is_omnilmm = self._encoder.image_ids is not None and self._prints_zephyr()
         self.default_system = (
@@ -113,6 +116,7 @@ class Renderer:
         )
         self._bos = self._find_bos()
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
+        self.end_of_turn = self._find_end_of_turn()  # ids of the tokens that close an assistant's turn
 
     # --- what users call ----------------------------------------------------------------------------------
 
@@ -203,6 +207,7 @@ class Renderer:
                 turn.slack,
             )
             for turn in plan.turns
+            if messages[turn.message].supervised
         )
         return _Draft(text, spans, num_images)
 
@@ -293,6 +298,34 @@ class Renderer:
             f"{length} tokens, over max_length {self.max_length}, and no assistant turn ends before that",
         )
 
+    # --- facts for the manifest -----------------------------------------------------------------------------
+
+    def _find_content_tokens(self, given: Sequence[str]) -> tuple[str, ...]:
+        added = json.loads(self.tokenizer.backend_tokenizer.to_str())["added_tokens"]
+        of_model = content_tokens_of(self._template, added)
+        wanted = {*given, *of_model}
+        return tuple(token["content"] for token in added if token["content"] in wanted)
+
+    def _find_end_of_turn(self) -> tuple[int, ...]:
+        guards: dict[str, None] = {}
+        for roles in (("user", "assistant"), ("user", "assistant") * 2, ("assistant",)):
+            try:
+                plan = self._plan(roles, False)
+            except RejectError:
+                continue
+            for turn in plan.turns:
+                closing = plan.pieces[turn.message + 1][: turn.closing]
+                guards[self._encoder.control_guard.findall(closing)[-1]] = None
+        return tuple(self._encoder.ids(list(guards)))
+
+    def spelled(self, conversation: Conversation) -> list[str]:
+        """Control tokens that the assistant's turns spell; they are learned as text, not as tokens."""
+        found: dict[str, None] = {}
+        for message in conversation.messages:
+            if message.role == "assistant" and message.supervised:
+                found |= dict.fromkeys(self._encoder.spelled(message.text))
+        return list(found)
+
     # --- what kind of tokenizer -----------------------------------------------------------------------------
 
     def _prints_zephyr(self) -> bool:
@@ -333,7 +366,8 @@ def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[in
 def _tokens(encoding: Any, span: tuple[int, int, int]) -> tuple[int, int]:
     """The range of tokens that cover the span of characters, if its borders are borders of tokens."""
     start, end, slack = span
-    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    # With the blanks that the model writes itself: before "42", Mistral's ▁ is a token of its own.
+    first, last = encoding.char_to_token(start - slack), encoding.char_to_token(end - 1)
     if first is None or last is None:
         raise RejectError("mask_unproven", "the tokenizer gives no token for the start or end of a reply")
     if encoding.token_to_chars(first)[0] < start - slack:

@@ -33,7 +33,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 IGNORE_INDEX = -100
 
 # --- files of a dataset, relative to its root -------------------------------------------------------------
@@ -122,6 +122,7 @@ class Message:
 
     role: Role
     parts: tuple[Part, ...]
+    supervised: bool = True  # of an assistant's turn: is it to be learned?
 
     @property
     def text(self) -> str:
@@ -136,6 +137,7 @@ class Conversation:
     id: str
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...] = ()  # image parts refer to them by position, each exactly once, in order
+    unread_keys: tuple[str, ...] = ()  # keys of the record that hold something and that nothing reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,7 +210,10 @@ REASONS: dict[str, str] = {
     "role_order": "turns do not alternate, or a system turn is not the first",
     "no_assistant": "no assistant turn, so nothing to learn",
     "bad_content": "content is neither a string nor a list of known parts, or is empty where it may not be",
-    "placeholder_mismatch": "the number of image placeholders differs from the number of images",
+    "empty_reply": "an assistant turn says nothing (--allow-empty-replies builds it)",
+    "placeholder_mismatch": "placeholders and images differ in number, or it is not certain which is which",
+    "unread_media": "a key, mark or member may hold a picture, video or sound that is not read (--image-key)",
+    "unread_content": "a key says that not all is to be learned, or holds more of the conversation",
     # images
     "image_missing": "the image file does not exist or cannot be read",
     "image_format": "not a JPEG, PNG, WebP, GIF, BMP or TIFF, by its first bytes",
@@ -288,6 +293,8 @@ class Manifest:
     tokenizer_fingerprint: str  # omnidata.text.tokenizer.fingerprint: behaviour on a fixed probe text
     chat_template_fingerprint: str  # sha256 of the template text
     special_tokens: dict[str, int]  # "<im_patch>", … "bos", "eos", "pad" -> id
+    end_of_turn: list[int]  # ids that end an assistant's turn: generation stops at them
+    content_tokens: dict[str, int]  # added tokens that content may spell -> samples whose replies do
     vocab_size: int  # len(tokenizer)
     num_query: int  # <im_patch> tokens an image
     image_policy: str  # keep | shrink
@@ -303,6 +310,8 @@ class Manifest:
     num_images: int
     splits: dict[str, int]  # split -> samples
     rejects: dict[str, int]  # reason -> count
+    unread_keys: dict[str, int]  # key that nothing reads -> samples that have it
+    spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     shards: list[ShardInfo] = field(default_factory=list)
 
 

@@ -233,4 +233,4 @@ def test_the_digest_follows_the_content(tmp_path, monkeypatch):
 def test_records_without_an_id_get_one_from_their_place(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"id": 7}, {"id": None}, {"id": ""}, {}])
     name = str(tmp_path / "a.jsonl")
-    assert [r.id for r in read_all(name)] == ["7", f"{name}#line 2", f"{name}#line 3", f"{name}#line 4"]
+    assert [r.id for r in read_all(name)] == ["7", "a.jsonl#line 2", "a.jsonl#line 3", "a.jsonl#line 4"]

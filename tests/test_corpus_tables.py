@@ -12,6 +12,7 @@ from corpus_files import JPEG, PNG, llava, read_all, tar_of, use_small_units
 
 from omnidata import corpus
 from omnidata.conversation import to_conversation
+from omnidata.corpus.parquet import Unread
 from omnidata.schema import UserError
 
 
@@ -46,7 +47,9 @@ def test_the_cauldron_parquet(tmp_path):
         assert sorted(int(record.locator.split()[1]) for record in read) == list(range(25))
         for record in read:
             row = int(record.locator.split()[1])
-            assert record.payload["texts"] == rows[row]["texts"] and "unused" not in record.payload
+            assert record.payload["texts"] == rows[row]["texts"] and record.payload["unused"] == Unread(
+                "list<element: double>"
+            )
     talk = to_conversation(read[0])
     assert [message.role for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.images[0].data == JPEG

@@ -8,7 +8,7 @@ from throwaway import (
     golden_cases,
 )
 
-from omnidata.conversation import to_conversation
+from omnidata.conversation import Reading, to_conversation
 from omnidata.render import DEFAULT_SYSTEM, Renderer
 from omnidata.schema import (
     IGNORE_INDEX,
@@ -38,7 +38,9 @@ def golden_conversation(case):
     if case["image_expansion"] == "chat" and count == 0:
         count = 1  # the original puts it in front
     payload = {"messages": turns, "images": [f"{i}.jpg" for i in range(count)]}
-    return to_conversation(Record("cases.json", case["id"], case["id"], payload))
+    return to_conversation(
+        Record("cases.json", case["id"], case["id"], payload), Reading(allow_empty_replies=True)
+    )
 
 
 def golden(*names, where=lambda case: True):

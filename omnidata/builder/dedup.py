@@ -15,7 +15,7 @@ import numpy as np
 
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.plan import repeats
-from omnidata.builder.worker import HashedFile, Job, ShardResult, part_path, rejects_path, write_part
+from omnidata.builder.worker import Counts, HashedFile, Job, ShardResult, part_path, rejects_path, write_part
 from omnidata.durable import BUFFER, Store
 from omnidata.index import index_schema, read_table, reject_schema
 from omnidata.schema import Reject
@@ -30,9 +30,16 @@ def drop_repeats(store: Store, results: Results, run: RunTasks) -> Iterator[tupl
     before, rewrites = dict(results), {}
     for task, positions in find_repeats(store, results):
         truncated = [key for key in before[task].truncated if int(key) not in positions]
-        rewrites[functools.partial(rewrite_shard, task=task, positions=positions, truncated=truncated)] = task
-    for rewrite, result in run(list(rewrites)):
-        yield rewrites[rewrite], result
+        rewrite = functools.partial(
+            rewrite_shard,
+            task=task,
+            positions=positions,
+            truncated=truncated,
+            counts=before[task].counts,
+        )
+        rewrites[rewrite] = task
+    for done, result in run(list(rewrites)):
+        yield rewrites[done], result
 
 
 def find_repeats(store: Store, results: Results) -> Iterator[tuple[ShardTask, frozenset[int]]]:
@@ -55,7 +62,7 @@ def find_repeats(store: Store, results: Results) -> Iterator[tuple[ShardTask, fr
 
 
 def rewrite_shard(
-    job: Job, *, task: ShardTask, positions: frozenset[int], truncated: list[str]
+    job: Job, *, task: ShardTask, positions: frozenset[int], truncated: list[str], counts: Counts
 ) -> ShardResult:
     """Copy a shard without the samples at these positions."""
     store = Store(job.out)
@@ -72,7 +79,7 @@ def rewrite_shard(
     if not kept:
         store.remove(f"{task.path}.idx")
         store.remove(task.path)
-    return write_part(store, task, copy, rows=kept, rejects=rejects, truncated=truncated)
+    return write_part(store, task, copy, rows=kept, rejects=rejects, truncated=truncated, counts=counts)
 
 
 def _copy(store: Store, task: ShardTask, rows: list[dict[str, Any]]) -> HashedFile:

@@ -26,12 +26,13 @@ from typing import Any
 from omnidata.builder.dedup import drop_repeats
 from omnidata.builder.finalize import complete, first_rejects
 from omnidata.builder.inputs import open_inputs
+from omnidata.builder.last_words import last_words
 from omnidata.builder.layout import ShardTask, cut_shards
 from omnidata.builder.plan import BuildPlan, make_plan, read_plan, what_changed, write_plan
 from omnidata.builder.progress import Progress
 from omnidata.builder.report import BuildReport, describe, partial_report, report_of
 from omnidata.builder.settings import BuildSettings, RunOptions
-from omnidata.builder.worker import PRELOAD, Job, ShardResult, Tally, last_words, read_part, work
+from omnidata.builder.worker import PRELOAD, Job, ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
 from omnidata.durable import HOPELESS, LockedError, Store, locked
 from omnidata.executors import (

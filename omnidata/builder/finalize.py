@@ -19,7 +19,8 @@ from omnidata.builder.interop import dataset_card, energon_files
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.plan import BuildPlan
 from omnidata.builder.settings import BuildSettings
-from omnidata.builder.worker import ShardResult, part_path, rejects_path
+from omnidata.builder.stages import renderer_of
+from omnidata.builder.worker import ShardResult, part_path, rejects_path, total_counts
 from omnidata.builder.workspace import leave
 from omnidata.durable import Store
 from omnidata.images.pixels import backend
@@ -73,6 +74,7 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
     for shard in shards:
         splits[shard.split] += shard.num_samples
     num_samples, num_rejects = sum(splits.values()), sum(rejects.values())
+    counts, renderer = total_counts(result for _, result in results), renderer_of(settings, tokenizer)
     assert num_samples + num_rejects == plan.num_records, "samples + rejects = records"
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -81,6 +83,7 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
         tokenizer_fingerprint=fingerprint(tokenizer),
         chat_template_fingerprint=template_fingerprint(tokenizer),
         special_tokens=special_token_ids(tokenizer, settings.slice_tokens if settings.max_slices else ()),
+        end_of_turn=list(renderer.end_of_turn),
         vocab_size=len(tokenizer),
         num_query=settings.num_query,
         image_policy=settings.image_policy,
@@ -99,6 +102,9 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
         num_images=sum(result.num_images for _, result in results),
         splits={split: splits[split] for split in settings.splits if splits[split]},
         rejects=dict(sorted(rejects.items())),
+        content_tokens={token: counts["content_tokens"].get(token, 0) for token in renderer.content_tokens},
+        unread_keys=counts["unread_keys"],
+        spelled_tokens=counts["spelled_tokens"],
         shards=shards,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from omnidata import corpus
 from omnidata.builder.plan import identity_of
 from omnidata.builder.settings import BuildSettings
+from omnidata.corpus.source import with_names
 from omnidata.images.store import ImageStore
 from omnidata.render import Renderer
 from omnidata.schema import IMAGE_TOKENS, UserError
@@ -39,7 +40,7 @@ def open_sources(settings: BuildSettings) -> tuple[corpus.SourceFile, ...]:
     names = [file.source for file in files]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{repeated[0]} is given twice: name each source once")
-    return tuple(files)
+    return tuple(with_names(files))
 
 
 def save_tokenizer(source: str, folder: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omnidata.builder.progress import clock
+from omnidata.builder.worker import total_counts
 from omnidata.schema import REASONS, REJECTS, Manifest
 
 
@@ -33,6 +34,9 @@ class BuildReport:
     seconds: float
     samples_per_second: float
     first_rejects: list[dict[str, Any]]
+    unread_keys: dict[str, int]  # key that nothing reads -> samples
+    spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
+    content_tokens: dict[str, int]  # added token that content may spell -> samples whose replies do
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -54,7 +58,23 @@ class BuildReport:
             f"  {self.num_tokens:,} tokens, {self.num_supervised:,} supervised; {self.num_images:,} images"
             + (f"; {self.num_truncated:,} samples cut at a turn to fit" if self.num_truncated else ""),
             *self._reject_lines(),
+            *self._count_lines(),
         ]
+
+    def _count_lines(self) -> list[str]:
+        """What is in the data and not obvious: each name once."""
+        unread = [f"  {n:,} records have {key!r}, which is not used" for key, n in self.unread_keys.items()]
+        spelled = [
+            f"  the replies of {n:,} samples spell {token}, which is encoded as text "
+            f"(--content-token '{token}' makes it the token)"
+            for token, n in self.spelled_tokens.items()
+        ]
+        written = [f"  {token} {n:,}" for token, n in self.content_tokens.items() if n]
+        return (
+            unread
+            + spelled
+            + (["  samples whose replies write these tokens:" + ",".join(written)] if written else [])
+        )
 
     def _reject_lines(self) -> list[str]:
         if not self.num_rejects:
@@ -80,6 +100,9 @@ def report_of(manifest: Manifest, **run: Any) -> BuildReport:
         num_samples=manifest.num_samples,
         num_rejects=manifest.num_rejects,
         rejects=manifest.rejects,
+        unread_keys=manifest.unread_keys,
+        spelled_tokens=manifest.spelled_tokens,
+        content_tokens=manifest.content_tokens,
         num_truncated=manifest.num_truncated,
         num_tokens=manifest.num_tokens,
         num_supervised=manifest.num_supervised,
@@ -114,5 +137,6 @@ def partial_report(done: Any, *, num_shards: int, **run: Any) -> BuildReport:
         num_shards=num_shards,
         shards_done=len(results),
         first_rejects=[],
+        **total_counts(results),
         **run,
     )

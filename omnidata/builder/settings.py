@@ -10,12 +10,15 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from omnidata.conversation import Reading
+from omnidata.images.header import MAX_PIXELS
 from omnidata.images.slices import Slicing, slicing_of
 from omnidata.schema import CONTENT_TOKENS, SLICE_TOKENS, UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 TRAIN = "train"
+LISTS = ("source", "content_token", "slice_tokens", "image_key", "caption_prompt")  # settings that are lists
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class BuildSettings:
     duplicate_ids: str = "keep"  # keep | reject
     content_token: tuple[str, ...] = ()  # special tokens that content may spell, besides the grounding tags
     allow_http: bool = False
+    image_key: tuple[str, ...] = ()  # more keys of records, turns or tar samples that hold pictures
+    caption_prompt: tuple[str, ...] = ()  # what asks for a caption; one of them by the record's id
+    allow_empty_replies: bool = False
+    train_on: str = "all"  # all | last: which assistant turns are supervised
+    max_pixels: int = MAX_PIXELS  # of one picture
 
     def __post_init__(self) -> None:
         if self.samples_per_shard is not None and self.shard_bytes is not None:
@@ -52,6 +60,7 @@ class BuildSettings:
             "max_length",
             "image_size",
             "slice_size",
+            "max_pixels",
             "samples_per_shard",
             "shard_bytes",
         ):
@@ -74,13 +83,18 @@ class BuildSettings:
         return tuple(dict.fromkeys((*CONTENT_TOKENS, *self.content_token)))
 
     @property
+    def reading(self) -> Reading:
+        """How records are understood."""
+        return Reading(self.image_key, self.caption_prompt, self.allow_empty_replies, self.train_on)
+
+    @property
     def slicing(self) -> Slicing | None:
         """How large pictures are cut; None: not at all."""
         return slicing_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as they stand in the plan and in the manifest."""
-        lists = {name: list(getattr(self, name)) for name in ("source", "content_token", "slice_tokens")}
+        lists = {name: list(getattr(self, name)) for name in LISTS}
         return asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
 
 
@@ -105,7 +119,7 @@ def settings_of(flags: dict[str, Any]) -> BuildSettings:
         raise UserError(f"--split {' '.join(flags['split'])}: a name is given twice")
     if flags["shard_bytes"] is not None:
         values["shard_bytes"] = parse_size(str(flags["shard_bytes"]))
-    for name in ("source", "content_token", "slice_tokens"):
+    for name in LISTS:
         values[name] = tuple(values[name])
     return BuildSettings(**values)
 
@@ -141,7 +155,7 @@ def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := sorted(values.keys() - names):
         raise UserError(f"--config {file}: no flag is named {', '.join(unknown)}")
-    for name in ("source", "split", "content_token"):
+    for name in ("source", "split", "content_token", "image_key", "caption_prompt"):
         if name in values:
             values[name] = _as_list(values[name])
     return values

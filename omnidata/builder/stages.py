@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import orjson
 
 from omnidata.builder.settings import BuildSettings
-from omnidata.conversation import to_conversation, with_grids
+from omnidata.conversation import Reading, to_conversation, with_grids
 from omnidata.images.slices import Grid, Picture, read_picture
 from omnidata.images.store import ImageStore
 from omnidata.render import Renderer
@@ -37,6 +38,7 @@ from omnidata.text.tokenizer import load_tokenizer
 BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
 BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a batch
 RAW_CHARACTERS = 2000
+COUNTS = ("unread_keys", "spelled_tokens", "content_tokens")  # what is counted over samples, by name
 
 Note = Callable[[str], object]
 Positioned = tuple[int, Record | Reject]  # position in the whole corpus, and what was read there
@@ -51,6 +53,9 @@ class Built:
     images: tuple[EncodedImage, ...]
     rendered: Rendered
     grids: tuple[Grid | None, ...] = ()  # of each picture; empty where the build cuts none
+    unread_keys: tuple[str, ...] = ()  # of the record, see Conversation
+    spelled_tokens: tuple[str, ...] = ()  # control tokens that its replies spell
+    content_tokens: tuple[str, ...] = ()  # added tokens that its replies are encoded with
 
 
 Pictures = tuple[Picture, ...]
@@ -66,17 +71,15 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.slicing = self.settings.slicing
+        tokens = self.renderer.content_tokens
+        ids = self.renderer.tokenizer.convert_tokens_to_ids(list(tokens))
+        self.content_ids = dict(zip(ids, tokens, strict=True))
+        self.content_array = np.array(ids, dtype=np.int32)
 
     @classmethod
     def load(cls, settings: BuildSettings, tokenizer: str) -> Stages:
         """Load the tokenizer (a path or id) and make the renderer."""
-        renderer = Renderer(
-            load_tokenizer(tokenizer),
-            num_query=settings.num_query,
-            max_length=settings.max_length,
-            content_tokens=settings.content_tokens,
-            slice_tokens=settings.slice_tokens if settings.max_slices else None,
-        )
+        renderer = renderer_of(settings, load_tokenizer(tokenizer))
         if settings.image_policy == "shrink" or settings.max_slices:
             import torch
 
@@ -87,7 +90,7 @@ class Stages:
         """Carry records through all stages, in order; ``note`` is told what is worked on."""
         for batch in batches(records, note):
             note(f"{_place(batch[0][1])} … {_place(batch[-1][1])}")
-            talks = [_converse(record) for _, record in batch]
+            talks = [_converse(record, self.settings.reading) for _, record in batch]
             cut = [self._cut(record, talk, note) for (_, record), talk in zip(batch, talks, strict=True)]
             talks = [talk for talk, _ in cut]
             rendered = iter(self.renderer.render_batch([t for t in talks if isinstance(t, Conversation)]))
@@ -134,7 +137,17 @@ class Stages:
             image_extensions=tuple(image.extension for image in images),
         )
         grids = tuple(picture.grid for picture in pictures) if self.settings.max_slices else ()
-        return Built(sample, record, images, outcome, grids)
+        spelled = tuple(self.renderer.spelled(talk))
+        return Built(
+            sample, record, images, outcome, grids, talk.unread_keys, spelled, self._content_tokens(outcome)
+        )
+
+    def _content_tokens(self, rendered: Rendered) -> tuple[str, ...]:
+        """The content tokens that are supervised in a sample."""
+        if not self.content_ids:
+            return ()
+        found = self.content_array[np.isin(self.content_array, rendered.labels)]
+        return tuple(self.content_ids[token] for token in found.tolist())
 
     def _pictures(self, source: str, references: Iterable[ImageRef]) -> Pictures:
         return tuple(self._picture(source, reference) for reference in references)
@@ -148,6 +161,7 @@ class Stages:
             image_size=settings.image_size,
             check=settings.check_images,
             quality=settings.quality,
+            max_pixels=settings.max_pixels,
         )
 
     def _store(self, root: str) -> ImageStore:
@@ -160,11 +174,22 @@ class Stages:
         return self.stores[root]
 
 
-def _converse(record: Record | Reject) -> Conversation | RejectError | Reject:
+def renderer_of(settings: BuildSettings, tokenizer: Any) -> Renderer:
+    """The renderer that the settings ask for."""
+    return Renderer(
+        tokenizer,
+        num_query=settings.num_query,
+        max_length=settings.max_length,
+        content_tokens=settings.content_tokens,
+        slice_tokens=settings.slice_tokens if settings.max_slices else None,
+    )
+
+
+def _converse(record: Record | Reject, reading: Reading) -> Conversation | RejectError | Reject:
     if isinstance(record, Reject):
         return record
     try:
-        return to_conversation(record)
+        return to_conversation(record, reading)
     except RejectError as error:
         return error
 

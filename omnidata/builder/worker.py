@@ -17,20 +17,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO
 
 from omnidata import corpus
+from omnidata.builder.last_words import reading
 from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
-from omnidata.builder.settings import BuildSettings
-from omnidata.builder.stages import Built, Positioned, Stages, raw_excerpt
+from omnidata.builder.settings import LISTS, BuildSettings
+from omnidata.builder.stages import COUNTS, Built, Positioned, Stages, raw_excerpt
 from omnidata.durable import SCRATCH, Store
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
 from omnidata.schema import Reject, ShardInfo, UserError
@@ -40,9 +39,9 @@ from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
 PRELOAD = ("omnidata.builder.worker", "torch", "transformers", "pandas")
 REPORT_SECONDS = 0.5
 PARTS = f"{SCRATCH}/parts"
-READING = f"{SCRATCH}/reading"
 
 Report = Callable[[Any], None]
+Counts = dict[str, dict[str, int]]  # unread_keys, spelled_tokens, content_tokens -> name -> samples
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class ShardResult:
     truncated: list[str]  # keys of samples that lost turns to max_length
     num_supervised: int
     num_images: int
+    counts: Counts
     info: ShardInfo | None  # None: every record was refused, so there is no shard
 
 
@@ -118,7 +118,7 @@ def work(job: Job, task: Any, report: Report) -> Any:
 @lru_cache(maxsize=1)
 def _stages(settings_json: str, tokenizer: str) -> Stages:
     settings = json.loads(settings_json)
-    for name in ("source", "content_token", "slice_tokens"):
+    for name in LISTS:
         settings[name] = tuple(settings[name])
     return Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
 
@@ -189,7 +189,15 @@ def build_shard(job: Job, task: ShardTask, report: Report) -> ShardResult:
             f"{task} should hold {task.num_records} records but {run.num_records} were read: "
             "a source changed while it was read. Build anew with --overwrite."
         )
-    return write_part(store, task, hashed, rows=run.rows, rejects=run.rejects, truncated=run.truncated)
+    return write_part(
+        store,
+        task,
+        hashed,
+        rows=run.rows,
+        rejects=run.rejects,
+        truncated=run.truncated,
+        counts={name: dict(sorted(counter.items())) for name, counter in run.counts.items()},
+    )
 
 
 def write_part(
@@ -200,9 +208,10 @@ def write_part(
     rows: list[dict[str, Any]],
     rejects: list[Reject],
     truncated: list[str],
+    counts: Counts,
 ) -> ShardResult:
     """Write what belongs to a shard's tar; the part comes last and makes the shard done."""
-    result = shard_result(task, file if rows else None, rows, rejects, truncated)
+    result = shard_result(task, file if rows else None, rows, rejects, truncated, counts)
     if rows:
         store.write_bytes(f"{task.path}.idx", idx_bytes([(row["offset"], row["nbytes"]) for row in rows]))
     if rejects:
@@ -222,6 +231,7 @@ def shard_result(
     rows: list[dict[str, Any]],
     rejects: list[Reject],
     truncated: list[str],
+    counts: Counts,
 ) -> ShardResult:
     """A finished shard in numbers."""
     num_tokens = sum(row["n_tokens"] for row in rows)
@@ -236,8 +246,18 @@ def shard_result(
         truncated=truncated,
         num_supervised=sum(row["n_supervised"] for row in rows),
         num_images=sum(row["n_images"] for row in rows),
+        counts=counts,
         info=info,
     )
+
+
+def total_counts(results: Iterable[ShardResult]) -> dict[str, dict[str, int]]:
+    """What is counted by name, over all shards."""
+    totals = {name: Counter[str]() for name in COUNTS}
+    for result in results:
+        for name, counts in result.counts.items():
+            totals[name].update(counts)
+    return {name: dict(sorted(counter.items())) for name, counter in totals.items()}
 
 
 def part_path(task: ShardTask) -> str:
@@ -296,6 +316,7 @@ class _ShardRun:
         self.rows: list[dict[str, Any]] = []
         self.rejects: list[Reject] = []
         self.truncated: list[str] = []
+        self.counts = {name: Counter[str]() for name in COUNTS}
         self.file: HashedFile | None = None
 
     @property
@@ -313,6 +334,8 @@ class _ShardRun:
                 self.rejects.append(outcome)
             else:
                 self.rows.append(self._row(outcome))
+                for name, counter in self.counts.items():
+                    counter.update(getattr(outcome, name))
                 if outcome.rendered.num_truncated_messages:
                     self.truncated.append(outcome.sample.key)
                 yield outcome.sample
@@ -356,36 +379,3 @@ class HashedFile:
         self.sha256.update(data)
         self.num_bytes += len(data)
         return self._file.write(data)
-
-
-# --- last words -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def reading(store: Store, task: ShardTask) -> Iterator[Callable[[str], None]]:
-    """A note of the record that is being read, on disk, so that it outlives a worker that dies of it."""
-    path = reading_path(store, task)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
-        yield lambda text: os.pwrite(handle, text.encode("utf-8", "replace")[:500].ljust(512), 0)
-    finally:
-        os.close(handle)
-    os.unlink(path)
-
-
-def reading_path(store: Store, task: ShardTask) -> str:
-    """Where the note is: with the build, or in the temporary folder if that is remote."""
-    name = f"{task.split}-{task.number:05d}"
-    if store.is_local:
-        return store.full(f"{READING}/{name}")
-    build = hashlib.blake2b(store.url.encode(), digest_size=8).hexdigest()
-    return os.path.join(tempfile.gettempdir(), f"omnidata-reading-{build}", name)
-
-
-def last_words(store: Store, task: Any) -> str:
-    """The note that a dead worker left."""
-    if isinstance(task, ShardTask):
-        with contextlib.suppress(FileNotFoundError), open(reading_path(store, task), "rb") as file:
-            return file.read().decode("utf-8", "replace").strip()
-    return ""

@@ -8,6 +8,8 @@ A unit is a range of bytes that starts at the start of a line, so units are read
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -19,6 +21,7 @@ from omnidata.schema import Record, Reject
 
 FORMATS = ("llava", "messages")
 BOM = b"\xef\xbb\xbf"
+_NOT_A_NUMBER = re.compile(rb"\b(?:NaN|Infinity)\b")
 
 
 def sniff(name: str, head: bytes) -> bool:
@@ -64,18 +67,35 @@ def lines(stream: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes]]:
 def parse(file: SourceFile, locator: str, text: bytes) -> Record | Reject:
     """One record from its JSON."""
     try:
-        payload = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        payload = _loads(text)
+    except ValueError as error:
         return bad_json(file, locator, text, str(error))
     if not isinstance(payload, dict):
         return bad_json(file, locator, text, f"a JSON {_kind(payload)}, where an object is expected")
     return file.record(locator, payload)
 
 
+def _loads(text: bytes) -> Any:
+    """orjson, which is strict and fast; Python's own parser for the two things that it cannot keep.
+
+    NaN and Infinity are no JSON, but many tools write them, mostly where nothing reads. An integer over
+    64 bits becomes a float in orjson, and an id must keep its digits.
+    """
+    try:
+        payload = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if not _NOT_A_NUMBER.search(text):
+            raise
+        return json.loads(text)
+    if isinstance(payload, dict) and isinstance(payload.get("id"), float):
+        payload["id"] = json.loads(text)["id"]
+    return payload
+
+
 def bad_json(file: SourceFile, locator: str, text: bytes, detail: str) -> Reject:
     """The reject for text that is no JSON object."""
     raw = text[:8000].decode("utf-8", "replace").strip()[:2000]
-    return Reject(file.source, locator, f"{file.source}#{locator}", "bad_json", detail, raw)
+    return Reject(file.source, locator, file.place(locator), "bad_json", detail, raw)
 
 
 def _kind(value: Any) -> str:

@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from omnidata.corpus.source import UNIT_RECORDS, SourceFile, Unit, open_source_bytes
 from omnidata.schema import Record, UserError
 
 FORMATS = ("parquet",)
-# Read only these columns: others (log-probabilities, embeddings, …) may be large.
-COLUMNS = (
-    *("id", "image", "images", "system"),
-    *("conversations", "messages", "conversation", "texts", "text", "question", "answer", "chosen"),
-)
 _BATCH = 32  # rows parsed at a time: with pictures, some megabytes
 _Rows = Iterator[dict[str, Any]]
 _kept: dict[tuple[int, str, int], tuple[int, _Rows]] = {}  # (process, source, row group) -> (next row, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Stands for a column that is not read; it is named in the build's report like any key."""
+
+    type: str  # Arrow's name
 
 
 def sniff(name: str, head: bytes) -> bool:
@@ -65,12 +68,27 @@ def _rows(file: SourceFile, group: int) -> _Rows:
     from pyarrow import ArrowException  # by name: a kept iterator may be closed when modules are gone
 
     parquet = _open(file)
-    columns = [name for name in parquet.schema_arrow.names if name in COLUMNS]
+    schema = parquet.schema_arrow
+    unread = {field.name: Unread(str(field.type)) for field in schema if _is_numbers(field.type)}
+    columns = [name for name in schema.names if name not in unread]
     try:
+        if not columns:
+            yield from [unread] * parquet.metadata.row_group(group).num_rows
+            return
         for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False):
-            yield from batch.to_pylist()
+            yield from (row | unread for row in batch.to_pylist()) if unread else batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"source {file.source}: row group {group} cannot be read ({error})") from error
+
+
+def _is_numbers(type: Any) -> bool:
+    """Lists of numbers (log-probabilities, embeddings) may be large and hold neither text nor media."""
+    from pyarrow import types
+
+    depth = 0
+    while types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
+        type, depth = type.value_type, depth + 1
+    return depth > 0 and (types.is_floating(type) or types.is_integer(type) or types.is_boolean(type))
 
 
 def _open(file: SourceFile) -> Any:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from omnidata.schema import Record, UserError
@@ -43,6 +43,7 @@ class SourceFile:
     shape: str  # the module of omnidata.corpus that reads it
     num_bytes: int
     compression: str = ""  # gzip, zstd
+    name: str = ""  # as much of its path as tells it from the build's other files; "": its last part
 
     def digest(self) -> str:
         """Hex hash of the content; of files over 1 GiB the size and 256 MiB of evenly spaced samples."""
@@ -61,7 +62,30 @@ class SourceFile:
         """A record of this file; without an id of its own it gets one from its place."""
         own = payload.get("id")
         known = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
-        return Record(self.source, locator, str(own) if known else f"{self.source}#{locator}", payload)
+        return Record(self.source, locator, str(own) if known else self.place(locator), payload)
+
+    def place(self, locator: str) -> str:
+        """An id made from the place of a record: the same however the path to the file is typed."""
+        return f"{self.name or _parts(self.source)[-1]}#{locator}"
+
+
+def with_names(files: Sequence[SourceFile]) -> list[SourceFile]:
+    """The files with names that tell them apart: the fewest last parts of their paths that do.
+
+    Example: a/x.json and b/x.json are named so; a lone ./data/x.json is named x.json.
+    """
+    paths = [_parts(file.source) for file in files]
+    named = []
+    for file, path in zip(files, paths, strict=True):
+        length = 1
+        while length < len(path) and sum(other[-length:] == path[-length:] for other in paths) > 1:
+            length += 1
+        named.append(replace(file, name="/".join(path[-length:])))
+    return named
+
+
+def _parts(source: str) -> list[str]:
+    return (source if is_url(source) else os.path.abspath(source)).replace(os.sep, "/").split("/")
 
 
 def is_url(name: str) -> bool:

@@ -54,4 +54,4 @@ def _parse(file: SourceFile, locator: str, line: bytes) -> Record | Reject:
 
 def _bad(file: SourceFile, locator: str, columns: list[bytes], detail: str) -> Reject:
     raw = "\t".join(column[:200].decode("utf-8", "replace") for column in columns)[:2000]
-    return Reject(file.source, locator, f"{file.source}#{locator}", "bad_record", detail, raw)
+    return Reject(file.source, locator, file.place(locator), "bad_record", detail, raw)

@@ -1,30 +1,41 @@
 """WebDataset tars: members that share a key are one record, a ``.json`` and its pictures.
 
     0001.json   {"conversations": [...]} or any other record of this project
-    0001.jpg    its picture; several are taken in the tar's order (0001.0.jpg, 0001.1.jpg)
+    0001.jpg    its picture; several (0001.0.jpg, 0001.1.jpg) in the natural order of their names
+    0001.txt    instead of a .json: a caption, for --caption-prompt
 
-Pictures in the tar replace what the JSON says under ``image`` / ``images``; where that names the members, its
-order counts. Headers are read by the few lines below and not by ``tarfile``, which takes a corrupt header for
-the end of the archive; here it is an error, as is an archive that lacks its end.
+Pictures in the tar replace what the JSON says under ``image`` / ``images``; if that names the members, its
+order counts. A picture is known by its first bytes or, if those tell nothing, by a name of media. The same
+key twice in a row is two records. Headers are read by the few lines below and not by ``tarfile``, which takes
+a corrupt header for the end of the archive; here it is an error, as is an archive that lacks its end.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from omnidata.corpus.json_lines import parse
+from omnidata.corpus.keys import is_empty
 from omnidata.corpus.source import UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
 from omnidata.corpus.streams import open_at, skip
-from omnidata.schema import Record, Reject, UserError
+from omnidata.images.header import sniff as sniff_image
+from omnidata.schema import Record, Reject, RejectError, UserError
 
 FORMATS = ("webdataset",)
 BLOCK = tarfile.BLOCKSIZE
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURES = frozenset(  # by name, also such as no build takes: those are rejects and never left out
+    (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"),
+        *("avif", "heic", "heif", "jp2", "jxl", "ppm", "pgm", "svg", "ico"),
+    )
+)
+_TEXTS = frozenset(("json", "txt", "caption"))
+_SMALL_TEXT = 64 << 10  # bytes of another member that are looked at as text
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"x", b"g"
 
 
@@ -59,9 +70,8 @@ def scan(file: SourceFile) -> Iterator[Unit]:
     """Cost: the headers; in a compressed archive, decompressing it."""
     start = stop = first = records = 0
     with open_at(file) as stream:
-        for _, members in groupby(_members(stream, file), key=lambda member: member.key):
-            for member in members:
-                stop = member.stop
+        for members in _samples(_members(stream, file)):
+            stop = members[-1].stop
             records += 1
             if records == UNIT_RECORDS or stop - start >= UNIT_BYTES:
                 yield Unit(start, stop, first, records)
@@ -76,7 +86,7 @@ def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
         contents: dict[str, bytes] = {}
         key = None
         for member in _members(stream, file, unit):
-            if member.key != key and contents:
+            if contents and (member.key != key or member.name in contents):
                 yield _record(file, contents)
                 contents = {}
             key = member.key
@@ -84,45 +94,137 @@ def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
         yield _record(file, contents)
 
 
+def _samples(members: Iterator[_Member]) -> Iterator[list[_Member]]:
+    """Members of one key each; a name that comes again begins the next sample, as in ``read``."""
+    sample: list[_Member] = []
+    for member in members:
+        if sample and (member.key != sample[0].key or member.name in {other.name for other in sample}):
+            yield sample
+            sample = []
+        sample.append(member)
+    if sample:
+        yield sample
+
+
 # --- one record -------------------------------------------------------------------------------------------
 
 
 def _record(file: SourceFile, contents: dict[str, bytes]) -> Record | Reject:
-    texts = [name for name in contents if name.lower().endswith(".json")]
-    locator = f"member {texts[0] if texts else next(iter(contents))}"
-    if len(texts) != 1:
+    texts = [name for name in contents if _extension(name) == "json"]
+    captions = [name for name in contents if _extension(name) in ("txt", "caption")]
+    locator = f"member {(texts or captions or list(contents))[0]}"
+
+    def refused(reason: str, detail: str) -> Reject:
+        return Reject(file.source, locator, file.place(locator), reason, detail)
+
+    if len(texts) > 1 or not (texts or captions):
         detail = f"{len(texts)} .json members among {', '.join(contents)}; exactly one holds the conversation"
-        return Reject(file.source, locator, f"{file.source}#{locator}", "bad_record", detail)
-    record = parse(file, locator, contents[texts[0]])
-    pictures = {name: data for name, data in contents.items() if _extension(name) in PICTURES}
-    if isinstance(record, Reject) or not pictures:
+        return refused("bad_record", detail)
+    record = parse(file, locator, contents[texts[0]]) if texts else file.record(locator, {})
+    if isinstance(record, Reject):
         return record
-    return replace(record, payload=_with_pictures(record.payload, pictures))
+    payload, read = record.payload, captions[:1]
+    if captions and not any(payload.get(key) is not None for key in _CONVERSATIONS):
+        try:
+            payload = payload | {"caption": contents[captions[0]].decode("utf-8").strip()}
+        except UnicodeDecodeError as error:
+            return refused("bad_content", f"{captions[0]} is no UTF-8: {error}")
+    else:
+        read = []
+    pictures = {name: data for name, data in contents.items() if _is_picture(name, data)}
+    rest = {name: data for name, data in contents.items() if name not in {*texts, *pictures, *read}}
+    try:
+        payload = _with_pictures(payload, pictures) if pictures else payload
+    except RejectError as error:
+        return refused(error.reason, error.detail)
+    return replace(record, payload=payload | _others(rest))
+
+
+_CONVERSATIONS = ("conversations", "messages", "conversation", "texts", "question", "instruction", "text")
+
+
+def _others(rest: dict[str, bytes]) -> dict[str, Any]:
+    """Members that are neither the record nor pictures, as keys of it: small texts as text, else bytes."""
+    others: dict[str, Any] = {}
+    for name, data in rest.items():
+        try:
+            others[f"member {_suffix(name)}"] = data.decode("utf-8") if len(data) < _SMALL_TEXT else data
+        except UnicodeDecodeError:
+            others[f"member {_suffix(name)}"] = data
+    return others
+
+
+def _is_picture(name: str, data: bytes) -> bool:
+    return _extension(name) in PICTURES or (_extension(name) not in _TEXTS and sniff_image(data) is not None)
 
 
 def _with_pictures(payload: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:
-    """The members' bytes in place of the names that the JSON gives."""
+    """The members' bytes in place of the names that the JSON gives.
+
+    Raises:
+        RejectError: the JSON names other pictures than the members, so that it is not certain which is which.
+    """
     named = payload.get("images") or payload.get("image")
     rest = {key: value for key, value in payload.items() if key not in ("image", "images")}
-    if isinstance(named, dict):  # MiniCPM-V's {"<image_00>": name}
-        found = {placeholder: _find(name, pictures) for placeholder, name in named.items()}
-        return rest | {"images": found} if all(found.values()) else rest | {"images": list(pictures.values())}
-    names = named if isinstance(named, list) else [named]
-    found = [_find(name, pictures) for name in names]
-    return rest | {"images": found if all(found) else list(pictures.values())}
+    in_order = [pictures[name] for name in sorted(pictures, key=natural)]
+    if is_empty(named):
+        return rest | {"images": in_order}
+    names = list(named.values()) if isinstance(named, dict) else named if isinstance(named, list) else [named]
+    if any(isinstance(name, bytes) for name in names) or (isinstance(named, dict) and "bytes" in named):
+        raise RejectError("unread_media", "the JSON holds pictures of its own besides those of the tar")
+    members = [_find(name, pictures) for name in names]
+    found = [member for member in members if member]
+    if len(found) == len(names) and len(set(found)) == len(found):
+        if left := sorted(pictures.keys() - set(found)):
+            raise RejectError("unread_media", f"the JSON names other pictures and not the member {left[0]}")
+        values = [pictures[member] for member in found]
+    elif not found and len(names) == len(pictures) and (len(names) == 1 or _are_numbered(pictures)):
+        values = in_order  # named as they were before they came into the tar
+    else:
+        detail = f"the JSON names {_listed(names)}; the members are {_listed(sorted(pictures, key=natural))}"
+        raise RejectError("placeholder_mismatch", f"{detail}: it is not certain which is which")
+    return rest | {"images": dict(zip(named, values, strict=True)) if isinstance(named, dict) else values}
 
 
-def _find(name: Any, pictures: dict[str, bytes]) -> bytes | None:
+def _find(name: Any, pictures: dict[str, bytes]) -> str | None:
+    """The one member that a name stands for: its whole name, its file name, or what follows its key."""
     if not isinstance(name, str):
         return None
-    exact = pictures.get(name)
-    return exact if exact is not None else pictures.get(_only(name, pictures))
+    if name in pictures:
+        return name
+    last = PurePosixPath(name).name
+    for same in (
+        [member for member in pictures if PurePosixPath(member).name == last],
+        [member for member in pictures if _suffix(member) == last],
+    ):
+        if len(same) == 1:
+            return same[0]
+    return None
 
 
-def _only(name: str, pictures: dict[str, bytes]) -> str:
-    """The one member whose file name is that of ``name``, or else ""."""
-    same = [member for member in pictures if PurePosixPath(member).name == PurePosixPath(name).name]
-    return same[0] if len(same) == 1 else ""
+def _are_numbered(pictures: dict[str, bytes]) -> bool:
+    """Do all members but at most the first carry a number, as 0001.jpg, 0001.1.jpg, 0001.2.jpg?"""
+    numbered = [
+        bool(re.search(r"\d", _suffix(name).rpartition(".")[0])) for name in sorted(pictures, key=natural)
+    ]
+    return all(numbered[1:])
+
+
+def _listed(names: list[Any]) -> str:
+    return ", ".join(str(name)[:80] for name in names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts numbers by value: 0001.2.png comes before 0001.10.png, 0001.png before both."""
+    stem = name.rpartition(".")[0]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", stem) if part
+    ]
+
+
+def _suffix(name: str) -> str:
+    """What follows the key: ``a/0001.left.jpg`` -> ``left.jpg``."""
+    return PurePosixPath(name).name.partition(".")[2]
 
 
 def _extension(name: str) -> str:

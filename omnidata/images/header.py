@@ -24,7 +24,8 @@ from typing import Any
 from omnidata.schema import RejectError
 
 MAX_BYTES = 50_000_000
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 178_956_970  # of a picture in a corpus, as Pillow's own limit; --max-pixels
+MAX_STORED_PIXELS = 1 << 30  # of a picture that a build has let pass
 MAX_SCANS = 100  # a progressive JPEG has about ten; each one costs a pass over the whole picture
 
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15; the three are tables

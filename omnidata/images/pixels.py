@@ -34,6 +34,7 @@ import numpy as np
 from omnidata.images.header import (
     MAX_BYTES,
     MAX_PIXELS,
+    MAX_STORED_PIXELS,
     ImageHeader,
     open_with_pillow,
     png_chunks,
@@ -83,13 +84,14 @@ def process_image(
 
 def decode_rgb(data: bytes) -> np.ndarray:
     """Stored or any other image -> uint8 ``[H, W, 3]``, upright, sRGB. What the loader calls."""
-    header = read_header(data)
+    header = read_header(data, max_pixels=MAX_STORED_PIXELS)
     return _decode(data, header, size=header.upright_size)
 
 
 def decode_resized(data: bytes, width: int, height: int, *, out: np.ndarray | None = None) -> np.ndarray:
     """``resize_rgb(decode_rgb(data), width, height)``; large JPEGs are decoded at a part of their size."""
-    return _decode(data, read_header(data), size=(width, height), out=out)
+    header = read_header(data, max_pixels=MAX_STORED_PIXELS)
+    return _decode(data, header, size=(width, height), out=out)
 
 
 def resize_rgb(

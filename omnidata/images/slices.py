@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from omnidata.images.header import read_header
+from omnidata.images.header import MAX_PIXELS, read_header
 from omnidata.images.pixels import decode_resized, encode_rgb, process_image
 from omnidata.schema import SLICE_TOKENS, EncodedImage
 
@@ -72,7 +72,7 @@ def read_picture(data: bytes, *, slicing: Slicing | None = None, **options: Any)
     overview = process_image(data, **options)
     if slicing is None:
         return Picture((overview,), None)
-    header = read_header(data)
+    header = read_header(data, max_pixels=options.get("max_pixels", MAX_PIXELS))
     grid = choose_grid(*header.upright_size, slice_size=slicing.slice_size, max_slices=slicing.max_slices)
     if grid is None:
         return Picture((overview,), None)

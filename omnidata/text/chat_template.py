@@ -90,9 +90,45 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template, line {error.lineno}: {error.message}") from error
         self.has_generation_marks = GENERATION_TAG.search(text) is not None
+        self._parts_roles = self._find_parts_roles()
+        self.is_opaque = self.is_opaque and not self._parts_roles
         self.shape = lru_cache(maxsize=4096)(self._shape)
 
-    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = False) -> str:
+    def _find_parts_roles(self) -> frozenset[str]:
+        """Roles whose contents the template wants as lists of parts; strings wherever it prints those."""
+        for roles in ((), ("user",), ("user", "assistant"), ("system", "user", "assistant")):
+            self._parts_roles = frozenset(roles)
+            for probe in (("user", "assistant"), ("system", "user", "assistant"), ("assistant",)):
+                try:
+                    self._shape(probe)
+                except RejectError:
+                    continue
+                if probe[0] != "system" and self._takes_system(roles):
+                    return frozenset(roles)
+        return frozenset()
+
+    def _takes_system(self, roles: Sequence[str]) -> bool:
+        """Are system turns printed as well, or refused in either form?"""
+        probe = ("system", "user", "assistant")
+        before = self._parts_roles
+        answers = []
+        for more in ((), ("system",)):
+            self._parts_roles = before | frozenset(more)
+            try:
+                self._shape(probe)
+                answers.append(True)
+            except RejectError:
+                answers.append(False)
+        self._parts_roles = before
+        return answers[0] or not answers[1]
+
+    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {"role": role, "content": [{"type": "text", "text": text}] if role in self._parts_roles else text}
+            for role, text in zip(roles, contents, strict=True)
+        ]
+
+    def render(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool = False) -> str:
         """What the template prints; RejectError where it refuses the messages."""
         return _without_marks(self._render(messages, generation_prompt))
 
@@ -102,14 +138,14 @@ class ChatTemplate:
         """Refuse contents that the template does not print as the shape says."""
         if self.is_opaque:
             return  # true of all contents
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        messages = self._messages(roles, contents)
         if self.render(messages, generation_prompt=generation_prompt) != shape.text(shape.contents(contents)):
             raise RejectError(
                 "mask_unproven",
                 "the chat template changes a content, or reacts to one, so its place is unknown",
             )
 
-    def _render(self, messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         try:
             return self._template.render(
                 messages=messages,
@@ -138,8 +174,7 @@ class ChatTemplate:
         return Shape(tuple(pieces), strips, self._marked(bare))
 
     def _print(self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool) -> str:
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        return self._render(messages, generation_prompt)
+        return self._render(self._messages(roles, contents), generation_prompt)
 
     def _marked(self, pieces: list[str]) -> tuple[bool, ...]:
         if not self.has_generation_marks:

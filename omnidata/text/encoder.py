@@ -46,6 +46,7 @@ class Encoder:
         }
         self.image_ids = _image_ids(state)  # (<im_start>, <im_patch>, <im_end>), or None where one is missing
         self._pattern = _alternation(self.guards)
+        self._first_characters = frozenset(token[0] for token in self.guards)
         self.control_guard = _alternation(self.guards.values())
         self._backend = _guarded(state, self.guards)
         _limit_cache(self._backend)
@@ -67,6 +68,12 @@ class Encoder:
                 f"that are cut need; run: {command}"
             )
         return tuple(self.guards[token] for token in tokens)
+
+    def spelled(self, text: str) -> list[str]:
+        """Control tokens that a content spells, each once: they are encoded as ordinary text."""
+        if self._first_characters.isdisjoint(text):
+            return []
+        return list(dict.fromkeys(self._pattern.findall(text)))
 
     def ids(self, guards: Sequence[str]) -> list[int]:
         """The tokens' ids."""

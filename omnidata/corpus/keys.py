@@ -1,0 +1,235 @@
+"""What a key that nobody reads may hold: nothing, a picture, or something to name in the report.
+
+A record's keys are somebody else's choice. Those that no reader took are looked at once more, so that no
+picture, video or sound is lost and no word against learning a text is overheard::
+
+    {"bbox": [1, 2, 3, 4]}            an annotation: counted, and named once in the build's report
+    {"image_path": "7.jpg"}           media by its name and value: the record is refused (unread_media)
+    {"extra": {"shot": "7.png"}}      media by its value, wherever it is nested
+    {"rejected": "…"}                 says that not all of the text is to be learned: refused (unread_content)
+
+``--image-key NAME`` makes a key one of those that hold pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from omnidata.schema import RejectError
+
+# Words of a key's name that speak of media; ``image`` and ``image_id`` are told apart by their last word.
+_MEDIA_WORDS = frozenset(
+    (
+        *("image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos"),
+        *("pixel", "pixels", "screenshot", "screenshots", "thumbnail", "thumbnails", "frame", "frames"),
+        *("figure", "figures", "diagram", "chart", "scan", "scans", "page", "pages", "media", "medias"),
+        *(
+            "video",
+            "videos",
+            "clip",
+            "clips",
+            "movie",
+            "gif",
+            "jpg",
+            "jpeg",
+            "png",
+            "webp",
+            "tif",
+            "tiff",
+            "bmp",
+        ),
+        *(
+            "audio",
+            "audios",
+            "sound",
+            "sounds",
+            "speech",
+            "voice",
+            "wav",
+            "mp3",
+            "mp4",
+            "flac",
+            "ogg",
+            "webm",
+        ),
+        *("attachment", "attachments", "depth", "mask", "masks", "visual", "visuals"),
+    )
+)
+# A name that ends in one of these tells something about media and does not hold any.
+_ABOUT_WORDS = frozenset(
+    (
+        *("id", "ids", "idx", "index", "indices", "size", "sizes", "width", "height", "resolution", "shape"),
+        *(
+            "count",
+            "counts",
+            "num",
+            "number",
+            "caption",
+            "captions",
+            "description",
+            "text",
+            "title",
+            "license",
+        ),
+        *(
+            "source",
+            "author",
+            "type",
+            "format",
+            "mode",
+            "hash",
+            "md5",
+            "sha",
+            "sha1",
+            "sha256",
+            "phash",
+            "score",
+        ),
+        *("scores", "similarity", "label", "labels", "category", "categories", "class", "tag", "tags", "key"),
+        *("dataset", "split", "quality", "aesthetic", "nsfw", "aspect", "ratio", "duration", "fps", "date"),
+        *("question", "answer", "prompt", "language", "lang", "relevance", "min", "max", "mean", "status"),
+        *("dependency", "correspondence", "ratings", "rating", "exif", "meta", "metadata", "info", "seconds"),
+    )
+)
+_ADDRESS_WORDS = frozenset(("url", "uri", "link", "path", "file", "filename", "name", "href"))
+_MEDIA_FILE = re.compile(
+    r"\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|heif|jp2|jxl|ppm|pgm|svg|ico|dcm|"
+    r"mp4|mkv|avi|mov|webm|mpe?g|m4v|flv|wmv|wav|mp3|flac|ogg|opus|m4a|aac)(?:[?#]\S*)?\s*$",
+    re.IGNORECASE,
+)
+_MEDIA_URI = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
+_MEDIA_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK|Qk)[A-Za-z0-9+/]{16,}")
+
+# Keys that say which texts are good, or that there is more to the conversation than its turns.
+_VERDICTS = frozenset(
+    (
+        *(
+            "chosen",
+            "rejected",
+            "rejected_response",
+            "rejected_messages",
+            "rejected_images",
+            "rejected_answer",
+        ),
+        *("chosen_response", "prefer", "preference", "preferred", "better", "winner", "history", "functions"),
+        *("margin", "completion", "completions", "responses", "candidates", "loss_weight", "loss_scale"),
+    )
+)
+
+
+class KeyCheck:
+    """Looks at what no reader took; ``counted`` afterwards holds the names to report, each once.
+
+    ``known_paths`` are those of the record's own pictures: a key that repeats one hides nothing. Nor does the
+    address of pictures that came as bytes (``num_bytes`` of them), which is where they were found.
+    """
+
+    def __init__(self, known_paths: Iterable[str] = (), *, num_bytes: int = 0) -> None:
+        self._known = {_base(path) for path in known_paths} - {""}
+        self._num_bytes = num_bytes
+        self.counted: dict[str, None] = {}
+
+    def check(self, rest: Mapping[str, Any], where: str = "") -> None:
+        """Refuse media and verdicts among the keys of ``rest``; remember every other that holds something.
+
+        ``where`` is put before the names: ``"messages."`` for keys of turns.
+        """
+        for key, value in rest.items():
+            if is_empty(value):
+                continue
+            name = f"{where}{key}"
+            if key in _VERDICTS or (key == "label" and isinstance(value, bool) and not value):
+                raise RejectError(
+                    "unread_content",
+                    f"the key {name!r} ({shown(value)}) says that not all of the text is to be learned; "
+                    "leave such records out, or take the key away if it says nothing",
+                )
+            if self._is_media(str(key), value):
+                raise RejectError(
+                    "unread_media",
+                    f"the key {name!r} ({shown(value)}) may hold a picture, video or sound and is not read; "
+                    f"give --image-key {key} if it holds pictures, or take the key away",
+                )
+            self.counted[name] = None
+
+    def _is_media(self, key: str, value: Any) -> bool:
+        if self._is_origin(key, value):
+            return False
+        if any(self._is_media_value(leaf) for leaf in _leaves(value)):
+            return True
+        words = _words(key)
+        if not _MEDIA_WORDS.intersection(words) or (words and words[-1] in _ABOUT_WORDS):
+            return False
+        return any(self._could_be_media(leaf) for leaf in _leaves(value))
+
+    def _is_origin(self, key: str, value: Any) -> bool:
+        """Is it where the record's own bytes came from, say ``url`` beside a picture in a tar?"""
+        leaves = [leaf for leaf in _leaves(value) if not is_empty(leaf)]
+        words = _words(key)
+        return (
+            bool(words)
+            and words[-1] in _ADDRESS_WORDS
+            and len(leaves) <= self._num_bytes
+            and all(isinstance(leaf, str) and len(leaf) < 4096 for leaf in leaves)
+        )
+
+    def _could_be_media(self, value: Any) -> bool:
+        """Under a name of media: any text, bytes or struct that is not one of the record's own pictures."""
+        is_text = isinstance(value, str) and not re.fullmatch(r"[\d\s.,:+-]*", value)
+        return (is_text and _base(value) not in self._known) or isinstance(value, bytes)
+
+    def _is_media_value(self, value: Any) -> bool:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return len(value) > 0
+        if not isinstance(value, str):
+            return False
+        if _MEDIA_FILE.search(value) and "\n" not in value.strip() and len(value) < 4096:
+            if " " in value.strip() and not value.strip().startswith(("http", "/", "./", "file:")):
+                return False  # a sentence that ends in a file's name
+            return _base(value) not in self._known
+        return bool(_MEDIA_URI.match(value) or _MEDIA_BASE64.match(value))
+
+
+def is_empty(value: Any) -> bool:
+    """Holds nothing: null, "", [], {}, or a container of nothing but those."""
+    if value is None or isinstance(value, str | bytes):
+        return not value
+    if isinstance(value, Mapping):
+        return all(is_empty(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_empty(inner) for inner in value)
+    return False
+
+
+def shown(value: Any) -> str:
+    """A value for a message, short."""
+    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Every value that is no container, however deep, without recursion."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+        else:
+            yield value
+
+
+def _words(key: str) -> list[str]:
+    """``imagePath_0`` -> ["image", "path"]: words in lower case, numbers left out."""
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", key)
+    return [
+        word.lower() for word in re.findall(r"[A-Za-z]+(?:[0-9]+(?=[A-Za-z]))?|mp[34]|sha\d+|md5", spaced)
+    ]
+
+
+def _base(path: Any) -> str:
+    """The last name of a path or URL, to see that two keys speak of one file."""
+    return re.split(r"[/\\]", path.partition("?")[0].rstrip("/"))[-1] if isinstance(path, str) else ""

@@ -1,0 +1,257 @@
+"""Turns: who says what in a record, whichever keys it uses, before anything about pictures is decided.
+
+    conversations / messages / conversation    [{"from" or "role", "value" or "content", switches, ...}, ...]
+    texts                                      [{"user", "assistant"}, ...]
+    instruction, input, output, history        Alpaca
+    question, answer / chosen                  RLAIF-V
+    text                                       JSON of the above, or a caption
+    caption                                    with --caption-prompt
+
+A turn of an assistant may carry a switch: ``weight`` (0 or 1), ``loss`` or ``train`` (booleans).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from omnidata.corpus.keys import is_empty, shown
+from omnidata.schema import Record, RejectError, Role
+
+SPEAKERS: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+}
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # of a record, beside its turns
+_SWITCHES = ("weight", "loss", "train")
+# What a turn may hold besides its text, and no template of today's rendering is given.
+_MORE_OF_A_TURN = (
+    *("tool_calls", "tool_call", "function_call", "tool_responses", "reasoning_content", "reasoning"),
+    *("thinking", "thought", "thoughts", "refusal"),
+)
+_MORE_OF_A_RECORD = ("tools", "functions", "documents")
+_LISTS = ("conversations", "messages", "conversation")
+
+
+@dataclass
+class Turn:
+    """One turn: its role, its content (text or parts, not checked yet), what else stands in it."""
+
+    role: Role
+    content: Any
+    rest: dict[str, Any] = field(default_factory=dict)  # keys that are neither speaker, content nor switch
+    switch: bool | None = None  # is it to be learned? None: nothing is said
+
+
+def read_turns(record: Record, caption_prompt: Sequence[str] = ()) -> tuple[list[Turn], set[str]]:
+    """The turns, and the record's keys that they were read from.
+
+    Raises:
+        RejectError: no known keys, a value of the wrong kind, or content that cannot be rendered.
+    """
+    payload = record.payload
+    for key in _MORE_OF_A_RECORD:
+        if not is_empty(payload.get(key)):
+            raise RejectError(
+                "unread_content", f"the key {key!r} is part of the conversation and is not rendered"
+            )
+    turns, read = _read(record, caption_prompt)
+    if not turns:
+        raise RejectError("empty_conversation", "the conversation has no turns")
+    system = [key for key in SYSTEM_KEYS if not is_empty(payload.get(key))]
+    if len({str(payload[key]) for key in system}) > 1:
+        raise RejectError("bad_record", f"the record has {' and '.join(system)}, and they differ")
+    if system:
+        turns = [Turn("system", payload[system[0]]), *turns]
+    return turns, read | set(system)
+
+
+def _read(record: Record, caption_prompt: Sequence[str]) -> tuple[list[Turn], set[str]]:
+    payload = record.payload
+    given = [key for key in _LISTS if payload.get(key) is not None]
+    if len(given) > 1 and payload[given[0]] != payload[given[1]] and payload[given[0]] and payload[given[1]]:
+        raise RejectError("bad_record", f"the record has {given[0]} and {given[1]}, and they differ")
+    for key, reader in _READERS.items():
+        if payload.get(key) is not None:
+            turns, read = reader(payload, key, _Captions(record, caption_prompt))
+            return turns, {key, *given, *read}
+    keys = ", ".join(map(str, sorted(map(str, payload))[:20])) or "none"
+    raise RejectError("bad_record", f"no {', '.join(_READERS)} among the record's keys: {keys}")
+
+
+Reader = Callable[[dict[str, Any], str, "_Captions"], tuple[list[Turn], set[str]]]
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """What asks for the caption of a record."""
+
+    record: Record
+    prompts: Sequence[str]
+
+    def turns(self, caption: Any) -> list[Turn]:
+        if not isinstance(caption, str):
+            raise RejectError("bad_content", f"the caption is {shown(caption)}, no text")
+        if not self.prompts:
+            raise RejectError(
+                "bad_record",
+                "the record is a caption; give --caption-prompt with what a user would ask for it",
+            )
+        digest = hashlib.blake2b(self.record.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        prompt = self.prompts[int.from_bytes(digest, "big") % len(self.prompts)]
+        return [Turn("user", prompt), Turn("assistant", caption)]
+
+
+# --- the shapes -------------------------------------------------------------------------------------------
+
+
+def _read_list(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+    return [_turn(value) for value in _objects(payload[key])], set()
+
+
+def _turn(value: dict[str, Any]) -> Turn:
+    """A turn with the keys of either convention, or a mixture of both."""
+    speaker, content = _either(value, "role", "from"), _either(value, "content", "value")
+    used = {"role", "from", "content", "value", *_SWITCHES}
+    rest = {key: inner for key, inner in value.items() if key not in used}
+    for key in _MORE_OF_A_TURN:
+        if not is_empty(rest.get(key)):
+            raise RejectError(
+                "unread_content", f"the key {key!r} of a turn is not rendered, so it would be lost"
+            )
+    role = _role(speaker)
+    return Turn(role, content, rest, _switch(value, role))
+
+
+def _either(value: dict[str, Any], first: str, second: str) -> Any:
+    given = [value[key] for key in (first, second) if value.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise RejectError("bad_record", f"a turn has both {first!r} and {second!r}, and they differ")
+    return given[0] if given else None
+
+
+def _switch(value: dict[str, Any], role: Role) -> bool | None:
+    """Whether the turn's switches let it be learned; RejectError for others than 0, 1 and booleans."""
+    switches = {key: value[key] for key in _SWITCHES if value.get(key) is not None}
+    for key, switch in switches.items():
+        if not (isinstance(switch, bool) or (key == "weight" and switch in (0, 1))):
+            raise RejectError(
+                "unread_content",
+                f"{key!r} of a turn is {shown(switch)}; 0 and 1 (weight), true and false are obeyed",
+            )
+    given = {bool(switch) for switch in switches.values()}
+    if len(given) > 1:
+        raise RejectError("unread_content", f"the switches {switches} of a turn contradict each other")
+    if role != "assistant" and True in given and "weight" not in switches:
+        raise RejectError(
+            "unread_content", f"{switches} would have a {role} turn learned, which is never done"
+        )
+    return given.pop() if given else None
+
+
+def _read_texts(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+    turns = []
+    for pair in _objects(payload[key]):
+        rest = {name: value for name, value in pair.items() if name not in ("user", "assistant")}
+        turns += [Turn("user", pair.get("user"), rest), Turn("assistant", pair.get("assistant"))]
+    return turns, set()
+
+
+def _read_alpaca(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+    turns = []
+    history = payload.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
+        raise RejectError("bad_record", f"history is {shown(history)}, no list of [question, answer]")
+    for question, answer in history:
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    asked = payload[key]
+    if not is_empty(payload.get("input")):
+        if not isinstance(payload["input"], str) or not isinstance(asked, str):
+            raise RejectError(
+                "bad_content", f"instruction and input are {shown([asked, payload['input']])}, no texts"
+            )
+        asked = f"{asked}\n{payload['input']}" if asked else payload["input"]
+    return [*turns, Turn("user", asked), Turn("assistant", payload.get("output"))], {
+        "input",
+        "output",
+        "history",
+    }
+
+
+def _read_question(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+    answer = "answer" if payload.get("answer") is not None else "chosen"
+    read = {answer, "rejected"} if answer == "chosen" else {answer}
+    return [Turn("user", payload[key]), Turn("assistant", payload.get(answer))], read
+
+
+def _read_text(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+    """RLHF-V and Muffin keep the dialogue as JSON text, in three ways; other texts are captions."""
+    try:
+        dialogue = orjson.loads(payload[key])
+    except (orjson.JSONDecodeError, TypeError) as error:
+        if captions.prompts or any(not is_empty(payload.get(name)) for name in ("image", "images")):
+            return captions.turns(payload[key]), set()
+        raise RejectError("bad_record", f"text is no JSON: {error}") from error
+    if isinstance(dialogue, dict):
+        turns, read = (
+            _read_question(dialogue, "question", captions) if "question" in dialogue else ([], set())
+        )
+        rest = {name: value for name, value in dialogue.items() if name not in {"question", *read}}
+        if turns:
+            turns[0].rest |= rest
+        return turns, set()
+    if isinstance(dialogue, list) and len(dialogue) >= 3 and isinstance(dialogue[0], str):
+        return [
+            Turn("user", dialogue[0]),
+            Turn("assistant", dialogue[1]),
+        ], set()  # question, chosen, rejected
+    return [_turn(value) for value in _objects(dialogue)], set()
+
+
+def _read_caption(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+    return captions.turns(payload[key]), set()
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise RejectError("bad_record", f"the turns are no list of objects but {shown(value)}")
+    return value
+
+
+_READERS: dict[str, Reader] = {
+    **dict.fromkeys(_LISTS, _read_list),
+    "texts": _read_texts,
+    "instruction": _read_alpaca,
+    "question": _read_question,
+    "text": _read_text,
+    "caption": _read_caption,
+}
+
+
+def _role(speaker: Any) -> Role:
+    role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise RejectError("bad_role", f"the speaker {shown(speaker)} is none of {', '.join(SPEAKERS)}")
+    return role
+
+
+def texts_of(turns: Sequence[Turn]) -> Iterator[str]:
+    """Every text of the turns: whole contents and text parts."""
+    for turn in turns:
+        if isinstance(turn.content, str):
+            yield turn.content
+        elif isinstance(turn.content, list):
+            for part in turn.content:
+                if isinstance(part, dict) and isinstance(part.get("text"), str):
+                    yield part["text"]
