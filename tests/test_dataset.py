@@ -10,7 +10,7 @@ import pytest
 from omnidata import Dataset
 from omnidata.index import idx_bytes, index_schema, index_table, read_idx, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
-from omnidata.schema import INDEX_COLUMNS, MANIFEST, Manifest, ShardInfo, UserError
+from omnidata.schema import INDEX_COLUMNS, MANIFEST, SCHEMA_VERSION, Manifest, ShardInfo, UserError
 from omnidata.shards import CorruptSampleError
 
 
@@ -22,7 +22,7 @@ def a_row(**changes):
 def a_manifest(**changes):
     empty = {"int": 0, "str": "", "list": [], "dict": {}}
     values = {field.name: empty[field.type.partition("[")[0]] for field in dataclasses.fields(Manifest)}
-    return Manifest(**(values | {"schema_version": 1, "splits": {"train": 0}} | changes))
+    return Manifest(**(values | {"schema_version": SCHEMA_VERSION, "splits": {"train": 0}} | changes))
 
 
 def test_index_comes_back_with_one_row_group_a_shard():
@@ -65,7 +65,7 @@ def test_manifest_round_trip_and_strictness():
     assert manifest_from_json(raw, where="m") == manifest
     data = json.loads(raw)
     for change, message in [
-        ({"schema_version": 2}, "schema version 2"),
+        ({"schema_version": 1}, "schema version 1"),
         ({"surplus": 1}, "surplus"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -170,7 +170,7 @@ def test_a_flipped_bit_of_a_table_never_passes_as_other_data(name, data):
     [
         ("sha256", "sha257"),
         ("num_tokens", "num_tokenz"),
-        ('"schema_version": 1', '"schema_version": 9'),
+        ('"schema_version": 2', '"schema_version": 9'),
         ("{", "("),
     ],
 )

@@ -251,5 +251,9 @@ def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]]) -
         num_images=sum(row["n_images"] for row in rows),
         splits=counts,
         rejects={"image_missing": 1, "role_order": 1, "bad_json": 1},
+        end_of_turn=[loaded.eos_token_id],
+        content_tokens={},
+        unread_keys={"bbox": 2},
+        spelled_tokens={},
         shards=shards,
     )
