@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"  # here, so that a checkout knows it without being installed
+
 _LAZY = {
     "Dataset": "omnidata.dataset",
     "webdataset_pipeline": "omnidata.loader.wds",

@@ -16,13 +16,14 @@ from typing import Any
 
 import click
 
+from omnidata import __version__
 from omnidata.schema import SLICE_TOKENS, UserError
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="omnilmm-toolkit", prog_name="omnidata")
+@click.version_option(__version__, prog_name="omnidata")
 def cli() -> None:
     """From raw conversations and images to training-ready shards, and a look inside them.
 
@@ -129,7 +130,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 )
 @click.option("--task", metavar="I/N", help="Build part I of N; the last one completes the dataset.")
 @click.option("--finalize", is_flag=True, help="Build nothing, complete a dataset whose tasks are done.")
-@click.option("--max-rejects", metavar="LIMIT", help="Stop at 5% or at 200 refused records.")
+@click.option("--max-rejects", metavar="LIMIT", help="Stop beyond 5% or 200 refused records; 0: at one.")
 @click.option("--config", callback=_read_config, is_eager=True, help="YAML file with values for these flags.")
 @click.option("--dry-run", is_flag=True, help="Look, count, estimate and render ten samples; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Remove the dataset that is in --out.")
@@ -227,7 +228,7 @@ def _cost_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--limit", type=click.IntRange(0), help="Samples (or rejects) to show: 3 (20), 1000 in HTML.")
 @click.option("--split", help="Only this split.")
 @click.option("--source", help="Only samples (or rejects) of this source.")
-@click.option("--rejects", is_flag=True, help="Show the refused records instead of samples.")
+@click.option("--rejects", is_flag=True, help="Show the refused records, also of an unfinished build.")
 @click.option("--html", metavar="FILE", help="Write one self-contained HTML report.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON (omnidata/inspect/summary.py).")
 @_cost_options
@@ -245,10 +246,13 @@ def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **
     omnidata inspect s3://bucket/data --json | jq .supervised_share
     """
     from omnidata.dataset import Dataset
-    from omnidata.inspect import reports
+    from omnidata.inspect import reports, unfinished
 
-    opened = Dataset(dataset, split)
     choice = reports.Choice(**{name: options.pop(name) for name in reports.Choice.names()})
+    if choice.rejects and not html and unfinished.is_unfinished(dataset):
+        reports.inspect_unfinished(dataset, choice=choice, as_json=as_json)
+        return
+    opened = Dataset(dataset, split)
     assume = reports.assumptions(**options)
     if html:
         click.echo(reports.inspect_html(opened, html, choice=choice, assume=assume))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from omnidata.index import index_schema, read_rows, read_table, reject_schema
+from omnidata.index import index_schema, open_native, read_rows, read_table, reject_schema
 from omnidata.manifest import manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
 from omnidata.shards import CorruptSampleError, read_sample
@@ -52,7 +52,8 @@ class Dataset:
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} is not a complete dataset: it has no {MANIFEST}. "
-                "If a build was interrupted, run the same `omnidata build-shards` command again."
+                "If a build was interrupted, run the same `omnidata build-shards` command again; "
+                f"`omnidata inspect {self.path} --rejects` shows what it refused."
             ) from None
 
     def __repr__(self) -> str:
@@ -101,7 +102,7 @@ class Dataset:
         ``dictionary`` names string columns to leave dictionary-encoded.
         """
         whole = columns is None or self.split is None
-        with self._fs.open(f"{self._root}/{INDEX}", "rb") as file:
+        with self.open_table(INDEX) as file:
             wanted = columns if whole else list(dict.fromkeys([*columns, "split"]))
             table = read_table(file, index_schema(), columns=wanted, dictionary=dictionary)
         if self.split is not None:
@@ -113,12 +114,12 @@ class Dataset:
     @cached_property
     def rejects(self) -> pa.Table:
         """The refused records, columns as schema.REJECT_COLUMNS."""
-        with self._fs.open(f"{self._root}/{REJECTS}", "rb") as file:
+        with self.open_table(REJECTS) as file:
             return read_table(file, reject_schema())
 
     def reject_columns(self, columns: list[str], *, dictionary: Sequence[str] = ()) -> pa.Table:
         """The rejects with only these columns: the raw records may be large."""
-        with self._fs.open(f"{self._root}/{REJECTS}", "rb") as file:
+        with self.open_table(REJECTS) as file:
             return read_table(file, reject_schema(), columns=columns, dictionary=dictionary)
 
     # --- samples ------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Dataset:
         if self.split is not None:
             splits = Dataset(self.path).index_columns(["split"])["split"].to_numpy()
             positions = (splits == self.split).nonzero()[0][list(positions)].tolist()
-        with self._fs.open(f"{self._root}/{INDEX}", "rb") as file:
+        with self.open_table(INDEX) as file:
             return read_rows(file, positions)
 
     def __getitem__(self, position: int) -> Sample:
@@ -170,9 +171,10 @@ class Dataset:
         """A whole small file of the dataset."""
         return self._fs.cat_file(f"{self._root}/{relative}")
 
-    def open_file(self, relative: str) -> BinaryIO:
-        """A file of the dataset, open for reading: for what reads parts of it, as Parquet does."""
-        return self._fs.open(f"{self._root}/{relative}", "rb")
+    def open_table(self, relative: str) -> BinaryIO | pa.NativeFile:
+        """A Parquet file of the dataset, open for reading parts of it."""
+        full = f"{self._root}/{relative}"
+        return open_native(full) if self._is_local else self._fs.open(full, "rb")
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the cached tables: a worker reads the columns that it needs."""

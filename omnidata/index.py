@@ -17,6 +17,7 @@ _DEFAULTS = {column.name: list(column.default) for column in INDEX_COLUMNS if co
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 def _arrow_schema(columns: Sequence[Column]) -> pa.Schema:
@@ -73,8 +74,27 @@ def write_tables(file: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table]) 
     return num_rows
 
 
+def open_native(path: str) -> pa.NativeFile:
+    """A local file that Arrow reads by itself: its threads then hold nothing of Python's.
+
+    A thread of Arrow's that still holds a Python file when the interpreter ends takes the process with it.
+    """
+    import pyarrow as pa
+
+    return pa.OSFile(path, "rb")
+
+
+def open_parquet(file: BinaryIO | pa.NativeFile, **options: Any) -> tuple[pq.ParquetFile, bool]:
+    """A Parquet file, and whether Arrow may read it in threads: never through a file of Python's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    native = isinstance(file, pa.NativeFile)
+    return pq.ParquetFile(file, pre_buffer=native, **options), native
+
+
 def read_table(
-    file: BinaryIO,
+    file: BinaryIO | pa.NativeFile,
     schema: pa.Schema,
     *,
     columns: Sequence[str] | None = None,
@@ -86,15 +106,17 @@ def read_table(
         UserError: the file is no Parquet file, or lacks a column of the schema.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file, read_dictionary=list(dictionary), page_checksum_verification=True)
+        parquet, threads = open_parquet(
+            file, read_dictionary=list(dictionary), page_checksum_verification=True
+        )
         wanted = list(columns or schema.names)
         missing = [name for name in wanted if name not in parquet.schema_arrow.names]
         if lost := [name for name in missing if name not in _DEFAULTS]:
             raise UserError(f"the table lacks the columns {lost}: it was not written by this schema version")
-        table = parquet.read(columns=[name for name in wanted if name not in missing])
+        present = [name for name in wanted if name not in missing]
+        table = parquet.read(columns=present, use_threads=threads)
         for name in missing:  # written before there was such a column
             values = pa.array([_DEFAULTS[name]] * table.num_rows, schema.field(name).type)
             table = table.append_column(schema.field(name), values)
@@ -105,21 +127,19 @@ def read_table(
         raise UserError(f"not a readable Parquet file: {error}") from error
 
 
-def read_rows(file: BinaryIO, positions: Sequence[int]) -> list[dict[str, Any]]:
+def read_rows(file: BinaryIO | pa.NativeFile, positions: Sequence[int]) -> list[dict[str, Any]]:
     """The rows at ``positions``, in that order; only the row groups that hold them are read.
 
     Raises:
         IndexError: the table is shorter than a position.
     """
-    import pyarrow.parquet as pq
-
-    parquet = pq.ParquetFile(file)
+    parquet, threads = open_parquet(file)
     metadata = parquet.metadata
     ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
     groups = np.searchsorted(ends, np.asarray(positions, np.int64), side="right").tolist()
     if groups and max(groups) == len(ends):
         raise IndexError(f"row {max(positions)} of a table of {metadata.num_rows}")
-    tables = {group: parquet.read_row_group(group) for group in sorted(set(groups))}
+    tables = {group: parquet.read_row_group(group, use_threads=threads) for group in sorted(set(groups))}
     firsts = [ends[group] - tables[group].num_rows for group in groups]
     return [
         _DEFAULTS | tables[group].slice(position - first, 1).to_pylist()[0]

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 from tiny_dataset import build_tiny_dataset
+
+
+class _DeprecationsRaise(logging.Handler):
+    """Some libraries log what others warn of: pytest's filterwarnings does not see that."""
+
+    ABOUT_OUR_CALLS = re.compile(r"deprecat|will be removed|no longer supported", re.IGNORECASE)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.ABOUT_OUR_CALLS.search(message := record.getMessage()):
+            raise DeprecationWarning(f"{record.name} says: {message}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deprecations_raise():
+    """Logged deprecations of libraries are errors where they are logged, as warned ones are."""
+    handler = _DeprecationsRaise(level=logging.WARNING)
+    libraries = [logging.getLogger(name) for name in ("transformers", "timm", "torch", "datasets", "peft")]
+    for library in libraries:
+        library.addHandler(handler)
+    yield
+    for library in libraries:
+        library.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,20 @@
 """The command line: instant help, one clear line for a mistake, exit codes, --config, --dry-run, --json."""
 
+import importlib.metadata
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from tiny_corpus import digests, write_corpus
 
+import omnidata
 from omnidata import cli
 from omnidata.builder.settings import (
     BuildSettings,
@@ -57,7 +61,28 @@ def test_every_command_has_help_with_an_example(capsys):
     for name, command in cli.cli.commands.items():
         assert cli.run([name, "--help"]) == 0
         assert f"omnidata {name}" in capsys.readouterr().out, f"{name} shows no example"
-        assert all(option.help or option.choices for option in command.params if hasattr(option, "choices"))
+        options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+        assert [option.name for option in options if not option.help] == []
+
+
+def test_a_checkout_works_without_being_installed(corpus, tmp_path, monkeypatch, capsys):
+    """No command asks for the metadata that only an installation has."""
+
+    def installed_version(name):
+        if name == "omnilmm-toolkit":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    found = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", installed_version)
+    monkeypatch.setattr("omnidata.builder.plan.version", installed_version)
+    out = str(tmp_path / "d")
+    assert cli.run([*flags(corpus, out), "--quiet"]) == 0
+    commands = (["--version"], ["inspect", out], ["verify", out, "--quiet"], ["plan", out])
+    assert [cli.run(command) for command in commands] == [0] * 4
+    assert f"version {omnidata.__version__}" in capsys.readouterr().out
+    help_text = subprocess.run([sys.executable, "-m", "omnidata", "--help"], capture_output=True, text=True)
+    assert "build-shards" in help_text.stdout
 
 
 def test_version_is_the_package_version(capsys):
@@ -192,6 +217,7 @@ def test_notations():
     assert {text: parse_size(text) for text in sizes} == sizes
     assert parse_split("val=0.01") == parse_split("val=1%") == ("val", 0.01)
     assert parse_limit("5%") == 0.05 and parse_limit("200") == 200
+    assert parse_limit("0") == parse_limit("0%") == 0 and parse_limit("100%") == math.inf
     assert parse_task("0/8") == parse_task("8/8") == (0, 8) and parse_task("3/8") == (3, 8)
     assert BuildSettings(("a",), "t", split={"val": 0.1}).splits == ("train", "val")
 

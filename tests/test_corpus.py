@@ -42,6 +42,21 @@ def test_json_lines_give_line_numbers_that_count_blank_lines(tmp_path):
     assert [record.locator for record in read_all(tmp_path / "a.jsonl")] == ["line 3", "line 5"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.tsv", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("blank", [b"", b"\n\n  \n", b"\xef\xbb\xbf"])
+def test_an_empty_part_of_a_corpus_holds_no_records(tmp_path, name, blank):
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(pack(blank) if blank or "gz" in name else b"")
+    assert read_all(tmp_path / name) == []
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar", "a"])
+def test_an_empty_file_of_another_kind_is_damage(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: the file is empty"):
+        corpus.open_source(str(tmp_path / name))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\[]{},: é\n', max_size=8),
     lambda inner: (

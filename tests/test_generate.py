@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from messages import error_line
 from throwaway import golden_tokenizer_folder
 from tiny_dataset import make_jpeg
 from tiny_recipe import MODEL
@@ -83,8 +84,7 @@ def test_a_file_of_questions_as_json_is_repeatable(model_dir, tmp_path, capsys):
 def test_mistakes_are_one_line_and_exit_1(model_dir, capsys, image, question, expected):
     arguments = ["--model", str(model_dir), "--question", question]
     assert main(arguments + (["--image", image] if image else [])) == 1
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and expected in error and "\n" not in error
+    assert expected in error_line(capsys.readouterr().err)
 
 
 def test_chat_remembers_streams_and_ends_at_an_empty_line(model_dir, capsys, monkeypatch):

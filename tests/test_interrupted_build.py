@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 from tiny_corpus import chat_record, digests, killed_at, write_corpus
 
 from omnidata import durable
+from omnidata.builder import worker
 from omnidata.builder.driver import BuildInterrupted
 from omnidata.builder.settings import RunOptions
+from omnidata.cli import run
 from omnidata.schema import MANIFEST, UserError
 
 INLINE = RunOptions(executor="inline", quiet=True)
@@ -219,15 +222,36 @@ def test_the_same_source_twice_is_refused(small, tmp_path):
         corpus.build(tmp_path / "data", options=INLINE, source=corpus.settings.source * 2)
 
 
-def test_when_nothing_becomes_a_sample_the_reasons_are_told(tmp_path):
+def test_when_nothing_becomes_a_sample_the_reasons_are_told(tmp_path, capsys):
     corpus = write_corpus(tmp_path / "c", num_llava=30, num_chat=0, bad=False)
     source = (corpus.settings.source[0],)
     for photo in (corpus.folder / "photos").iterdir():
         photo.write_bytes(b"not a picture")
     lines = json.loads((corpus.folder / "llava.json").read_text())
     (corpus.folder / "llava.json").write_text(json.dumps([line for line in lines if "image" in line]))
-    with pytest.raises(UserError, match=r"none of the 20 records.*image_format.*20"):
+    with pytest.raises(UserError, match=r"none of the 20 records.*image_format.*20") as error:
         corpus.build(tmp_path / "data", options=INLINE, source=source)
+    assert re.search(r"\n  \S+llava.json, item 1: .*starts with b'not a", str(error.value))
+    assert run(["inspect", str(tmp_path / "data"), "--rejects"]) == 0
+    shown = capsys.readouterr().out
+    assert "unfinished build" in shown and shown.count("image_format") == 20
+    assert run(["inspect", str(tmp_path / "data"), "--rejects", "--json", "--limit", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ids = [row["id"] for row in report["reject_records"]]
+    assert not report["complete"] and ids == ["llava-1", "llava-2"]
+
+
+def test_too_many_rejects_tell_the_first_even_of_a_shard_that_is_not_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(worker, "REPORT_SECONDS", 0.0)
+    corpus = write_corpus(tmp_path / "c", num_llava=30, num_chat=0, bad=False)
+    for photo in (corpus.folder / "photos").iterdir():
+        photo.write_bytes(b"not a picture")
+    options = replace(INLINE, max_rejects=4)
+    one_shard = {"source": (corpus.settings.source[0],), "samples_per_shard": 1000}
+    with pytest.raises(UserError, match=r"more than --max-rejects allows.*\n  \S+, item 1: .*not a"):
+        corpus.build(tmp_path / "data", options=options, **one_shard)
+    assert run(["inspect", str(tmp_path / "data"), "--rejects"]) == 0
+    assert "item1image_format" in re.sub(r"\s", "", capsys.readouterr().out)
 
 
 # --- worker death -----------------------------------------------------------------------------------------

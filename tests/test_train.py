@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from messages import error_line
 from ranks import run_on_ranks, start
 from safetensors.torch import load_file
 from tiny_recipe import losses, tiny_recipe, write_recipe
@@ -163,7 +164,7 @@ def test_a_model_with_another_tokenizer_is_refused(finished, tiny_dataset, tmp_p
 
 def test_one_clear_line_and_exit_1(tmp_path, capsys):
     assert main([str(tmp_path / "none.yaml")]) == 1
-    assert capsys.readouterr().err.startswith("error: recipe")
+    assert error_line(capsys.readouterr().err).startswith("error: recipe")
     with pytest.raises(SystemExit) as usage:
         main([])
     assert usage.value.code == 2
@@ -198,8 +199,7 @@ def test_an_unreadable_sample_stops_the_run_or_is_counted_as_the_recipe_says(tin
     optim = {"epochs": 1, "steps": None}
     recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(data, tmp_path / "run", optim=optim))
     assert main([str(recipe)]) == 1
-    error = capfd.readouterr().err
-    assert error.startswith("error: ") and row["key"] in error and error.count("\n") == 1
+    assert row["key"] in error_line(capfd.readouterr().err)
     assert main([str(recipe), "data.on_error=skip", f"run.dir={tmp_path / 'skipping'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "skipping/metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("skipped_samples", 0) for line in lines) == 1
@@ -229,10 +229,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_others
     process = start(train_with_room_for, 100_000, recipe, tmp_path / "stderr")
     process.join(timeout=60)
     assert process.exitcode == 1
-    [message] = [
-        line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error: ")
-    ]
-    assert message.startswith("error: the checkpoint of step 4 could not be written"), message
+    message = error_line((tmp_path / "stderr").read_text())
+    assert message.startswith("error: the checkpoint of step 4 could not be written")
     assert "File too large" in message
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
     train(load_recipe(recipe))

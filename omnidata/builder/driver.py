@@ -30,7 +30,7 @@ from omnidata.builder.last_words import last_words
 from omnidata.builder.layout import ShardTask, cut_shards
 from omnidata.builder.plan import BuildPlan, make_plan, read_plan, what_changed, write_plan
 from omnidata.builder.progress import Progress
-from omnidata.builder.report import BuildReport, describe, partial_report, report_of
+from omnidata.builder.report import BuildReport, examples, partial_report, report_of
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.builder.worker import PRELOAD, Job, ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
@@ -173,6 +173,7 @@ class _Run:
         self.tasks = cut_shards(plan.stretches, job.settings, duplicates=plan.duplicates)
         self.results: dict[ShardTask, ShardResult] = {}
         self.built: list[ShardTask] = []  # by this run
+        self.seen_rejects: list[dict[str, Any]] = []  # the first of a shard that is not done yet
 
     def run(self) -> BuildReport:
         """Everything that is left to do."""
@@ -218,6 +219,7 @@ class _Run:
 
         def on_progress(task: ShardTask, tally: Tally) -> None:
             progress.update(task.path, tally.num_records, tally.num_rejects)
+            self.seen_rejects = self.seen_rejects or list(tally.first_rejects)
             self._check_rejects(progress)
 
         words = functools.partial(last_words, self.store)
@@ -237,10 +239,11 @@ class _Run:
         else:
             allowed = limit
         if rejects > allowed:
-            examples = "".join(f"\n  {describe(reject)}" for reject in first_rejects(self.store, self.done))
+            first = first_rejects(self.store, self.done) or self.seen_rejects
             raise UserError(
                 f"{rejects:,} of {progress.num_records:,} records were refused, more than --max-rejects "
-                f"allows. What is built is kept: run again with a higher limit to go on.{examples}"
+                f"allows. What is built is kept: run again with a higher limit to go on. All so far: "
+                f"omnidata inspect {self.store.url} --rejects. The first:{examples(first)}"
             )
 
     @property
@@ -256,9 +259,9 @@ class _Run:
             if self.job.settings.dedup == "exact":
                 run = functools.partial(run_tasks, self.executor)
                 self.results.update(drop_repeats(self.store, self.done, run))
-            examples = first_rejects(self.store, self.done)
+            rejects = first_rejects(self.store, self.done)
             manifest = complete(self.store, self.job.settings, self.plan, self.done, self.tokenizer)
-        return report_of(manifest, first_rejects=examples, **self._facts(progress))
+        return report_of(manifest, first_rejects=rejects, **self._facts(progress))
 
     def _facts(self, progress: Progress) -> dict[str, Any]:
         samples = sum(self.results[task].num_samples for task in self.built)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from omnidata.builder.interop import dataset_card, energon_files
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.plan import BuildPlan
+from omnidata.builder.report import examples
 from omnidata.builder.settings import BuildSettings
 from omnidata.builder.stages import renderer_of
 from omnidata.builder.worker import ShardResult, part_path, rejects_path, total_counts
@@ -43,8 +44,9 @@ def complete(
     manifest = make_manifest(settings, plan, results, tokenizer)
     if not manifest.num_samples:
         raise UserError(
-            f"none of the {manifest.num_records:,} records became a sample: {manifest.rejects}. "
-            "Look at the first rejects above; mostly the format or --image-root is not right."
+            f"none of the {manifest.num_records:,} records became a sample: {manifest.rejects}. Mostly the "
+            f"format or --image-root is not right; all rejects: omnidata inspect {store.url} --rejects. "
+            f"The first:{examples(first_rejects(store, results))}"
         )
     with store.write(INDEX) as file:
         write_tables(file, index_schema(), _tables(store, results, index_schema(), part_path))

@@ -1,4 +1,4 @@
-"""Last words: a note of the record that a worker reads, on disk, so that it outlives a worker that dies of it."""
+"""Last words: a note of the record that a worker reads, on disk, so that it outlives a worker that dies."""
 
 from __future__ import annotations
 

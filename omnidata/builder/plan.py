@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from omnidata import __version__
 from omnidata.builder.layout import MIN_RECORD_BYTES, Stretch, stretch_from_json, stretch_to_json
 from omnidata.builder.settings import BuildSettings
 from omnidata.builder.worker import ScanTask, Survey, SurveyTask
@@ -27,7 +28,6 @@ from omnidata.schema import SCHEMA_VERSION, UserError
 PLAN = f"{SCRATCH}/plan.json"
 # Packages that decide bytes: pixels, ids, templates, Parquet.
 PACKAGES = (
-    "omnilmm-toolkit",
     "numpy",
     "pillow",
     "pyarrow",
@@ -61,7 +61,7 @@ class BuildPlan:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that shape the bytes."""
-    return {name: version(name) for name in PACKAGES}
+    return {"omnilmm-toolkit": __version__} | {name: version(name) for name in PACKAGES}
 
 
 def identity_of(

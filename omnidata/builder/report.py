@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omnidata.builder.progress import clock
@@ -37,6 +38,7 @@ class BuildReport:
     unread_keys: dict[str, int]  # key that nothing reads -> samples
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     content_tokens: dict[str, int]  # added token that content may spell -> samples whose replies do
+    empty_sources: list[str] = field(default_factory=list)  # files that hold no record
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,6 +61,7 @@ class BuildReport:
             + (f"; {self.num_truncated:,} samples cut at a turn to fit" if self.num_truncated else ""),
             *self._reject_lines(),
             *self._count_lines(),
+            *(f"  {source} holds no record" for source in self.empty_sources),
         ]
 
     def _count_lines(self) -> list[str]:
@@ -92,6 +95,11 @@ def describe(reject: dict[str, Any]) -> str:
     return f"{reject['source']}, {reject['locator']}: {reject['detail']}"
 
 
+def examples(rejects: Iterable[dict[str, Any]]) -> str:
+    """The rejects as lines to put below a message."""
+    return "".join(f"\n  {describe(reject)}" for reject in rejects)
+
+
 def report_of(manifest: Manifest, **run: Any) -> BuildReport:
     """The report of a complete dataset."""
     return BuildReport(
@@ -111,6 +119,7 @@ def report_of(manifest: Manifest, **run: Any) -> BuildReport:
         splits=manifest.splits,
         num_shards=len(manifest.shards),
         shards_done=len(manifest.shards),
+        empty_sources=[entry["source"] for entry in manifest.inputs if not entry["num_records"]],
         **run,
     )
 

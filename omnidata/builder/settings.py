@@ -6,6 +6,7 @@ How the build runs (workers, executor, limits on rejects) is in ``RunOptions`` a
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -185,11 +186,11 @@ def parse_split(text: str) -> tuple[str, float]:
 
 
 def parse_limit(text: str) -> float:
-    """``"5%"`` -> 0.05 of the records; ``"200"`` -> 200 records."""
+    """``"5%"`` -> 0.05 of the records; ``"200"`` -> 200 records; ``"100%"`` -> no limit."""
     if text.strip().endswith("%"):
         value = _fraction(text)
-        if 0 <= value < 1:
-            return value
+        if 0 <= value <= 1:
+            return value if value < 1 else math.inf
     elif text.strip().isdigit():
         return float(text)
     raise UserError(f"--max-rejects {text!r}: write a share as in 5%, or a number of records as in 200")

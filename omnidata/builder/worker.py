@@ -38,6 +38,7 @@ from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
 # Imported once, before the workers are forked; pandas since pyarrow imports it for its first table, if there.
 PRELOAD = ("omnidata.builder.worker", "torch", "transformers", "pandas")
 REPORT_SECONDS = 0.5
+REJECTS_SECONDS, FIRST_REJECTS = 10.0, 1000  # how often a shard's rejects so far are kept, and how many
 PARTS = f"{SCRATCH}/parts"
 
 Report = Callable[[Any], None]
@@ -102,6 +103,7 @@ class Tally:
     num_records: int
     num_rejects: int
     num_bytes: int
+    first_rejects: tuple[dict[str, Any], ...] = ()
 
 
 def work(job: Job, task: Any, report: Report) -> Any:
@@ -172,7 +174,8 @@ class _NoSampleError(Exception):
 
 def build_shard(job: Job, task: ShardTask, report: Report) -> ShardResult:
     """Read the task's records, write the shard, its ``.idx`` and, last, its part."""
-    store, run = Store(job.out), _ShardRun(task, report)
+    store = Store(job.out)
+    run = _ShardRun(store, task, report)
     for path in (task.path, f"{task.path}.idx", part_path(task), rejects_path(task)):
         store.remove_temps(path)
     with reading(store, task) as note:
@@ -215,14 +218,19 @@ def write_part(
     if rows:
         store.write_bytes(f"{task.path}.idx", idx_bytes([(row["offset"], row["nbytes"]) for row in rows]))
     if rejects:
-        with store.write(rejects_path(task)) as out:
-            write_tables(out, reject_schema(), [reject_table(map(asdict, rejects))])
+        write_rejects(store, task, rejects)
     else:
         store.remove(rejects_path(task))  # of a run that was stopped before it wrote its part
     metadata = {"omnidata": json.dumps(asdict(result))}
     with store.write(part_path(task)) as out:
         write_tables(out, index_schema().with_metadata(metadata), [index_table(rows)])
     return result
+
+
+def write_rejects(store: Store, task: ShardTask, rejects: list[Reject]) -> None:
+    """Rows for rejects.parquet; of a shard that is not done, those so far."""
+    with store.write(rejects_path(task)) as out:
+        write_tables(out, reject_schema(), [reject_table(map(asdict, rejects))])
 
 
 def shard_result(
@@ -310,9 +318,10 @@ def _records_of_piece(job: Job, split: str, piece: Piece) -> Iterator[Positioned
 class _ShardRun:
     """What is counted and kept while one shard is written."""
 
-    def __init__(self, task: ShardTask, report: Report) -> None:
-        self._task, self._report = task, report
+    def __init__(self, store: Store, task: ShardTask, report: Report) -> None:
+        self._store, self._task, self._report = store, task, report
         self._next_report = time.monotonic() + REPORT_SECONDS
+        self._next_rejects = 0.0
         self.rows: list[dict[str, Any]] = []
         self.rejects: list[Reject] = []
         self.truncated: list[str] = []
@@ -341,7 +350,15 @@ class _ShardRun:
                 yield outcome.sample
             if time.monotonic() >= self._next_report:
                 self._next_report = time.monotonic() + REPORT_SECONDS
-                self._report(Tally(self.num_records, len(self.rejects), self.num_bytes))
+                self._tell()
+
+    def _tell(self) -> None:
+        """Report; a build that is stopped over its rejects has some to look at."""
+        if self.rejects and time.monotonic() >= self._next_rejects:
+            self._next_rejects = time.monotonic() + REJECTS_SECONDS
+            write_rejects(self._store, self._task, self.rejects[:FIRST_REJECTS])
+        first = tuple(asdict(reject) for reject in self.rejects[:3])
+        self._report(Tally(self.num_records, len(self.rejects), self.num_bytes, first))
 
     def _row(self, built: Built) -> dict[str, Any]:
         sample, record = built.sample, built.record

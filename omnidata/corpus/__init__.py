@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import PurePosixPath
 from typing import Protocol
 
+from omnidata.corpus.json_lines import BOM
 from omnidata.corpus.source import SourceFile, Unit, expand, file_size
 from omnidata.corpus.streams import read_head
 from omnidata.schema import Record, Reject, UserError
@@ -79,14 +81,25 @@ def _shape(name: str) -> Shape:
 
 def _open(name: str, format: str) -> SourceFile:
     head, compression = read_head(name, _HEAD)
+    if not head.removeprefix(BOM).strip():
+        return _open_empty(name, format, compression)
     for candidate in _SHAPES:
         shape = _shape(candidate)
-        if format in ("auto", *shape.FORMATS) and (not head or shape.sniff(name, head)):
+        if format in ("auto", *shape.FORMATS) and shape.sniff(name, head):
             return SourceFile(name, _format(shape, format, head), candidate, file_size(name), compression)
     wanted = "any known format" if format == "auto" else f"--format {format}"
     remedy = "write one object a line, or all of them in an array (under 'data' in an object)"
     hint = f"; {remedy}" if head.lstrip()[:1] == b"{" else ""
     raise UserError(f"source {name}: its first bytes {head[:20]!r} are not those of {wanted}{hint}")
+
+
+def _open_empty(name: str, format: str, compression: str) -> SourceFile:
+    """A file of nothing, or of blanks, holds no record if text is expected of it; else something is lost."""
+    parts = PurePosixPath(name).name.lower().split(".")[1:]
+    if format in ("llava", "messages", "tsv") or {"json", "jsonl", "ndjson", "tsv"} & set(parts):
+        found = "llava" if format == "auto" else format
+        return SourceFile(name, found, "json_lines", file_size(name), compression)
+    raise UserError(f"source {name}: the file is empty; take it out of the sources, or get it again")
 
 
 def _format(shape: Shape, format: str, head: bytes) -> str:

@@ -36,8 +36,8 @@ def scan(file: SourceFile) -> Iterator[Unit]:
         start = position = records = 0
         first = number = 1
         for line in stream:
+            records += bool(_text(line, position).strip())
             position += len(line)
-            records += not line.isspace()
             number += 1
             if records == UNIT_RECORDS or position - start >= UNIT_BYTES:
                 if records:
@@ -58,10 +58,14 @@ def lines(stream: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes]]:
     """(locator, line) of a unit's lines, without the blank ones."""
     position, number = unit.start, unit.first
     while position < unit.stop and (line := stream.readline()):
-        if not line.isspace():
-            yield f"line {number}", line.removeprefix(BOM) if position == 0 else line
+        if (text := _text(line, position)).strip():
+            yield f"line {number}", text
         position += len(line)
         number += 1
+
+
+def _text(line: bytes, position: int) -> bytes:
+    return line.removeprefix(BOM) if position == 0 else line
 
 
 def parse(file: SourceFile, locator: str, text: bytes) -> Record | Reject:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from omnidata.corpus.source import UNIT_RECORDS, SourceFile, Unit, open_source_bytes
+from omnidata.corpus.source import UNIT_RECORDS, SourceFile, Unit, is_url, open_source_bytes
 from omnidata.schema import Record, UserError
 
 FORMATS = ("parquet",)
@@ -96,7 +96,9 @@ def _open(file: SourceFile) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # a small buffer and no pre-buffering: pages are read as they are needed, not whole column chunks
-        return ParquetFile(open_source_bytes(file.source), buffer_size=1 << 20, pre_buffer=False)
+        # Arrow reads local files by itself. A small buffer and no pre-buffering: pages are read as they are
+        # needed, not whole column chunks.
+        content = open_source_bytes(file.source) if is_url(file.source) else pyarrow.OSFile(file.source)
+        return ParquetFile(content, buffer_size=1 << 20, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"source {file.source}: not a readable Parquet file ({error})") from error

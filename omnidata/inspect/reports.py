@@ -72,6 +72,21 @@ def inspect_terminal(dataset: Dataset, *, choice: Choice, assume: Assumptions) -
     terminal.print_samples(console, views)
 
 
+def inspect_unfinished(path: str, *, choice: Choice, as_json: bool) -> None:
+    """The rejects of a build that is not finished."""
+    from omnidata.inspect import terminal
+    from omnidata.inspect.unfinished import rejects_so_far
+
+    rejects = rejects_so_far(path, source=choice.source)
+    if as_json:
+        print(to_json({"complete": False, "reject_records": rejects[: choice.limit]}))
+        return
+    console = terminal.make_console()
+    console.print(f"{path} is an unfinished build; its rejects so far:")
+    limit = NUM_REJECTS if choice.limit is None else choice.limit
+    terminal.print_rejects(console, rejects, limit=limit)
+
+
 def inspect_html(dataset: Dataset, path: str, *, choice: Choice, assume: Assumptions) -> str:
     """Write the report; return the line that says so."""
     from omnidata.inspect.html_report import write_report

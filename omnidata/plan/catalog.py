@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from omnidata.index import codes, numbers
+from omnidata.index import codes, numbers, open_parquet
 from omnidata.plan.oversize import cut_length
 from omnidata.schema import IM_START, INDEX, UserError
 from omnidata.shards import read_sample
@@ -103,13 +103,12 @@ class IndexCatalog:
     # --- the index ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _parquet(self) -> pq.ParquetFile:
-        import pyarrow.parquet as pq
-
-        return pq.ParquetFile(self.dataset.open_file(INDEX), read_dictionary=["shard"])
+    def _parquet(self) -> tuple[pq.ParquetFile, bool]:
+        """The index, and whether Arrow may read it in threads."""
+        return open_parquet(self.dataset.open_table(INDEX), read_dictionary=["shard"])
 
     def _check_row_groups(self, sizes: list[int]) -> None:
-        metadata = self._parquet.metadata
+        metadata = self._parquet[0].metadata
         found = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if found != sizes:
             raise UserError(
@@ -118,7 +117,9 @@ class IndexCatalog:
             )
 
     def _table(self, shards: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        return self._parquet.read_row_groups(self._groups[shards].tolist(), columns=list(columns))
+        parquet, threads = self._parquet
+        groups = self._groups[shards].tolist()
+        return parquet.read_row_groups(groups, columns=list(columns), use_threads=threads)
 
     def _rows(self, shards: Sequence[int]) -> np.ndarray:
         spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
@@ -156,7 +157,7 @@ class IndexCatalog:
 
     def longest(self) -> tuple[int, int]:
         """The most tokens and images of a sample, from the index's statistics where it has them."""
-        metadata = self._parquet.metadata
+        metadata = self._parquet[0].metadata
         positions = [metadata.schema.names.index(name) for name in ("n_tokens", "n_images")]
         groups = [metadata.row_group(group) for group in self._groups.tolist()]
         statistics = [[group.column(position).statistics for position in positions] for group in groups]
