@@ -65,13 +65,13 @@ def _follow(url: str, *, max_bytes: int, permit: Permit, deadline: float) -> byt
         connection, target = _connect(url, permit)
         try:
             connection.request("GET", target, headers=_HEADERS)
-            response = connection.getresponse()
-            location = response.getheader("Location")
-            if response.status in (301, 302, 303, 307, 308) and location:
-                url = urljoin(url, location)
-                continue
-            _check_status(url, response.status)
-            return _read_body(url, response, max_bytes=max_bytes, deadline=deadline)
+            with contextlib.closing(connection.getresponse()) as response:
+                location = response.getheader("Location")
+                if response.status in (301, 302, 303, 307, 308) and location:
+                    url = urljoin(url, location)
+                    continue
+                _check_status(url, response.status)
+                return _read_body(url, response, max_bytes=max_bytes, deadline=deadline)
         finally:
             connection.close()
     raise RejectError("image_missing", f"{url}: more than {MAX_REDIRECTS} redirects")
