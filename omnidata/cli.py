@@ -68,6 +68,13 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
     help="Store the original bytes, or bring large pictures down to --image-size.",
 )
 @click.option(
+    "--image-fit",
+    type=click.Choice(["squash", "center_crop"]),
+    default="squash",
+    show_default=True,
+    help="How training and generation make the model's square of a picture.",
+)
+@click.option(
     "--max-slices", default=0, show_default=True, help="Also cut large pictures into up to N tiles."
 )
 @click.option("--slice-size", type=int, help="Pixels per side of a tile.  [default: --image-size]")

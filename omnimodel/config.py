@@ -27,16 +27,19 @@ class OmniLMMConfig(MistralConfig):
     vision_kwargs: dict[str, Any] | None = None  # passed on to timm.create_model
     num_query: int = 64  # features, and so <im_patch> tokens, an image; a square number
     resampler_heads: int | None = None  # attention heads; None: one a 128 channels, as the original's
-    image_size: int = 448  # pixels a side: images are squashed to this square
+    image_size: int = 448  # pixels per side of the square that images become
     im_patch_token: int = 32000
     im_start_token: int = 32001
     im_end_token: int = 32002
     slicing: dict[str, Any] | None = None  # how the training data cut large pictures (omnidata.images.slices)
+    image_fit: str = "squash"  # squash | center_crop: how a picture becomes that square
+    end_of_turn: list[int] | None = None  # ids that end an assistant's turn in the training data
     frozen: list[str] | None = None  # omnimodel.freezing components, frozen again after every load
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_kwargs = dict(self.vision_kwargs or {})
         self.frozen = list(self.frozen or [])
+        self.end_of_turn = list(self.end_of_turn or [])
         super().__post_init__(**kwargs)
         if self.resampler_heads is None:
             self.resampler_heads = max(1, self.hidden_size // 128)
@@ -50,6 +53,14 @@ class OmniLMMConfig(MistralConfig):
     def query_grid(self) -> int:
         """Queries a side of the Resampler's grid."""
         return math.isqrt(self.num_query)
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids at which generation stops: those that end a turn, and the tokenizer's end of sequence."""
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return list(
+            dict.fromkeys([*(self.end_of_turn or []), *(token for token in eos if token is not None)])
+        )
 
     @property
     def image_token_ids(self) -> list[int]:

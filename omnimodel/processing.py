@@ -1,7 +1,7 @@
-"""Pixels for the model: squash to a square, bicubic with antialiasing, CLIP's mean and standard deviation.
+"""Pixels for the model: a square, bicubic with antialiasing, CLIP's mean and standard deviation.
 
-The whole image is squashed, as the original does at evaluation; its training crop, which loses half of a long
-image, is not used. Resizing runs on uint8 exactly as the training loader does it.
+The whole image is squashed, as the original does at evaluation, or (``center_crop``) its centre is cut, which
+loses half of an image of 2:1. Resizing runs on uint8 exactly as the training loader does it.
 
 >>> ImageProcessor(448)(PIL.Image.open("photo.jpg")).shape
 torch.Size([3, 448, 448])
@@ -22,10 +22,12 @@ from omnimodel import vision
 class ImageProcessor:
     """``ImageProcessor(448)(image)`` -> float32 ``[3, 448, 448]``; a list -> ``[N, 3, 448, 448]``."""
 
-    def __init__(self, image_size: int = 448) -> None:
+    def __init__(self, image_size: int = 448, image_fit: str = "squash") -> None:
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be positive")
-        self.image_size = image_size
+        if image_fit not in ("squash", "center_crop"):
+            raise ValueError(f"image_fit={image_fit!r}: squash and center_crop are known")
+        self.image_size, self.image_fit = image_size, image_fit
 
     def __call__(self, images: Any) -> torch.Tensor:
         """PIL images or uint8 arrays ``[H, W, 3]`` / ``[H, W]``, one or a list."""
@@ -39,6 +41,10 @@ class ImageProcessor:
         """One image -> uint8 ``[3, S, S]``."""
         rgb = torch.from_numpy(as_rgb(image)).permute(2, 0, 1)[None]
         size = (self.image_size, self.image_size)
+        if self.image_fit == "center_crop":
+            side = min(rgb.shape[-2:])
+            top, left = ((length - side) // 2 for length in rgb.shape[-2:])
+            rgb = rgb[..., top : top + side, left : left + side].contiguous()
         if tuple(rgb.shape[-2:]) == size:
             return rgb[0].contiguous()
         return F.interpolate(rgb, size=size, mode="bicubic", antialias=True)[0].contiguous()

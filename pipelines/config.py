@@ -57,13 +57,14 @@ class DataConfig:
     val: list[DatasetConfig] = field(default_factory=list)
     max_tokens: int = 4096  # tokens of a pack = of a microbatch
     max_images: int | None = None  # images of a pack; null: only max_tokens limits it
+    tail: Literal["pad", "drop"] = "pad"  # an epoch's last packs, too few for a step: a smaller step, or none
     oversize: Literal["refuse", "cut", "leave_out"] = "refuse"  # what to do with samples that fit no pack
     global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
     num_workers: int = 1  # of the loader, a rank
     on_error: Literal["raise", "skip"] = "raise"  # an unreadable sample: stop, or leave it out and count it
     checksum: bool = False  # hash what is read from a local disk, too; remote reads are always hashed
     remote: Remote = field(default_factory=Remote)  # datasets at a URL: concurrency, attempts, cache_dir, …
-    augment: Augment | None = None  # training images only: crop, brightness, contrast
+    augment: Augment | None = None  # training images only: crop, rotation, brightness, contrast, …
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +263,17 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
         yield f"optim.betas: two numbers are needed, not {optim.betas}"
     if optim.schedule == "wsd" and optim.decay_steps <= 0:
         yield "optim.decay_steps: the wsd schedule needs the length of its final decay"
+    if (
+        optim.steps is not None
+        and optim.schedule == "wsd"
+        and optim.decay_steps > optim.steps - optim.warmup_steps
+    ):
+        yield (
+            f"optim.decay_steps: {optim.decay_steps} do not fit after {optim.warmup_steps} warmup_steps into "
+            f"{optim.steps} steps"
+        )
+    if optim.steps is not None and optim.warmup_steps >= optim.steps:
+        yield f"optim.warmup_steps: {optim.warmup_steps} of {optim.steps} steps; the peak would never be reached"
     if (parallel.strategy == "hsdp") != (parallel.shard_size is not None):
         yield "parallel.shard_size: goes with strategy hsdp, and only with it"
     unknown = set(model.freeze) | set(optim.component_lr)

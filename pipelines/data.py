@@ -7,6 +7,7 @@ Microbatch (CPU) ──model_inputs──▶ keyword arguments of OmniLMMForCaus
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,15 +48,20 @@ def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
     A model with random weights takes from the dataset what its recipe leaves open: the vocabulary, the ids of
     the special tokens and num_query.
     """
+    from_data: dict[str, Any] = {"end_of_turn": manifest.end_of_turn}
+    image_fit = {"image_fit": manifest.settings.get("image_fit", "squash")}
     if recipe.model.path is not None:
         if not (Path(recipe.model.path) / "config.json").exists():
             raise UserError(
                 f"model.path {recipe.model.path} is no model folder: it has no config.json. Earlier stages "
                 "write RUN/final; `python -m omnimodel.weights assemble` makes the first one"
             )
-        return OmniLMMConfig.from_pretrained(recipe.model.path)
+        # A model that was trained with a fit keeps it, and a dataset of another one is refused.
+        says = json.loads((Path(recipe.model.path) / "config.json").read_text(encoding="utf-8"))
+        from_data |= {} if "image_fit" in says else image_fit
+        return OmniLMMConfig.from_pretrained(recipe.model.path, **from_data)
     ids = manifest.special_tokens
-    from_data = {field: ids[name] for field, name in IMAGE_TOKEN_FIELDS.items()}
+    from_data |= image_fit | {field: ids[name] for field, name in IMAGE_TOKEN_FIELDS.items()}
     from_data |= {
         field: ids[name] for field, name in SENTENCE_TOKEN_FIELDS.items() if ids.get(name) is not None
     }
@@ -93,6 +99,12 @@ def _dataset_mismatches(dataset: Dataset, first: Dataset, config: OmniLMMConfig)
         mine, other = getattr(manifest, field), getattr(first.manifest, field)
         if mine != other:
             yield f"{name}: {field} {mine[:12]}, but {first.path} has {other[:12]}"
+    fit = manifest.settings.get("image_fit", "squash")
+    if fit != config.image_fit:
+        yield f"{name}: built with --image-fit {fit}, but the model's image_fit is {config.image_fit}"
+    if manifest.end_of_turn != first.manifest.end_of_turn:
+        other = first.manifest.end_of_turn
+        yield f"{name}: turns end with {manifest.end_of_turn}, but in {first.path} with {other}"
     if manifest.num_query != config.num_query:
         yield f"{name}: num_query {manifest.num_query}, but the model has {config.num_query}"
     if manifest.vocab_size > config.vocab_size:
@@ -170,6 +182,29 @@ def new_token_ids(manifest: Manifest) -> list[int]:
     return sorted({token for name, token in manifest.special_tokens.items() if name not in known})
 
 
+def refuse_empty_epochs(recipe: Recipe, loader: PackLoader) -> None:
+    """UserError for an epoch without a single step."""
+    packs, batch = loader.plan.totals.num_packs, recipe.data.global_batch
+    if packs == 0 or (recipe.data.tail == "drop" and packs < batch):
+        raise UserError(
+            f"an epoch has {packs} packs of up to {recipe.data.max_tokens} tokens and a step takes {batch}: "
+            f"with data.tail {recipe.data.tail} there is no step to train. Lower data.global_batch to at most "
+            f"{max(1, packs)}, lower data.max_tokens, or set data.tail=pad"
+        )
+
+
+def tail_of_epoch(recipe: Recipe, world: World, num_packs: int) -> Iterator[str]:
+    """What becomes of the packs that are too few for a step, and of ranks that are too many; in numbers."""
+    batch = recipe.data.global_batch
+    left = num_packs % batch
+    if left and recipe.data.tail == "pad":
+        yield f"the last step of an epoch has {left} of {batch} packs, and its loss is over their tokens"
+    elif left:
+        yield f"data.tail drop leaves out {left} of {num_packs} packs in every epoch"
+    if world.size > batch:
+        yield f"{world.size} ranks for {batch} packs per step: {world.size - batch} ranks have no pack"
+
+
 # --- loading ----------------------------------------------------------------------------------------------
 
 
@@ -179,6 +214,7 @@ def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader
         [asdict(config) for config in recipe.data.train],
         num_epochs=recipe.optim.epochs,
         num_workers=recipe.data.num_workers,
+        tail=recipe.data.tail,
         augment=recipe.data.augment,
         **_shared_settings(recipe, world, image_size),
     )

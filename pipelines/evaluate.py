@@ -92,7 +92,7 @@ class Evaluation:
         datasets = open_datasets(self.recipe.data.val)
         config = self.model.config
         questions = itertools.chain.from_iterable(
-            questions_of(dataset, end_token=config.eos_token_id, start_token=config.im_start_token)
+            questions_of(dataset, end_tokens=config.end_token_ids, start_token=config.im_start_token)
             for dataset in datasets
         )
         limit = self.recipe.eval.num_questions
@@ -153,7 +153,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, float | int]:
         )
     found = questions_of(
         dataset,
-        end_token=config.eos_token_id,
+        end_tokens=config.end_token_ids,
         start_token=config.im_start_token,
         with_text_only=options.text_only,
     )

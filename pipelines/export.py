@@ -63,6 +63,7 @@ def _save_model(
     tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     clean.load_state_dict(tensors, assign=True)
     clean.config.dtype = dtype
+    clean.generation_config.eos_token_id = model.config.end_token_ids  # where a reply ends, in any tool
     transformers.utils.logging.disable_progress_bar()
     clean.save_pretrained(folder)
 
@@ -105,6 +106,7 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
             *rows,
             "",
             f"Tokenizer fingerprint `{datasets[0].manifest.tokenizer_fingerprint}`.",
+            f"A reply ends with one of the ids {datasets[0].manifest.end_of_turn}.",
             "",
             "## Recipe",
             "",

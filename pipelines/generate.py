@@ -74,19 +74,19 @@ class Answerer:
         from transformers import TextStreamer
 
         ids, stored = self.prompt(turns, images)
-        stack = [pixels(data, self.model.config.image_size) for data in stored]
+        stack = [pixels(data, self.model.config) for data in stored]
         config = self.model.config
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=torch.ones_like(ids).to(self.model.device),
             pixel_values=torch.stack(stack).to(self.model.device) if stack else None,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id if config.pad_token_id is not None else config.eos_token_id,
+            eos_token_id=config.end_token_ids,
+            pad_token_id=config.pad_token_id if config.pad_token_id is not None else config.end_token_ids[0],
             streamer=TextStreamer(self.tokenizer, skip_prompt=True) if stream else None,
             **self.sampling,
         )
         new = output[0, ids.shape[1] :].tolist()
-        return self.tokenizer.decode(until(new, config.eos_token_id)).strip()
+        return self.tokenizer.decode(until(new, config.end_token_ids)).strip()
 
 
 def prompt_conversation(turns: Turns, images: Sequence[str]) -> Conversation:

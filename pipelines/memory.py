@@ -92,6 +92,7 @@ def shape_of(
     most = recipe.data.max_images
     if most is not None:
         images = most if fullest else min(images, most)
+    images = min(images, tokens // (config.num_query + 2))  # more do not fit a pack
     return Shape(tokens, images, documents, max(1, supervised))
 
 

@@ -10,6 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from omnidata.schema import UserError
+
 WIDTH, HEIGHT, MARGIN = 720, 220, 56  # pixels of one panel
 MOST_DOTS = 40
 
@@ -24,6 +29,8 @@ def plot(run_dir: Path) -> Path:
         ("tokens/s", [(line["step"], line["tokens_per_s"]) for line in steps], "#2ca02c"),
     ]
     panels = [panel for panel in panels if panel[1]]
+    if not lines:
+        raise UserError(f"{run_dir}/metrics.jsonl holds no step yet, so there is nothing to draw")
     span = (min(line["step"] for line in lines), max(line["step"] for line in lines))  # of all panels
     body = "".join(_panel(*panel, span=span, top=number * HEIGHT) for number, panel in enumerate(panels))
     path = run_dir / "loss.svg"
@@ -69,4 +76,7 @@ def _panel(
 
 
 if __name__ == "__main__":
-    print(plot(Path(sys.argv[1])))
+    try:
+        print(plot(Path(sys.argv[1])))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")

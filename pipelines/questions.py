@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from omnidata import Dataset
-from omnidata.images.pixels import decode_rgb, resize_rgb
+from omnidata.images.pixels import decode_rgb, fit_rgb
 from omnidata.schema import IGNORE_INDEX, UserError
-from omnimodel import OmniLMMForCausalLM
+from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Answer:
 
 
 def questions_of(
-    dataset: Dataset, *, end_token: int, start_token: int, with_text_only: bool = False
+    dataset: Dataset, *, end_tokens: Sequence[int], start_token: int, with_text_only: bool = False
 ) -> Iterator[Question]:
     """Every question of the dataset, in its order; ``start_token`` is <im_start>'s id.
 
@@ -69,7 +69,7 @@ def questions_of(
             if not num_images and not with_text_only:
                 continue
             answer = sample.input_ids[start:stop]
-            if answer[-1] == end_token:
+            if answer[-1] in end_tokens:
                 answer = answer[:-1]
             yield Question(sample.key, prompt, answer, sample.images[:num_images])
 
@@ -119,17 +119,17 @@ def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question]) -> list[list
     config = model.config
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     input_ids, mask = left_padded([question.prompt for question in batch], pad=pad)
-    images = [pixels(image, config.image_size) for question in batch for image in question.images]
+    images = [pixels(image, config) for question in batch for image in question.images]
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),
         pixel_values=torch.stack(images).to(model.device) if images else None,
         max_new_tokens=max(len(question.answer) for question in batch) + 1,
         do_sample=False,
-        eos_token_id=config.eos_token_id,
+        eos_token_id=config.end_token_ids,
         pad_token_id=pad,
     )
-    return [until(row, config.eos_token_id) for row in output[:, input_ids.shape[1] :].tolist()]
+    return [until(row, config.end_token_ids) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
 def left_padded(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,13 +143,13 @@ def left_padded(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[torch.Tenso
     return ids, mask
 
 
-def pixels(data: bytes, image_size: int) -> torch.Tensor:
+def pixels(data: bytes, config: OmniLMMConfig) -> torch.Tensor:
     """An encoded image as the training loader sees it: uint8 ``[3, S, S]``."""
-    return (
-        torch.from_numpy(resize_rgb(decode_rgb(data), image_size, image_size)).permute(2, 0, 1).contiguous()
-    )
+    square = fit_rgb(decode_rgb(data), config.image_size, fit=config.image_fit)
+    return torch.from_numpy(square).permute(2, 0, 1).contiguous()
 
 
-def until(ids: list[int], end_token: int | None) -> list[int]:
+def until(ids: list[int], end_tokens: Sequence[int]) -> list[int]:
     """The ids before the first end token."""
-    return ids[: ids.index(end_token)] if end_token in ids else ids
+    ends = (position for position, token in enumerate(ids) if token in end_tokens)
+    return ids[: next(ends, len(ids))]

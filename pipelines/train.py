@@ -19,6 +19,7 @@ longer send SIGUSR1 to the ranks, as pipelines/cluster does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import itertools
 import math
@@ -45,7 +46,9 @@ from pipelines.data import (
     model_inputs,
     new_token_ids,
     open_datasets,
+    refuse_empty_epochs,
     refuse_mismatches,
+    tail_of_epoch,
     train_loader,
 )
 from pipelines.evaluate import Evaluation
@@ -58,6 +61,7 @@ from pipelines.optim import NewTokenRows, build_optimizer, clip_gradients, lr_fa
 from pipelines.parallel import World, compute_dtype, reduce_gradients, start
 from pipelines.plot import plot
 from pipelines.profiler import profiler
+from pipelines.run_lock import RunLock
 
 
 @dataclass
@@ -116,6 +120,7 @@ def prepare(recipe: Recipe, world: World) -> Training:
     refuse_mismatches(recipe, datasets, config)
     loader = train_loader(recipe, world, image_size=config.image_size)
     total_steps = recipe.optim.steps or sum(loader.steps_per_epoch(e) for e in range(recipe.optim.epochs))
+    refuse_empty_epochs(recipe, loader)
     if world.is_main:
         print(check_fits(recipe, config, datasets[0], world), flush=True)
     built = build_model(recipe, config, world)
@@ -244,13 +249,16 @@ def announce(t: Training, log: MetricsLog, *, resumed: bool) -> None:
     micro = t.loader.microbatches_per_step
     log.say(parameter_table(t.built.model, t.optimizer))
     log.say(batch_arithmetic(t.recipe, t.world, microbatches=micro, total_steps=t.total_steps))
+    for line in tail_of_epoch(t.recipe, t.world, t.loader.plan.totals.num_packs):
+        log.say(line)
     if resumed:
         log.say(f"resumed after step {t.step}")
 
 
 def train(recipe: Recipe) -> None:
     """A whole run, or the rest of one."""
-    with start(recipe) as world:
+    with start(recipe) as world, contextlib.ExitStack() as held:
+        held.enter_context(RunLock(Path(recipe.run.dir), world))
         t = prepare(recipe, world)
         resumed = t.resume()
         run_dir, started_at = Path(recipe.run.dir), t.step

@@ -38,7 +38,7 @@ def model(dataset):
 
 def ask(dataset, **options):
     ids = dataset.manifest.special_tokens
-    return list(questions_of(dataset, end_token=ids["eos"], start_token=ids["<im_start>"], **options))
+    return list(questions_of(dataset, end_tokens=[ids["eos"]], start_token=ids["<im_start>"], **options))
 
 
 def test_every_supervised_span_is_a_question(dataset):

@@ -22,7 +22,14 @@ from omnidata.plan.epoch import EpochPlan
 from omnidata.schema import IGNORE_INDEX, UserError
 from pipelines.config import DatasetConfig
 
-SETTINGS = {"global_batch": 6, "max_tokens": 450, "window_samples": 60, "image_size": 24, "num_epochs": 1}
+SETTINGS = {
+    "global_batch": 6,
+    "max_tokens": 450,
+    "window_samples": 60,
+    "image_size": 24,
+    "num_epochs": 1,
+    "tail": "drop",
+}
 PLAN = {name: SETTINGS[name] for name in ("max_tokens", "window_samples")}
 
 
@@ -213,8 +220,8 @@ def test_augment_changes_with_epoch_and_refuses_nonsense(data):
     assert Augment(brightness=0.5).apply(rgb, seed=0, epoch=0, key="a").dtype == np.uint8
     with pytest.raises(UserError, match=r"augment\.crop"):
         Augment(crop=1.5)
-    with pytest.raises(UserError, match="flip"):
-        loader(data, augment={"flip": True})
+    with pytest.raises(UserError, match="mirror"):
+        loader(data, augment={"mirror": True})
 
 
 # --- blends, exclusions, cuts -----------------------------------------------------------------------------
@@ -397,3 +404,34 @@ def test_a_plain_webdataset_pipeline_reads_the_same_samples(data):
     assert [sample["__key__"] for sample in found] == dataset.index["key"].to_pylist()
     assert found[5]["input_ids.npy"].tolist() == dataset[5].input_ids.tolist()
     assert found[5]["1.jpg"] == dataset[5].images[1]
+
+
+def test_colours_rotation_and_flip_change_what_they_say_and_no_more():
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(40, 200, (24, 24, 3), dtype=np.uint8)
+    gray = np.repeat(rgb[..., :1], 3, axis=2)
+    for change in (Augment(saturation=0.9), Augment(hue=0.4)):
+        changed = change.apply(rgb, seed=1, epoch=0, key="a")
+        assert np.abs(changed.astype(int) - rgb).max() > 5
+        assert np.abs(change.apply(gray, seed=1, epoch=0, key="a").astype(int) - gray).max() <= 1
+    with pytest.warns(UserWarning, match="left and right"):
+        flip = Augment(flip=1.0)
+    assert np.array_equal(flip.apply(rgb, seed=0, epoch=0, key="a"), rgb[:, ::-1])
+    turned = Augment(rotation=30.0).apply(rgb, seed=0, epoch=0, key="a")
+    assert turned.shape == rgb.shape and not np.array_equal(turned, rgb)
+    assert np.array_equal(turned, Augment(rotation=30.0).apply(rgb, seed=0, epoch=0, key="a"))
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (50, 50)])
+def test_the_loader_s_centre_is_the_processor_s(shape):
+    from omnidata.images.pixels import fit_rgb
+    from omnimodel import ImageProcessor
+
+    rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    for fit in ("squash", "center_crop"):
+        expected = ImageProcessor(32, fit).resize(rgb).permute(1, 2, 0).numpy()
+        assert np.array_equal(fit_rgb(rgb, 32, fit=fit), expected)
+    side = min(shape)
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    centre = rgb[top : top + side, left : left + side]
+    assert np.array_equal(fit_rgb(rgb, side, fit="center_crop"), centre)

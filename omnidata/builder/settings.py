@@ -34,6 +34,7 @@ class BuildSettings:
     max_length: int = 2048  # tokens
     image_size: int = 448  # pixels
     image_policy: str = "shrink"  # keep | shrink
+    image_fit: str = "squash"  # squash | center_crop: how the model's square is made of a picture
     max_slices: int = 0  # tiles that a large picture is cut into besides its overview; 0: none
     slice_size: int | None = None  # pixels a side of a tile; None: image_size
     slice_tokens: tuple[str, ...] = SLICE_TOKENS  # before and after a picture's tiles

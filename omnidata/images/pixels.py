@@ -125,6 +125,20 @@ def resize_rgb(
     return resized[0]
 
 
+def fit_rgb(rgb: np.ndarray, size: int, *, fit: str = "squash", out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 ``[H, W, 3]`` -> ``[size, size, 3]``: the whole picture squashed, or its centre.
+
+    ``center_crop`` brings the shorter side to ``size`` and cuts the middle of the longer one, as CLIP's does.
+    """
+    if fit == "squash":
+        return resize_rgb(rgb, size, size, out=out)
+    height, width = rgb.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    # Cut first: the same square of the picture, and the resize has less to do.
+    return resize_rgb(np.ascontiguousarray(rgb[top : top + side, left : left + side]), size, size, out=out)
+
+
 def _copied(rgb: np.ndarray, out: np.ndarray) -> np.ndarray:
     np.copyto(out, rgb)
     return out

@@ -33,7 +33,8 @@ class Work:
 class ImageSettings:
     """What becomes of the images."""
 
-    size: int  # pixels; squashed to size x size
+    size: int  # pixels per side of the square that they become
+    fit: str = "squash"  # squash | center_crop
     decode: bool = True  # False hands on the encoded bytes
     augment: Augment | None = None
     seed: int = 0  # of the augmentation
@@ -109,13 +110,16 @@ class Assembler:
         return rows[:row]
 
     def _decode(self, data: bytes, epoch: int, document: Document, number: int, *, out: np.ndarray) -> None:
-        from omnidata.images.pixels import decode_resized, decode_rgb, resize_rgb
+        from omnidata.images.pixels import decode_resized, decode_rgb, fit_rgb
 
-        size, augment = self._images.size, self._images.augment
-        if augment is None:
+        size, augment, fit = self._images.size, self._images.augment, self._images.fit
+        if augment is None and fit == "squash":
             decode_resized(data, size, size, out=out)
+            return
+        if augment is None:
+            fit_rgb(decode_rgb(data), size, fit=fit, out=out)
             return
         # A dataset that an epoch passes twice counts on: the two passes differ.
         seed, key = self._images.seed + (document.passes << 32), document.place.key
         rgb = augment.apply(decode_rgb(data), seed=seed, epoch=epoch, key=key, number=number)
-        resize_rgb(rgb, size, size, out=out)
+        fit_rgb(rgb, size, fit=fit, out=out)

@@ -60,8 +60,8 @@ class PackLoader:
         max_tokens, max_images, seed, oversize, window_samples: as EpochPlan's.
         num_epochs: None goes on for ever.
         image_cost: tokens that one image weighs when work is dealt to ranks.
-        tail: the packs of an epoch's last, incomplete step are dropped, or padded with empty microbatches.
-        image_size: pixels of the square that images are squashed to; None: the manifest's.
+        tail: an epoch's last packs, too few for a step, are a step with empty microbatches (pad) or dropped.
+        image_size: pixels per side of the square that images become; None: the manifest's.
         on_error: an unreadable sample stops the run, or is left out and counted.
     """
 
@@ -79,7 +79,7 @@ class PackLoader:
         num_epochs: int | None = None,
         packs_per_microbatch: int = 1,
         image_cost: float = IMAGE_COST,
-        tail: Tail = "drop",
+        tail: Tail = "pad",
         oversize: Oversize = "refuse",
         window_samples: int = WINDOW_SAMPLES,
         image_size: int | None = None,
@@ -113,6 +113,7 @@ class PackLoader:
             SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),
             images=ImageSettings(
                 size=image_size or manifest.image_size,
+                fit=manifest.settings.get("image_fit", "squash"),
                 decode=decode_images,
                 augment=_as(Augment, augment) if augment else None,
                 seed=seed,
@@ -190,7 +191,7 @@ class PackLoader:
             if state == begun == State(begun.step, begun.epoch):
                 raise UserError(
                     f"an epoch has fewer packs than one step takes ({self.global_batch}): "
-                    "lower global_batch or max_tokens, or say tail=pad"
+                    "lower global_batch or max_tokens, or say tail=pad (data.tail in a recipe)"
                 )
             state = State(step=state.step, epoch=state.epoch + 1)
 
