@@ -273,7 +273,7 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
             f"{optim.steps} steps"
         )
     if optim.steps is not None and optim.warmup_steps >= optim.steps:
-        yield f"optim.warmup_steps: {optim.warmup_steps} of {optim.steps} steps; the peak would never be reached"
+        yield f"optim.warmup_steps: {optim.warmup_steps} of {optim.steps} steps; the peak is never reached"
     if (parallel.strategy == "hsdp") != (parallel.shard_size is not None):
         yield "parallel.shard_size: goes with strategy hsdp, and only with it"
     unknown = set(model.freeze) | set(optim.component_lr)

@@ -198,7 +198,7 @@ def tail_of_epoch(recipe: Recipe, world: World, num_packs: int) -> Iterator[str]
     batch = recipe.data.global_batch
     left = num_packs % batch
     if left and recipe.data.tail == "pad":
-        yield f"the last step of an epoch has {left} of {batch} packs, and its loss is over their tokens"
+        yield f"the last step of an epoch has {left} of {batch} packs; its loss is over their tokens"
     elif left:
         yield f"data.tail drop leaves out {left} of {num_packs} packs in every epoch"
     if world.size > batch:
