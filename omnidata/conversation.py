@@ -23,13 +23,14 @@ Step (4) ``KeyCheck``: what no step has read is refused if it may be media or a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from omnidata.corpus.keys import KeyCheck
 from omnidata.corpus.pictures import read_images
 from omnidata.corpus.placer import Placer
-from omnidata.corpus.turns import Turn, read_turns
+from omnidata.corpus.turns import Turn, read_turns, texts_of
 from omnidata.schema import Conversation, ImagePart, Message, Part, Record, RejectError
 
 OWN_KEYS = frozenset(("id", "image", "images"))  # of every record, whatever its turns are called
@@ -74,6 +75,7 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
         check.check(unread, "messages.")
     for rest in placer.unread_of_parts:
         check.check(rest, "messages.content.")
+    _refuse_unfilled(check.counted, turns)
     messages = [
         Message(turn.role, content, supervised)
         for turn, content, supervised in zip(turns, parts, _supervised(turns, reading.train_on), strict=True)
@@ -91,6 +93,20 @@ def with_grids(conversation: Conversation, grids: Sequence[tuple[int, int] | Non
 
     messages = [replace(message, parts=tuple(map(place, message.parts))) for message in conversation.messages]
     return replace(conversation, messages=tuple(messages))
+
+
+def _refuse_unfilled(unread: Iterable[str], turns: Sequence[Turn]) -> None:
+    """Marks in the text that a key fills in, which nobody reads: ``<bbox>`` of ms-swift's ``objects``."""
+    marks = [match[0] for text in texts_of(turns) for match in _FILLED_IN.finditer(text)]
+    keys = [key for key in unread if key.rpartition(".")[2] in _FILLERS]
+    if marks and keys:
+        raise RejectError(
+            "unread_content", f"the key {keys[0]!r} fills in {marks[0]} in the text, and is not read"
+        )
+
+
+_FILLED_IN = re.compile(r"<(?:bbox|ref-object|box|point|points|polygon|seg|obj|region|mask)\d*>")
+_FILLERS = frozenset(("objects", "bbox", "bboxes", "boxes", "points", "regions", "ref", "polygons"))
 
 
 def _check_order(turns: Sequence[Turn]) -> None:

@@ -312,6 +312,7 @@ class Manifest:
     rejects: dict[str, int]  # reason -> count
     unread_keys: dict[str, int]  # key that nothing reads -> samples that have it
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
+    notes: dict[str, int]  # what else there is to tell, in words -> samples
     shards: list[ShardInfo] = field(default_factory=list)
 
 

@@ -188,8 +188,8 @@ def refuse_empty_epochs(recipe: Recipe, loader: PackLoader) -> None:
     if packs == 0 or (recipe.data.tail == "drop" and packs < batch):
         raise UserError(
             f"an epoch has {packs} packs of up to {recipe.data.max_tokens} tokens and a step takes {batch}: "
-            f"with data.tail {recipe.data.tail} there is no step to train. Lower data.global_batch to at most "
-            f"{max(1, packs)}, lower data.max_tokens, or set data.tail=pad"
+            f"with data.tail {recipe.data.tail} there is no step to train. Lower data.global_batch to "
+            f"{max(1, packs)} or less, lower data.max_tokens, or set data.tail=pad"
         )
 
 

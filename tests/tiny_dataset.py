@@ -255,5 +255,6 @@ def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]]) -
         content_tokens={},
         unread_keys={"bbox": 2},
         spelled_tokens={},
+        notes={},
         shards=shards,
     )

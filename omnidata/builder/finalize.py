@@ -107,6 +107,7 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
         content_tokens={token: counts["content_tokens"].get(token, 0) for token in renderer.content_tokens},
         unread_keys=counts["unread_keys"],
         spelled_tokens=counts["spelled_tokens"],
+        notes=counts["notes"],
         shards=shards,
     )
 

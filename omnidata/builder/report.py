@@ -38,6 +38,7 @@ class BuildReport:
     unread_keys: dict[str, int]  # key that nothing reads -> samples
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     content_tokens: dict[str, int]  # added token that content may spell -> samples whose replies do
+    notes: dict[str, int]  # what else there is to tell, in words -> samples
     empty_sources: list[str] = field(default_factory=list)  # files that hold no record
 
     def to_json(self) -> dict[str, Any]:
@@ -73,11 +74,10 @@ class BuildReport:
             for token, n in self.spelled_tokens.items()
         ]
         written = [f"  {token} {n:,}" for token, n in self.content_tokens.items() if n]
-        return (
-            unread
-            + spelled
-            + (["  samples whose replies write these tokens:" + ",".join(written)] if written else [])
-        )
+        told = [f"  {n:,} samples {note}" for note, n in self.notes.items()]
+        if written:
+            told.append(f"  samples whose replies write these tokens:{','.join(written)}")
+        return unread + spelled + told
 
     def _reject_lines(self) -> list[str]:
         if not self.num_rejects:
@@ -111,6 +111,7 @@ def report_of(manifest: Manifest, **run: Any) -> BuildReport:
         unread_keys=manifest.unread_keys,
         spelled_tokens=manifest.spelled_tokens,
         content_tokens=manifest.content_tokens,
+        notes=manifest.notes,
         num_truncated=manifest.num_truncated,
         num_tokens=manifest.num_tokens,
         num_supervised=manifest.num_supervised,

@@ -38,7 +38,8 @@ from omnidata.text.tokenizer import load_tokenizer
 BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
 BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a batch
 RAW_CHARACTERS = 2000
-COUNTS = ("unread_keys", "spelled_tokens", "content_tokens")  # what is counted over samples, by name
+RESPELLED = "have a picture that was found under another Unicode form (NFC, NFD) of its name"
+COUNTS = ("unread_keys", "spelled_tokens", "content_tokens", "notes")  # counted over samples
 
 Note = Callable[[str], object]
 Positioned = tuple[int, Record | Reject]  # position in the whole corpus, and what was read there
@@ -56,6 +57,7 @@ class Built:
     unread_keys: tuple[str, ...] = ()  # of the record, see Conversation
     spelled_tokens: tuple[str, ...] = ()  # control tokens that its replies spell
     content_tokens: tuple[str, ...] = ()  # added tokens that its replies are encoded with
+    notes: tuple[str, ...] = ()  # what the report should tell besides
 
 
 Pictures = tuple[Picture, ...]
@@ -138,9 +140,15 @@ class Stages:
         )
         grids = tuple(picture.grid for picture in pictures) if self.settings.max_slices else ()
         spelled = tuple(self.renderer.spelled(talk))
-        return Built(
-            sample, record, images, outcome, grids, talk.unread_keys, spelled, self._content_tokens(outcome)
-        )
+        written, notes = self._content_tokens(outcome), self._notes()
+        return Built(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes)
+
+    def _notes(self) -> tuple[str, ...]:
+        """What the report should tell of the sample that was just read."""
+        found = sum(store.respelled for store in self.stores.values())
+        for store in self.stores.values():
+            store.respelled = 0
+        return (RESPELLED,) if found else ()
 
     def _content_tokens(self, rendered: Rendered) -> tuple[str, ...]:
         """The content tokens that are supervised in a sample."""

@@ -57,6 +57,8 @@ _MEDIA_WORDS = frozenset(
         *("attachment", "attachments", "depth", "mask", "masks", "visual", "visuals"),
     )
 )
+# Words that also count or measure: a number under them is a number.
+_WEAK_WORDS = frozenset(("page", "pages", "frame", "frames", "clip", "clips", "figure", "figures", "chart"))
 # A name that ends in one of these tells something about media and does not hold any.
 _ABOUT_WORDS = frozenset(
     (
@@ -119,6 +121,10 @@ _VERDICTS = frozenset(
 )
 
 
+# Of a whole record (KTO's label, and the switches of turns): off means that it is not to be learned.
+_SWITCHES = frozenset(("label", "weight", "loss", "train", "is_train", "use", "keep"))
+
+
 class KeyCheck:
     """Looks at what no reader took; ``counted`` afterwards holds the names to report, each once.
 
@@ -140,7 +146,7 @@ class KeyCheck:
             if is_empty(value):
                 continue
             name = f"{where}{key}"
-            if key in _VERDICTS or (key == "label" and isinstance(value, bool) and not value):
+            if key in _VERDICTS or (not where and _is_off(key, value)):
                 raise RejectError(
                     "unread_content",
                     f"the key {name!r} ({shown(value)}) says that not all of the text is to be learned; "
@@ -162,7 +168,8 @@ class KeyCheck:
         words = _words(key)
         if not _MEDIA_WORDS.intersection(words) or (words and words[-1] in _ABOUT_WORDS):
             return False
-        return any(self._could_be_media(leaf) for leaf in _leaves(value))
+        is_clear = bool(_MEDIA_WORDS.difference(_WEAK_WORDS).intersection(words))
+        return any(self._could_be_media(leaf, is_clear) for leaf in _leaves(value))
 
     def _is_origin(self, key: str, value: Any) -> bool:
         """Is it where the record's own bytes came from, say ``url`` beside a picture in a tar?"""
@@ -175,9 +182,9 @@ class KeyCheck:
             and all(isinstance(leaf, str) and len(leaf) < 4096 for leaf in leaves)
         )
 
-    def _could_be_media(self, value: Any) -> bool:
+    def _could_be_media(self, value: Any, is_clear: bool) -> bool:
         """Under a name of media: any text, bytes or struct that is not one of the record's own pictures."""
-        is_text = isinstance(value, str) and not re.fullmatch(r"[\d\s.,:+-]*", value)
+        is_text = isinstance(value, str) and (is_clear or not re.fullmatch(r"[\d\s.,:+-]*", value))
         return (is_text and _base(value) not in self._known) or isinstance(value, bytes)
 
     def _is_media_value(self, value: Any) -> bool:
@@ -190,6 +197,14 @@ class KeyCheck:
                 return False  # a sentence that ends in a file's name
             return _base(value) not in self._known
         return bool(_MEDIA_URI.match(value) or _MEDIA_BASE64.match(value))
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Does a record's own switch say no? A number does so only as a weight: ``label: 0`` may be a class."""
+    if key in ("weight", "loss") and isinstance(value, int | float):
+        return value == 0
+    says_no = isinstance(value, str) and value.strip().lower() in ("false", "no")
+    return key in _SWITCHES and (value is False or says_no)
 
 
 def is_empty(value: Any) -> bool:

@@ -38,7 +38,7 @@ _PICTURE = re.compile(
 _PART_OF_PICTURE = re.compile(
     r"<im_start>|<im_end>|<im_patch>|<\|vision_(?:start|end|pad)\|>|<IMG_CONTEXT>|<image_soft_token>|"
     r"<start_of_image>|<end_of_image>|\[IMG_(?:BREAK|END)\]|<\|image_pad\|>|<fake_token_around_image>|"
-    r"<global-img>|<row_\d+_col_\d+>|<image_\d{10,}>"
+    r"<global-img>|<row_\d+_col_\d+>|<image_\d{10,}>|\\<\s*(?:image|img|picture|photo)\s*\d*\s*\\?>"
 )
 _OTHER_MEDIA = re.compile(
     r"<\|?(?P<kind>video|audio|speech|sound|VIDEO|AUDIO)(?:[_ -]?\d{1,9})?"

@@ -19,8 +19,9 @@ import errno
 import os
 import posixpath
 import stat
+import unicodedata
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import fsspec
 
@@ -60,6 +61,7 @@ class ImageStore:
         self.assumed = assumed
         self.max_bytes = max_bytes
         self._permit = permit
+        self.respelled = 0  # pictures found under another Unicode form of their name
         self._archive = None
         if self.root is not None and not assumed:
             self._check_root(self.root)
@@ -94,9 +96,39 @@ class ImageStore:
         path = _strip_file(ref.path)
         if _protocol(path):
             return self._read_url(path, chosen_by_user=False)
+        try:
+            return self._read_path(path)
+        except RejectError as error:
+            if error.reason != "image_missing":
+                raise
+            return self._read_otherwise(path, is_url=path != ref.path, error=error)
+
+    def _read_path(self, path: str) -> bytes:
         if self.root is None or (self.assumed and os.path.isabs(path)):
             return self._read_unrooted(path)
         return self._read_rooted(self.root, path)
+
+    def _read_otherwise(self, path: str, *, is_url: bool, error: RejectError) -> bytes:
+        """Other spellings of a name that was not found: percent-decoded in a file URL, NFC and NFD.
+
+        A corpus that was written on a Mac names ``é`` in two characters (NFD), its pictures may have come in
+        one (NFC). What was found so is remembered in ``respelled``.
+        """
+        names = [path, *([unquote(path)] if is_url else [])]
+        forms = [unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")]
+        for other in dict.fromkeys([*names[1:], *forms]):
+            if other == path:
+                continue
+            try:
+                data = self._read_path(other)
+            except RejectError as again:
+                if again.reason != "image_missing":
+                    raise
+                continue
+            if other not in names:
+                self.respelled += 1
+            return data
+        raise error
 
     def _read_unrooted(self, path: str) -> bytes:
         if not os.path.isabs(path):
@@ -137,8 +169,14 @@ def _protocol(path: str) -> str:
 
 
 def _strip_file(path: str) -> str:
-    """``file:///data/x`` -> ``/data/x``: the same rules as for a plain path."""
-    return path.partition("://")[2] if _protocol(path) in ("file", "local") else path
+    """``file:///data/x``, ``file://localhost/data/x`` -> ``/data/x``: the same rules as for a plain path."""
+    if _protocol(path) not in ("file", "local"):
+        return path
+    rest = path.partition("://")[2]
+    for host in ("localhost/", "127.0.0.1/"):
+        if rest.lower().startswith(host):
+            return rest[len(host) - 1 :]
+    return rest
 
 
 def _inside(root: str, path: str) -> str:

@@ -1,0 +1,307 @@
+"""Nothing in a record is ignored: media under any key, marks of other projects, verdicts, switches."""
+
+# ruff: noqa: E501
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from omnidata.conversation import Reading, to_conversation
+from omnidata.corpus.keys import is_empty
+from omnidata.schema import ImagePart, Record, RejectError, TextPart
+
+JPEG = b"\xff\xd8\xff\xe0" + bytes(range(60))
+DEFAULT = Reading()
+QUESTION = {"role": "user", "content": "Q"}
+REPLY = {"role": "assistant", "content": "A."}
+
+
+def converse(reading=DEFAULT, **payload):
+    return to_conversation(
+        Record("x.json", "item 0", "7", {"messages": [QUESTION, REPLY]} | payload), reading
+    )
+
+
+def refused(**payload):
+    with pytest.raises(RejectError) as error:
+        converse(**payload)
+    return error.value
+
+
+def chat(content, **payload):
+    return converse(messages=[{"role": "user", "content": content}, REPLY], **payload)
+
+
+def shown(talk):
+    parts = [p for message in talk.messages for p in message.parts]
+    return [p.text if isinstance(p, TextPart) else talk.images[p.image].path for p in parts]
+
+
+# --- media ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_path", "7.jpg"), ("img", "7"), ("imgs", ["7.jpg"]), ("imageFile", "7"), ("image_0", JPEG), ("jpg", JPEG),
+        ("photo_url", "https://x/y"), ("screenshot", {"bytes": JPEG, "path": None}), ("videos", ["a.mp4"]),
+        ("video_path", "clip"), ("audio", {"array": [0.0], "path": "a.wav"}), ("frames", ["1", "x2"]),
+        ("attachment", "report"), ("file", "scans/7.TIFF"), ("meta", {"deep": [{"shot": "s.png"}]}),
+        ("x", "data:image/png;base64,AA=="), ("y", JPEG), ("z", "/9j/" + "A" * 40), ("pages", ["p1.webp"]),
+    ],
+)  # fmt: skip
+def test_media_under_a_key_that_nobody_reads_is_a_reject_that_names_it(key, value):
+    error = refused(**{key: value})
+    assert (
+        error.reason == "unread_media" and repr(key) in error.detail and f"--image-key {key}" in error.detail
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bbox", [1, 2, 3, 4]), ("image_id", "139"), ("num_images", 3), ("image_size", [4, 5]), ("task", "ocr"),
+        ("image_caption", "a cat"), ("lang", "en"), ("source", "ocr.json"), ("has_video", False), ("label", 3),
+    ],
+)  # fmt: skip
+def test_other_keys_are_named_and_change_nothing(key, value):
+    talk = converse(**{key: value})
+    assert talk.unread_keys == (key,) and talk.messages == converse().messages
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}, [None, ""], {"bytes": None}])
+def test_a_key_that_holds_nothing_is_nothing(nothing):
+    assert converse(image_path=nothing, rejected=nothing, bbox=nothing).unread_keys == ()
+
+
+def test_a_key_that_repeats_the_record_s_picture_hides_nothing():
+    assert converse(image="coco/7.jpg", file_name="7.jpg").unread_keys == ("file_name",)
+    assert converse(image=JPEG, url="https://x/7.jpg").unread_keys == ("url",)
+    assert refused(image="coco/7.jpg", file_name="8.jpg").reason == "unread_media"
+
+
+def test_image_key_makes_a_key_one_that_is_read():
+    talk = converse(
+        Reading(image_key=("image_path", "image_2")), image="0.jpg", image_path="1.jpg", image_2=["2.jpg"]
+    )
+    assert [image.path for image in talk.images] == ["0.jpg", "1.jpg", "2.jpg"] and talk.unread_keys == ()
+
+
+def test_a_turn_s_own_pictures_lead_it_or_stand_at_its_marks():
+    messages = [
+        {**QUESTION, "images": ["1.jpg"]},
+        REPLY,
+        {"role": "user", "content": "B <image>", "image": "2.jpg"},
+        REPLY,
+    ]
+    assert shown(converse(messages=messages)) == ["1.jpg", "\n", "Q", "A.", "B ", "2.jpg", "A."]
+    messages[0]["video"] = "x.mp4"
+    assert refused(messages=messages).reason == "unread_media"
+
+
+def test_parts_name_their_pictures_by_index():
+    parts = [{"type": "image", "index": 1}, {"type": "text", "text": "then"}, {"type": "image", "index": 0}]
+    assert shown(chat(parts, images=["a", "b"]))[:3] == ["b", "then", "a"]
+    assert chat([{"type": "image", "image": {"url": "u.jpg"}}]).images[0].path == "u.jpg"
+    for bad in (5, "x", True):
+        with pytest.raises(RejectError):
+            chat([{"type": "image", "index": bad}], images=["a"])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from(["", "a cat", "x.png", "http://h/v.mp4", "9"]) | st.just(JPEG),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+names = st.sampled_from(
+    [
+        "image",
+        "images",
+        "img",
+        "picture_file",
+        "video",
+        "audio",
+        "bbox",
+        "note",
+        "image_id",
+        "meta",
+        "chosen",
+        "label",
+        "x9",
+    ]
+)
+
+
+def media_in(value):
+    if isinstance(value, dict):
+        return sum(map(media_in, value.values()))
+    if isinstance(value, list):
+        return sum(map(media_in, value))
+    return value in ("x.png", "http://h/v.mp4", JPEG)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(names, values, max_size=4), st.dictionaries(names, values, max_size=2))
+def test_a_sample_has_all_the_media_of_its_record_or_there_is_no_sample(payload, turn):
+    try:
+        talk = converse(messages=[QUESTION | turn, REPLY], **payload)
+    except RejectError:
+        return
+    in_turn = media_in([value for key, value in turn.items()])
+    in_record = media_in(list(payload.values()))
+    if payload.get("image") and payload.get("images"):
+        in_record -= media_in(payload["images"])  # the same pictures under both keys
+    if turn.get("image") and turn.get("images"):
+        in_turn -= media_in(turn["images"])
+    known = {image.path for image in talk.images}
+    again = sum(media_in(v) for k, v in [*payload.items(), *turn.items()] if k not in ("image", "images"))
+    assert len(talk.images) >= in_record + in_turn - (
+        again if {"x.png", "http://h/v.mp4"} & known or again else 0
+    )
+    assert len(talk.images) == sum(isinstance(p, ImagePart) for m in talk.messages for p in m.parts)
+    named = {key.removeprefix("messages.") for key in talk.unread_keys}
+    left = {
+        k for k, v in [*payload.items(), *turn.items()] if not is_empty(v) and k not in ("image", "images")
+    }
+    assert named == left
+
+
+# --- marks of other projects ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "<|image_1|>", "<image 1>", "<image-1>", "<|image|>", "[IMG]", "<IMG_CONTEXT>", "<|vision_start|><|image_pad|><|vision_end|>",
+        "<img><IMG_CONTEXT></img>", "<im_start><image><im_end>", "<start_of_image>", "<ImageHere>", "(<image>./</image>)",
+        "<image_placeholder>", "<IMAGE>", "<|imgpad|>",
+    ],
+)  # fmt: skip
+def test_a_foreign_mark_is_a_placeholder_if_that_is_certain_and_never_text(mark):
+    assert shown(chat(f"See {mark} now", image="1.jpg"))[:3] == ["See ", "1.jpg", " now"]
+    for images in ([], ["1.jpg", "2.jpg"]):
+        with pytest.raises(RejectError) as error:
+            chat(f"See {mark} now", images=images)
+        assert error.value.reason == "placeholder_mismatch"
+    with pytest.raises(RejectError):
+        chat([{"type": "image"}, {"type": "text", "text": f"See {mark}"}], image="1.jpg")
+
+
+def test_numbers_of_marks_are_obeyed():
+    assert shown(chat("<|image_2|> and <|image_1|>", images=["a", "b"]))[:3] == ["b", " and ", "a"]
+    for text in ("<|image_1|> <|image_1|>", "<|image_1|> <|image_3|>"):
+        with pytest.raises(RejectError):
+            chat(text, images=["a", "b"])
+
+
+def test_a_path_in_the_text_is_its_picture():
+    assert shown(chat("Picture 1: <img>a.jpg</img>\nWhat?"))[:3] == ["Picture 1: ", "a.jpg", "\nWhat?"]
+    with pytest.raises(RejectError):
+        chat("<img>a.jpg</img> <img>b.jpg</img>", images=["a.jpg"])
+
+
+@pytest.mark.parametrize(
+    "mark", ["<video>", "<audio>", "<|video_pad|>", "<|audio_1|>", "<|AUDIO|>", "<speech>"]
+)
+def test_videos_and_sounds_are_refused_and_html_is_text(mark):
+    with pytest.raises(RejectError) as error:
+        chat(f"{mark}What?")
+    assert error.value.reason == "unread_media"
+    assert chat("Explain <video><source></video>").images == ()
+
+
+def test_names_stand_for_pictures_in_brackets_only():
+    assert shown(chat("<photo> or photo?", image={"photo": "1.jpg"}))[:2] == ["1.jpg", " or photo?"]
+    assert shown(chat("photo?", image={"photo": "1.jpg"}))[:3] == ["1.jpg", "\n", "photo?"]
+    with pytest.raises(RejectError):
+        chat("\\<image1\\> What?", image={"image1": "1.jpg"})
+
+
+# --- what is to be learned --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"label": False}, {"label": "False"}, {"train": False}, {"weight": 0}, {"rejected": "5"}, {"chosen": [REPLY]},
+        {"rejected_response": "5"}, {"history": [["a", "b"]]}, {"tools": [{"name": "x"}]}, {"loss_weight": 0.0},
+    ],
+)  # fmt: skip
+def test_a_key_that_says_not_all_is_to_be_learned_is_a_reject(keys):
+    error = refused(**keys)
+    assert error.reason == "unread_content" and repr(next(iter(keys))) in error.detail
+
+
+def supervised(*turns, reading=DEFAULT):
+    messages = [m for turn in turns for m in (QUESTION, {**REPLY, **turn})]
+    return [m.supervised for m in converse(reading, messages=messages).messages if m.role == "assistant"]
+
+
+def test_switches_of_turns_are_obeyed():
+    assert supervised({"weight": 0}, {"weight": 1}) == [False, True]
+    assert supervised({"loss": False}, {"loss": True}) == supervised({"train": False}, {}) == [False, True]
+    assert supervised({}, {}, {}, reading=Reading(train_on="last")) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [{"weight": 0.5}, {"loss": "no"}, {"weight": 1, "train": False}, {"loss_weight": 0.0}, {"train": 2}],
+)
+def test_switches_that_are_not_understood_are_rejects(turn):
+    with pytest.raises(RejectError) as error:
+        supervised(turn, {})
+    assert error.value.reason == "unread_content"
+
+
+def test_all_turns_switched_off_is_a_reject():
+    with pytest.raises(RejectError, match="switched off"):
+        supervised({"weight": 0})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "thinking", "function_call"])
+def test_more_of_a_turn_than_its_text_is_a_reject(key):
+    with pytest.raises(RejectError, match=key):
+        supervised({key: "x"})
+
+
+def test_marks_that_an_unread_key_fills_in_are_a_reject():
+    with pytest.raises(RejectError, match="objects"):
+        chat("Where is <ref-object>?", image="1.jpg", objects={"ref": ["cat"], "bbox": [[1, 2, 3, 4]]})
+
+
+def test_empty_replies():
+    for text in ("", "  \n"):
+        with pytest.raises(RejectError) as error:
+            supervised({"content": text})
+        assert error.value.reason == "empty_reply"
+    assert supervised({"content": ""}, reading=Reading(allow_empty_replies=True)) == [True]
+
+
+# --- shapes -----------------------------------------------------------------------------------------------
+
+
+def of(reading=DEFAULT, **payload):
+    return to_conversation(Record("x.json", "item 0", "7", payload), reading)
+
+
+def test_alpaca():
+    talk = of(instruction="Add", input="2 2", output="4", system="S", history=[["Hi", "Hello"]])
+    assert [m.text for m in talk.messages] == ["S", "Hi", "Hello", "Add\n2 2", "4"] and talk.unread_keys == ()
+
+
+def test_captions_ask_with_a_prompt_that_depends_on_the_id_alone():
+    with pytest.raises(RejectError, match="--caption-prompt"):
+        of(image="1.jpg", caption="A cat.")
+    prompts = Reading(caption_prompt=("Describe.", "What is it?", "Caption?"))
+    asked = {to_conversation(Record("x", "1", str(i), {"image": "1.jpg", "caption": "C"}), prompts).messages[0].text
+             for i in range(40)}  # fmt: skip
+    assert asked == {f"\n{prompt}" for prompt in prompts.caption_prompt} or len(asked) == 3
+    assert of(prompts, image="1.jpg", text="A cat.").messages[-1].text == "A cat."
+
+
+def test_mixed_keys_of_turns_and_a_system_prompt():
+    talk = of(
+        system_prompt="S", conversations=[{"role": "user", "value": "Q"}, {"from": "gpt", "content": "A"}]
+    )
+    assert [m.text for m in talk.messages] == ["S", "Q", "A"]
+    with pytest.raises(RejectError, match="differ"):
+        of(conversations=[{"role": "user", "content": "Q", "value": "other"}, REPLY])
