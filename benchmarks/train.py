@@ -1,6 +1,6 @@
-"""Training speed of our loop beside Hugging Face's Trainer, on a CPU: samples/s at equal loss curves.
+"""Training speed of our loop beside Hugging Face's Trainer: samples/s at equal loss curves.
 
-    python benchmarks/train.py [--steps 18] [--batch 8] [--json]
+    python benchmarks/train.py [--steps 18] [--batch 8] [--device cuda] [--json]
 
 One tiny model in the proportions of stage 2 of the 12B (images through a frozen tower, a language model
 that learns), the same weights, and step by step the same samples, so the loss curves must agree:
@@ -12,8 +12,9 @@ that learns), the same weights, and step by step the same samples, so the loss c
     ours, unpacked      the same documents, each a microbatch of its own
 
 Texts are as long as in benchmarks/plan.py: log-normal, around 200 tokens. Every contender runs in
-a process of its own, with one loader worker and torch's own number of threads. CPU seconds count the workers
-too: on a busy machine trust their ratio. On a GPU see benchmarks/train_gpu.py.
+a process of its own, with as many loader workers and torch's own number of threads. CPU seconds count the
+workers too: on a busy machine trust their ratio. On a GPU the model is one of 1.1 billion parameters, packs
+have 8,192 tokens and a step four of them. See also benchmarks/train_gpu.py.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,13 @@ from pipelines.model import build_model
 from pipelines.parallel import World
 
 WARMUP_STEPS = 3
-MAX_TOKENS = 4096  # of a pack
-PACKS = 2  # a step
 TOKENS_PER_WORD = 1.9  # of the corpus's WORDS by the tokenizer below, with the turns' headers
 NUM_QUERY = 64
-IMAGE_SIZE = 224
 # In proportion: the frozen tower takes about a third of a sample's FLOPs, as in the 12B at 400 tokens.
-MODEL = {
+TINY = {
     "mm_vision_tower": "vit_tiny_patch16_224",
-    "vision_kwargs": {"depth": 8, "embed_dim": 192, "num_heads": 3, "patch_size": 14, "img_size": IMAGE_SIZE},
-    "image_size": IMAGE_SIZE,
+    "vision_kwargs": {"depth": 8, "embed_dim": 192, "num_heads": 3, "patch_size": 14, "img_size": 224},
+    "image_size": 224,
     "resampler_heads": 4,
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -71,12 +69,41 @@ MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+BILLION = {  # 1.1 with its tower
+    "mm_vision_tower": "vit_large_patch14_clip_224",
+    "vision_kwargs": {"img_size": 448},
+    "image_size": 448,
+    "vocab_size": 32009,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What trains, on what."""
+
+    device: str
+    dtype: str
+    model: dict[str, Any]
+    max_tokens: int  # of a pack
+    packs: int  # a step
+    workers: int
+
+
+SETUPS = {
+    "cpu": Setup("cpu", "float32", TINY, max_tokens=4096, packs=2, workers=1),
+    "cuda": Setup("cuda", "bfloat16", BILLION, max_tokens=8192, packs=4, workers=14),
+}
 
 
 # --- the data ---------------------------------------------------------------------------------------------
 
 
-def make_corpus(folder: Path, *, records: int) -> None:
+def make_corpus(folder: Path, *, records: int, image_size: int, options: Sequence[str] = ()) -> None:
     """Photographs, LLaVA JSON lines and the dataset built from them."""
     photos = make_photos(folder / "photos", min(records, 200))
     write_uneven_records(folder / "records.jsonl", records, photos, tokens_per_word=TOKENS_PER_WORD)
@@ -85,7 +112,7 @@ def make_corpus(folder: Path, *, records: int) -> None:
         *(sys.executable, "-m", "omnidata.cli", "build-shards", str(folder / "records.jsonl"), "--quiet"),
         *("--out", str(folder / "data"), "--image-root", str(folder / "photos"), "--max-length", "2048"),
         *("--tokenizer", str(folder / "tokenizer"), "--num-query", str(NUM_QUERY)),
-        *("--image-size", str(IMAGE_SIZE)),
+        *("--image-size", str(image_size), *options),
     )
     subprocess.run(command, check=True, stdout=sys.stderr)
 
@@ -110,18 +137,18 @@ def make_tokenizer(folder: Path) -> None:
     prepare_tokenizer(folder / "plain", folder / "tokenizer")
 
 
-def recipe_of(folder: Path, name: str, *, steps: int) -> Recipe:
+def recipe_of(folder: Path, name: str, setup: Setup, *, steps: int) -> Recipe:
     """Constant learning rate, no warm-up: the same in both loops."""
     return parse_recipe(
         {
-            "run": {"dir": str(folder / name), "device": "cpu"},
+            "run": {"dir": str(folder / name), "device": setup.device, "dtype": setup.dtype},
             "data": {
                 "train": [{"path": str(folder / "data")}],
-                "max_tokens": MAX_TOKENS,
-                "global_batch": PACKS,
-                "num_workers": 1,
+                "max_tokens": setup.max_tokens,
+                "global_batch": setup.packs,
+                "num_workers": setup.workers,
             },
-            "model": {"config": MODEL, "freeze": ["vision_tower"]},
+            "model": {"config": setup.model, "freeze": ["vision_tower"]},
             "optim": {"lr": 1e-3, "schedule": "constant", "steps": steps},
             "checkpoint": {"every": 0},
             "log": {"every": 10**9, "tensorboard": False, "plot": False},
@@ -134,7 +161,7 @@ def recipe_of(folder: Path, name: str, *, steps: int) -> Recipe:
 
 def run_ours(folder: Path, options: argparse.Namespace, *, unpacked: bool) -> dict[str, Any]:
     """Train with our loop, which asks for the next step's microbatches when a step has ended."""
-    recipe = recipe_of(folder, f"ours-{unpacked}", steps=options.steps)
+    recipe = recipe_of(folder, f"ours-{unpacked}", SETUPS[options.device], steps=options.steps)
     original, ends = train.grouped, []
 
     def timed(loader: PackLoader) -> Iterator[list[Microbatch]]:
@@ -188,14 +215,14 @@ def documents(microbatch: Microbatch) -> Iterator[Microbatch]:
 class LazyDataset(torch.utils.data.Dataset):
     """JSON lines; images opened, resized and text tokenized sample by sample."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, image_size: int) -> None:
         self.folder = folder
         self.rows = {}
         for line in (folder / "records.jsonl").read_text().splitlines():
             row = json.loads(line)
             self.rows[row["id"]] = row
         self.renderer = Renderer(load_tokenizer(folder / "tokenizer"), num_query=NUM_QUERY)
-        self.process = ImageProcessor(IMAGE_SIZE)
+        self.process = ImageProcessor(image_size)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -229,11 +256,16 @@ class _Trainer(transformers.Trainer):
     """Takes its batches as they are given, a step's at a time."""
 
     steps: list[list[list[str]]]
+    workers: int
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         batches = [batch for step in self.steps for batch in step]
         return torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=batches, collate_fn=collate, num_workers=1
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
         )
 
 
@@ -247,7 +279,8 @@ class _StepTimes(transformers.TrainerCallback):
 
 def run_trainer(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train with transformers.Trainer on the same samples."""
-    recipe = recipe_of(folder, "trainer", steps=options.steps)
+    setup = SETUPS[options.device]
+    recipe = recipe_of(folder, "trainer", setup, steps=options.steps)
     steps, lengths = samples_of(recipe, folder)
     draw = random.Random(0)
     for step in steps:
@@ -257,17 +290,17 @@ def run_trainer(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     model = build_model(
         recipe,
         model_config(recipe, Dataset(folder / "data").manifest),
-        World(0, 1, torch.device("cpu"), "single"),
+        World(0, 1, torch.device(setup.device), "single"),
     ).model
     times = _StepTimes()
     trainer = _Trainer(
         model=model,
         args=arguments_of(recipe, folder, accumulation=count),
-        train_dataset=LazyDataset(folder),
+        train_dataset=LazyDataset(folder, image_size=setup.model["image_size"]),
         callbacks=[times],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.steps = batches
+    trainer.steps, trainer.workers = batches, setup.workers
     with _Clock() as clock:
         trainer.train()
     padded = sum(len(batch) * max(lengths[id] for id in batch) for step in batches for batch in step)
@@ -295,7 +328,8 @@ def arguments_of(recipe: Recipe, folder: Path, *, accumulation: int) -> transfor
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=recipe.run.device == "cpu",
+        bf16=recipe.run.dtype == "bfloat16",
         disable_tqdm=True,
         remove_unused_columns=False,
     )
@@ -345,7 +379,8 @@ CONTENDERS = {
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All contenders, one after the other, and what ours gains over each."""
     with tempfile.TemporaryDirectory() as name:
-        make_corpus(Path(name), records=options.records)
+        image_size = SETUPS[options.device].model["image_size"]
+        make_corpus(Path(name), records=options.records, image_size=image_size)
         results = {contender: in_a_process(contender, Path(name)) for contender in options.contenders}
     ours = next(iter(results.values()))
     curve = np.array(ours["losses"])
@@ -374,6 +409,7 @@ def main() -> None:
     )
     parser.add_argument("--records", type=int, default=400)
     parser.add_argument("--steps", type=int, default=WARMUP_STEPS + 16)
+    parser.add_argument("--device", choices=list(SETUPS), default="cpu")
     parser.add_argument("--batch", type=int, default=8, help="of the Trainer, about")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--json", action="store_true")

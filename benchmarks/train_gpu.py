@@ -1,6 +1,6 @@
 """MFU of a full-width OmniLMM on one GPU, and where the time goes.
 
-    python benchmarks/train_gpu.py [--layers 12] [--checkpointing selective] [--compile] [--json]
+    python benchmarks/train_gpu.py [--layers 12] [--stages sft] [--checkpointing selective] [--compile]
     python benchmarks/train_gpu.py --toy       the same code at toy sizes on the CPU, to run every line once
 
 OmniLMM-12B's widths with as many language-model layers as asked for, stages align and sft with a frozen
@@ -60,7 +60,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # One rank's environment, as torchrun would make it.
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     os.environ.setdefault("MASTER_PORT", "29511")
-    for stage, frozen in STAGES.items():
+    for stage in options.stages:
+        frozen = STAGES[stage]
         config = OmniLMMConfig(
             vocab_size=32009, num_hidden_layers=options.layers, **(TOY if options.toy else {})
         )
@@ -177,6 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=12, help="of the language model")
     parser.add_argument("--checkpointing", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, to run every line once")
     parser.add_argument("--json", action="store_true")

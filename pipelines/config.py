@@ -33,6 +33,7 @@ class RunConfig:
     seed: int = 0  # weights, data order and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; master weights are always float32
+    deterministic: bool = False  # bit-exact on a GPU too, and slower; a CPU is bit-exact without
     threads: int | None = None  # CPU threads of torch; null: torch's own choice
     resume: bool = True  # go on from the newest verified checkpoint of `dir`
     stop_after: int | None = None  # pause (save, exit 0) after this step; the schedule is not shortened
@@ -118,7 +119,7 @@ class ParallelConfig:
     """How torchrun's ranks share the work."""
 
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = (
-        "auto"  # auto: single, or fsdp under torchrun
+        "auto"  # auto: single, or fsdp under torchrun; single computes bfloat16 as fsdp over one rank does
     )
     shard_size: int | None = None  # hsdp: ranks that share one copy of the model, usually those of a node
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradients on the wire (fsdp, hsdp)

@@ -1,7 +1,7 @@
 """How the ranks share a model: one process, DDP, FSDP2 or HSDP, all of them torch's own.
 
     strategy   weights              gradients                           memory a GPU (P parameters, n GPUs)
-    single     one copy             -                                   16 P bytes + activations
+    single     one copy             -                                   16 P bytes + activations (float32)
     ddp        one copy a rank      summed over all ranks               16 P
     fsdp       1/n a rank           reduce-scattered over all ranks     16 P / n
     hsdp       1/s a rank, s ranks  reduce-scattered inside a group,    16 P / s
@@ -9,6 +9,9 @@
 
 Gradients are SUMMED over ranks, never averaged: each microbatch's loss is already divided by the number
 of supervised tokens of the whole global step, so the sum is the gradient of the global mean.
+
+One process that computes in bfloat16 is FSDP over a mesh of one: the same float32 masters, bfloat16 copies
+and gradients as on many GPUs, where autocast would cast every weight again in every forward pass.
 
 A frozen vision tower stays outside of FSDP: it is replicated in the compute dtype, so that its forward pass
 needs no communication.
@@ -83,9 +86,11 @@ def start(recipe: Recipe) -> Iterator[World]:
     torch.set_flush_denormal(True)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    if recipe.run.deterministic:
+        _compute_deterministically()
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = _device(recipe.run.device)
-    strategy = _strategy(recipe, size)
+    strategy = strategy_of(recipe, size)
     if strategy == "single":
         yield World(rank, size, device, strategy)
         return
@@ -93,11 +98,19 @@ def start(recipe: Recipe) -> Iterator[World]:
     backend = (
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     )  # gloo: checkpoints are written by CPU
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
     try:
         yield World(rank, size, device, strategy, _mesh(recipe, strategy, size, device))
     finally:
         dist.destroy_process_group()
+
+
+def _compute_deterministically() -> None:
+    """The same bits from the same inputs, on a GPU too; an operation that has no such way raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)  # flash attention's backward pass obeys it as well
 
 
 def _device(name: str) -> torch.device:
@@ -110,13 +123,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _strategy(recipe: Recipe, size: int) -> str:
-    strategy = recipe.parallel.strategy
-    if strategy == "auto":
-        return "single" if "RANK" not in os.environ else "fsdp"
+def strategy_of(recipe: Recipe, size: int) -> str:
+    """What ``recipe.parallel.strategy`` means for ``size`` ranks."""
+    strategy, alone = recipe.parallel.strategy, "RANK" not in os.environ
     if strategy == "single" and size > 1:
         raise UserError(f"parallel.strategy=single, but torchrun started {size} ranks; use ddp, fsdp or hsdp")
-    if strategy != "single" and "RANK" not in os.environ:
+    if strategy in ("auto", "single") and size == 1 and (alone or strategy == "single"):
+        return "single" if recipe.run.dtype == "float32" else "fsdp"
+    if strategy == "auto":
+        return "fsdp"
+    if alone:
         raise UserError(
             f"parallel.strategy={strategy} needs torchrun: torchrun --nproc-per-node N pipelines/train.py …"
         )
@@ -172,11 +188,23 @@ def _fully_shard(model: nn.Module, recipe: Recipe, world: World, blocks: Sequenc
     for block in blocks:
         if not (is_frozen and block in inside_tower):
             fully_shard(block, reshard_after_forward=recipe.parallel.reshard_after_forward, **settings)
+    for module in _large_ends(model):
+        # Gathered when its turn comes, so that the root holds nothing large. lm_head's backward pass follows
+        # at once: giving it back in between would only gather it twice.
+        fully_shard(module, reshard_after_forward=module is not model.get_output_embeddings(), **settings)
     fully_shard(model, **settings)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _large_ends(model: nn.Module) -> list[nn.Module]:
+    """Embedding and head, which lie in no block; none if they share a weight: the root holds it."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(end is None for end in ends) or ends[0].weight is ends[1].weight:
+        return []
+    return ends
 
 
 def compute_dtype(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
@@ -200,8 +228,12 @@ def reduce_gradients(model: nn.Module, *, now: bool) -> Iterator[None]:
 
 
 def shorten_timeout(seconds: float) -> None:
-    """After the first step, a collective that waits this long is an error rather than a slow start."""
+    """After the first step, a collective that waits this long is an error rather than a slow start.
+
+    Of every group: those of the mesh, in which FSDP gathers and reduces, are not the world's.
+    """
     if dist.is_initialized():
         # Public from torch 2.13 on.
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        set_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        for group in dist.distributed_c10d._world.pg_map:
+            set_timeout(timedelta(seconds=seconds), group)

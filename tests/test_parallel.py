@@ -4,11 +4,14 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file
-from tiny_recipe import losses, tiny_recipe, train, write_recipe
+from tiny_recipe import MODEL, losses, tiny_recipe, train, write_recipe
+from torch.distributed.fsdp import FSDPModule
 
 from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
-from pipelines.config import parse_recipe
+from omnimodel import OmniLMMConfig
+from pipelines.config import load_recipe, parse_recipe
+from pipelines.model import build_model
 from pipelines.parallel import start
 from pipelines.train import train as train_here
 
@@ -121,6 +124,39 @@ def test_bfloat16_and_torchrun_as_a_user_types_it(tiny_dataset, tmp_path):
     weights = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
+
+
+def test_one_process_computes_bfloat16_as_a_rank_of_many_does(tiny_dataset, tmp_path):
+    """No autocast: float32 masters, bfloat16 copies, so that one GPU's numbers are those of any number."""
+    for name in ("alone", "rank"):
+        tree = tiny_recipe(tiny_dataset, tmp_path / name, run={"dtype": "bfloat16"}, optim={"steps": 2})
+        path = write_recipe(tmp_path / f"{name}.yaml", tree)
+        if name == "alone":
+            train_here(load_recipe(path))
+        else:
+            run_on_ranks(1, [path])  # torchrun's environment: strategy auto is fsdp
+    assert losses(tmp_path / "alone") == losses(tmp_path / "rank")
+    ours, theirs = (load_file(tmp_path / n / "final" / "model.safetensors") for n in ("alone", "rank"))
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_large_weights_outside_of_blocks_are_units_of_their_own(tiny_dataset, tmp_path):
+    recipe = parse_recipe(tiny_recipe(tiny_dataset, tmp_path, run={"dtype": "bfloat16"}))
+    with start(recipe) as world:
+        assert world.strategy == "fsdp" and world.size == 1
+        model = build_model(recipe, OmniLMMConfig(**MODEL, vocab_size=99), world).model
+        assert isinstance(model.model.embed_tokens, FSDPModule) and isinstance(model.lm_head, FSDPModule)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_deterministic_reaches_torch(tiny_dataset, tmp_path):
+    recipe = parse_recipe(tiny_recipe(tiny_dataset, tmp_path, run={"deterministic": True}))
+    try:
+        with start(recipe):
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(
