@@ -289,7 +289,16 @@ def answers(toy: bool) -> Figures:
     final = FOLDER / "whole" / "final"
     began = time.perf_counter()
     script = str(HERE.parent / "pipelines" / "evaluate.py")
-    words = ["--model", str(final), "--data", str(FOLDER / "corpus" / "data"), "--split", "val"]
+    words = [
+        "--model",
+        str(final),
+        "--data",
+        str(FOLDER / "corpus" / "data"),
+        "--split",
+        "val",
+        "--limit",
+        "8" if toy else "128",
+    ]
     done = subprocess.run(
         [sys.executable, script, *words, "--out", str(FOLDER / "eval.json")],
         capture_output=True,
