@@ -91,7 +91,7 @@ def mistral_tokenizer() -> Any:
 
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     with TemporaryDirectory() as folder:
-        return prepare_tokenizer(model, folder)
+        return prepare_tokenizer(model, folder, chat_template="zephyr")
 
 
 def talk(seed: int, words: list[str]) -> Any:

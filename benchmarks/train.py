@@ -134,7 +134,7 @@ def make_tokenizer(folder: Path) -> None:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
     tokenizer.save_pretrained(folder / "plain")
-    prepare_tokenizer(folder / "plain", folder / "tokenizer")
+    prepare_tokenizer(folder / "plain", folder / "tokenizer", chat_template="zephyr")
 
 
 def recipe_of(folder: Path, name: str, setup: Setup, *, steps: int) -> Recipe:

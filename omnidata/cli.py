@@ -54,7 +54,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 @cli.command("build-shards")
 @click.argument("source", nargs=-1)
 @click.option("--out", metavar="DIR", help="Dataset folder or URL to write.")
-@click.option("--tokenizer", metavar="DIR_OR_ID", help="Hugging Face tokenizer, or a sentencepiece .model.")
+@click.option("--tokenizer", metavar="DIR_OR_ID", help="Hugging Face tokenizer with a chat template.")
 @click.option("--image-root", metavar="DIR", help="Folder, zip or tar that image paths are relative to.")
 @click.option("--format", default="auto", show_default=True, help="auto, llava, messages, parquet, tsv, …")
 @click.option("--num-query", default=64, show_default=True, help="<im_patch> tokens per image.")
@@ -190,7 +190,7 @@ def _print_report(report: Any, *, as_json: bool) -> None:
 @cli.command("prepare-tokenizer")
 @click.argument("source")
 @click.option("--out", required=True, help="Folder to write the Hugging Face tokenizer to.")
-@click.option("--chat-template", help="File with a Jinja chat template; Zephyr's where the source has none.")
+@click.option("--chat-template", help="zephyr or a Jinja file.  [default: the source's own]")
 @click.option(
     "--slice-tokens", nargs=2, help="Also add these two, as in '<slice>' '</slice>' (--max-slices)."
 )
@@ -199,11 +199,12 @@ def prepare_tokenizer(
 ) -> None:
     """Make a tokenizer ready: image and grounding tokens added once, a chat template set.
 
-    SOURCE is a Hugging Face tokenizer (folder or id) or a sentencepiece .model file.
+    SOURCE is a Hugging Face tokenizer (folder or id), a sentencepiece .model or Mistral's tekken.json.
 
     \b
-    omnidata prepare-tokenizer tokenizer.model.v1 --out tok
-    omnidata prepare-tokenizer tokenizer.model.v1 --out tok --slice-tokens '<slice>' '</slice>'
+    omnidata prepare-tokenizer Qwen2.5-7B-Instruct --out tok
+    omnidata prepare-tokenizer tokenizer.model.v1 --out tok --chat-template zephyr
+    omnidata prepare-tokenizer zephyr-7b-beta --out tok --slice-tokens '<slice>' '</slice>'
     """
     from omnidata.text import tokenizer
 

@@ -102,7 +102,10 @@ class Renderer:
     ) -> None:
         text = template_text(tokenizer)
         if not text:
-            raise UserError("the tokenizer has no chat template; omnidata prepare-tokenizer adds one")
+            raise UserError(
+                "the tokenizer has no chat template; name one: omnidata prepare-tokenizer SOURCE --out DIR "
+                "--chat-template zephyr (or a Jinja file)"
+            )
         self.tokenizer = tokenizer
         self.num_query = num_query
         self.max_length = max_length

@@ -1,13 +1,16 @@
 """Tokenizers: the real sentencepiece model becomes the original's; what is saved stays what it was."""
 
 import json
+import shlex
 import shutil
+import socket
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from throwaway import CHATML, byte_level_tokenizer, golden_cases, golden_tokenizer_folder, mistral_model
 
+from omnidata.cli import run
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
 from omnidata.text.chat_template import ZEPHYR
 from omnidata.text.tokenizer import (
@@ -27,7 +30,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return prepare_tokenizer(mistral_model(), tmp_path_factory.mktemp("prepared"))
+    return prepare_tokenizer(mistral_model(), tmp_path_factory.mktemp("prepared"), chat_template="zephyr")
 
 
 def test_the_real_model_becomes_the_original_tokenizer(golden, prepared):
@@ -99,7 +102,9 @@ def test_the_fingerprint_sees_a_change_of_behaviour(golden, tmp_path):
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize(("choice", "expected"), [(None, ZEPHYR), ("keep", CHATML), ("{{ 1 }}", "{{ 1 }}")])
+@pytest.mark.parametrize(
+    ("choice", "expected"), [(None, CHATML), ("keep", CHATML), ("zephyr", ZEPHYR), ("{{ 1 }}", "{{ 1 }}")]
+)
 def test_the_chat_template_is_chosen(tmp_path, choice, expected):
     byte_level_tokenizer("chatml").save_pretrained(tmp_path / "source")
     prepared = prepare_tokenizer(tmp_path / "source", tmp_path / "out", chat_template=choice)
@@ -126,10 +131,91 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch):
             lambda: prepare_tokenizer(golden_tokenizer_folder(), tmp_path / "o", chat_template="nope"),
             "no such file",
         ),
+        (
+            lambda: prepare_tokenizer(mistral_model(), tmp_path / "o"),
+            "no chat template: name one with --chat-t",
+        ),
+        (lambda: load_tokenizer(golden_tokenizer_folder() + "/tokenizer.json"), "give its folder"),
+        (lambda: load_tokenizer(tmp_path / "a/b/c"), "no such folder or file"),
     ):
         with pytest.raises(UserError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["240216.model.v2", "240323.model.v3", "241114.model.v7"])
+def test_mistrals_later_models_become_their_tokenizers(tmp_path, version):
+    """Their control tokens are pieces of the model that sentencepiece itself never finds in a text."""
+    source = mistral_model().parent / f"mistral_instruct_tokenizer_{version}"
+    prepared = prepare_tokenizer(source, tmp_path / "out", chat_template="zephyr")
+    encode = prepared.backend_tokenizer.encode
+    assert encode("[INST] Hi [/INST]", add_special_tokens=False).ids[::4] == [3, 4]
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    text = PROBE.replace("[INST]", "").replace("[/INST]", "")
+    assert encode(text, add_special_tokens=False).ids == model.encode(text)
+
+
+def test_tekken_becomes_its_tokenizer(tmp_path):
+    common = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    file = mistral_model().parent / "tekken_240911.json"
+    prepared = prepare_tokenizer(file, tmp_path / "out", chat_template="zephyr")
+    expected = common.Tekkenizer.from_file(file).encode(PROBE.replace("[", "("), bos=False, eos=False)
+    ids = prepared.backend_tokenizer.encode(PROBE.replace("[", "("), add_special_tokens=False).ids
+    assert ids == expected
+    assert prepared.eos_token == "</s>" and set(IMAGE_TOKENS) <= set(special_token_ids(prepared))
+
+
+def test_a_folder_is_converted_from_what_it_holds(tmp_path):
+    shutil.copy(mistral_model(), tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match="first run: omnidata prepare-tokenizer"):
+        load_tokenizer(tmp_path)
+    assert len(prepare_tokenizer(tmp_path, tmp_path / "out", chat_template="zephyr")) == 32009
+
+
+@pytest.mark.parametrize("name", ["qwen.tiktoken", "ranks"])
+def test_tiktoken_ranks_are_refused_with_the_file_that_is_needed(tmp_path, name):
+    (tmp_path / name).write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(UserError, match=r"give a folder with the model's tokenizer\.json"):
+        prepare_tokenizer(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"added_tokens_decoder": {"2": {"content": "</s>", "lstrip": True, "rstrip": True, "special": True}}},
+        {"split_special_tokens": True},
+    ],
+)
+def test_the_advice_for_a_configuration_that_disagrees_works(golden, tmp_path, change):
+    folder = tmp_path / "has blank"
+    shutil.copytree(golden_tokenizer_folder(), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | change))
+    try:
+        loaded = load_tokenizer(folder)
+    except UserError as error:
+        advice = str(error).rpartition("run: omnidata ")[2]
+        assert run(shlex.split(advice.replace("DIR", str(tmp_path / "out")))) == 0
+        loaded = load_tokenizer(tmp_path / "out")
+    assert loaded.chat_template == golden.chat_template and not loaded.split_special_tokens
+
+
+def test_a_hub_id_without_network_is_one_line_at_once(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # nobody listens there from here on
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(UserError, match="the Hub cannot be reached and its cache holds none"):
+        load_tokenizer("nobody/nothing-of-the-sort")
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "\0"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        prepare_tokenizer(golden_tokenizer_folder(), tmp_path / out)
 
 
 def test_the_probe_has_what_tokenizers_differ_in():

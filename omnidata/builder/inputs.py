@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from omnidata import corpus
@@ -11,7 +12,13 @@ from omnidata.corpus.source import with_names
 from omnidata.images.store import ImageStore
 from omnidata.render import Renderer
 from omnidata.schema import IMAGE_TOKENS, UserError
-from omnidata.text.tokenizer import fingerprint, load_tokenizer, prepare_tokenizer, template_fingerprint
+from omnidata.text.tokenizer import (
+    fingerprint,
+    load_tokenizer,
+    prepare_tokenizer,
+    template_fingerprint,
+    template_text,
+)
 
 
 def open_inputs(
@@ -19,7 +26,7 @@ def open_inputs(
 ) -> tuple[tuple[corpus.SourceFile, ...], dict[str, Any], Any]:
     """Files, identity and tokenizer of the build; the tokenizer is saved in ``folder``.
 
-    A tokenizer that lacks the image tokens or a chat template gets them here.
+    A tokenizer that lacks the image tokens gets them here.
     """
     files = open_sources(settings)
     images = None
@@ -45,11 +52,14 @@ def open_sources(settings: BuildSettings) -> tuple[corpus.SourceFile, ...]:
 
 def save_tokenizer(source: str, folder: str) -> Any:
     """Write the tokenizer as the dataset will carry it; return it as loaded from there."""
-    tokenizer = None if source.endswith(".model") else load_tokenizer(source)
-    if tokenizer is None or not tokenizer.chat_template:
-        return prepare_tokenizer(source, folder)
+    tokenizer = load_tokenizer(source)
+    if not template_text(tokenizer):
+        raise UserError(
+            f"tokenizer {source} has no chat template; name one: omnidata prepare-tokenizer "
+            f"{shlex.quote(source)} --out DIR --chat-template zephyr (or a Jinja file)"
+        )
     if not set(IMAGE_TOKENS) <= tokenizer.added_tokens_encoder.keys():
-        return prepare_tokenizer(source, folder, chat_template="keep")
+        return prepare_tokenizer(source, folder)
     tokenizer.save_pretrained(folder)
     saved = load_tokenizer(folder)
     if fingerprint(saved) != fingerprint(tokenizer):

@@ -7,7 +7,7 @@ spoils a model without an error. So there is one way to load one, and one number
     fingerprint(tokenizer)         hash of the ids of a fixed probe text: behaviour, not files
     special_token_ids(tokenizer)   {"bos": 1, "eos": 2, ..., "<im_patch>": 32000, ...}
     prepare_tokenizer(source, out) a tokenizer with the image and grounding tokens and a chat template
-                                   (a sentencepiece ``.model`` is converted first: sentencepiece_bpe.py)
+                                   (other files than tokenizer.json are converted first: convert.py)
 
 ``tokenizer.json`` is the truth. transformers would rebuild a Llama tokenizer's pre-tokenizer from a key,
 ``legacy``, that its own ``save_pretrained`` drops, and every ``▁`` after a special token would go; so every
@@ -19,6 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,53 +39,59 @@ PROBE = (
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
-    """Load a tokenizer exactly as its tokenizer.json describes it, whatever class its config names."""
+    """Load a tokenizer exactly as its tokenizer.json describes it, whatever class its config names.
+
+    Raises:
+        UserError: there is none at ``path_or_id``, or its tokenizer_config.json changes what it computes.
+    """
     name = str(path_or_id)
-    if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file():
-        models = sorted(path.name for path in Path(name).glob("*.model"))
-        hint = (
-            f"run: omnidata prepare-tokenizer {Path(name) / models[0]} --out DIR"
-            if models
-            else "save one there"
-        )
-        raise UserError(f"tokenizer {name}: the folder has no tokenizer.json; {hint}")
-    if Path(name).is_file():
-        raise UserError(f"tokenizer {name} is a file; first run: omnidata prepare-tokenizer {name} --out DIR")
-    tokenizer = _from_pretrained(name)
-    _check_against_file(tokenizer, Path(name) / "tokenizer.json")
+    if Path(name).is_file() or (Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file()):
+        from omnidata.text.convert import how_to_convert
+
+        raise UserError(f"tokenizer {name}: {how_to_convert(Path(name))}")
+    tokenizer = from_pretrained(name)
+    check_against_file(tokenizer, Path(name) / "tokenizer.json")
     return tokenizer
 
 
-def _from_pretrained(name: str) -> Any:
+def from_pretrained(name: str) -> Any:
+    """As transformers loads a folder with tokenizer.json or a Hub id; its configuration is not checked."""
     from transformers import TokenizersBackend
 
-    cached_only = not Path(name).is_dir() and _hub_is_unknown()
+    is_folder = Path(name).is_dir()
+    if not is_folder and not _HUB_ID.fullmatch(name):
+        raise UserError(f"tokenizer {name}: no such folder or file")
+    offline = not is_folder and not _hub_in_reach()
     try:
-        return TokenizersBackend.from_pretrained(name, local_files_only=cached_only)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:  # what transformers raises for unknown names and bad files
+        # Control tokens inside contents are the renderer's business, whatever the configuration says.
+        return TokenizersBackend.from_pretrained(name, local_files_only=offline, split_special_tokens=False)
+    except (OSError, ValueError, KeyError) as error:  # what transformers raises for unknown names, bad files
         first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"tokenizer {name}: no folder with tokenizer.json, nor a Hub id in reach ({first_line})"
-        ) from error
+        if offline:
+            first_line = (
+                "the Hub cannot be reached and its cache holds none; download it where there is network, "
+                "and give the folder"
+            )
+        kind = "" if is_folder else "no such folder; as a Hub id: "
+        raise UserError(f"tokenizer {name}: {kind}{first_line}") from error
 
 
-def _hub_is_unknown() -> bool:
-    """Whether the Hub's name does not resolve: then huggingface_hub would try again for minutes."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return False  # the proxy may know it
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def _hub_in_reach() -> bool:
+    """Whether anybody answers at the Hub's address, or its proxy's: huggingface_hub would try for minutes."""
+    proxies = (os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    url = next(filter(None, proxies), None) or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    parts = urlsplit(url if "://" in url else f"http://{url}")
     try:
-        socket.getaddrinfo(host, 443)
+        socket.create_connection((parts.hostname, parts.port or 443), timeout=5).close()
     except OSError:
-        return True
-    return False
+        return False
+    return True
 
 
-def _check_against_file(tokenizer: Any, file: Path) -> None:
+def check_against_file(tokenizer: Any, file: Path) -> None:
     """Refuse a tokenizer whose configuration made it differ from its own tokenizer.json."""
     if not file.is_file():
         return  # a Hub id: the file lies somewhere in the cache
@@ -94,8 +102,9 @@ def _check_against_file(tokenizer: Any, file: Path) -> None:
     raw_ids = raw.encode(text, add_special_tokens=False).ids
     if raw_ids != tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids:
         raise UserError(
-            f"tokenizer {file.parent}: tokenizer_config.json changes what tokenizer.json computes; "
-            'set "tokenizer_class": "TokenizersBackend" there and remove "add_prefix_space" and "legacy"'
+            f"tokenizer {file.parent}: tokenizer_config.json changes what tokenizer.json computes; to write "
+            "one that is the same everywhere, as transformers understands the two, run: "
+            f"omnidata prepare-tokenizer {shlex.quote(str(file.parent))} --out DIR"
         )
 
 
@@ -155,20 +164,26 @@ def prepare_tokenizer(
 ) -> Any:
     """Write to folder ``out`` a tokenizer that OmniLMM can train with, and return it as loaded from there.
 
-    ``source`` is an HF tokenizer (folder or id) or a sentencepiece BPE ``.model``. Each of IMAGE_TOKENS and
+    ``source`` is an HF tokenizer (folder or id), or a file that convert.py knows. Each of IMAGE_TOKENS and
     CONTENT_TOKENS is added once, as a special token; after them ``slice_tokens``, which a build with
-    --max-slices needs. ``chat_template``: None for Zephyr's (what OmniLMM
-    trains on), "keep" for the source's own, a path of a Jinja file, or the template itself.
-    """
-    from omnidata.text.sentencepiece_bpe import tokenizer_from_model
+    --max-slices needs. ``chat_template``: None for the source's own, ``zephyr``, a path of a Jinja
+    file, or the template itself.
 
-    is_model = Path(source).is_file()
-    tokenizer = tokenizer_from_model(Path(source)) if is_model else load_tokenizer(source)
+    Raises:
+        UserError: the source cannot be read, has no template and none is named, or ``out`` not be written.
+    """
+    from omnidata.text.convert import converted
+
+    tokenizer = converted(source)
     tokenizer.chat_template = _resolve_template(chat_template, tokenizer, source=source)
     _add_tokens(tokenizer, (*IMAGE_TOKENS, *CONTENT_TOKENS, *slice_tokens))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.save_pretrained(str(out))
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)  # where it cannot, save_pretrained logs and goes on
+        tokenizer.save_pretrained(str(out))
+    except (OSError, ValueError) as error:  # a name with NUL is a ValueError
+        raise UserError(f"cannot write to {out!s}: {error}; choose another --out") from error
     loaded = load_tokenizer(out)
     if fingerprint(loaded) != fingerprint(tokenizer):
         raise UserError(f"tokenizer {source} does not survive being saved and loaded; do not train with it")
@@ -186,14 +201,21 @@ def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
 def _resolve_template(choice: str | None, tokenizer: Any, *, source: str | Path) -> str:
     from omnidata.text.chat_template import ZEPHYR
 
-    if choice is None:
-        return ZEPHYR
-    if choice == "keep":
-        if not template_text(tokenizer):
-            raise UserError(f"tokenizer {source} has no chat template to keep; name a Jinja file instead")
-        return template_text(tokenizer)
+    named = {"zephyr": ZEPHYR}
+    own = template_text(tokenizer)
+    if choice in (None, "keep"):
+        if not own:
+            raise UserError(
+                f"tokenizer {source} has no chat template: name one with --chat-template, "
+                f"{' or '.join(named)} (what OmniLMM trains on) or a Jinja file"
+            )
+        return own
+    if choice in named:
+        return named[choice]
     if "{%" in choice or "{{" in choice:
         return choice
     if not Path(choice).is_file():
-        raise UserError(f"chat template {choice}: no such file; give a Jinja file, a template, or keep")
+        raise UserError(
+            f"chat template {choice}: no such file; give a Jinja file, a template, {' or '.join(named)}"
+        )
     return Path(choice).read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ run python pipelines/demo/shapes.py --out $corpus/shapes
 
 say "2. Build shards, with the Mistral tokenizer"
 cp "$mistral" data/demo/tokenizer.model
-run omnidata prepare-tokenizer data/demo/tokenizer.model --out data/demo/tokenizer
+run omnidata prepare-tokenizer data/demo/tokenizer.model --out data/demo/tokenizer --chat-template zephyr
 run omnidata build-shards $corpus/photos/photos.json --image-root $corpus/photos --out data/demo/photos "${build[@]}"
 run omnidata build-shards $corpus/shapes/train.jsonl --image-root $corpus/shapes --out data/demo/shapes --split val=0.01 "${build[@]}"
 run omnidata build-shards $corpus/shapes/heldout.jsonl --image-root $corpus/shapes --out data/demo/heldout "${build[@]}"
