@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 the input is bad or a check failed, with one clear message
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from omnidata import __version__
 from omnidata.schema import SLICE_TOKENS, UserError
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+UNUSABLE_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -354,6 +359,11 @@ def run(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # `omnidata … | head` closed our stdout: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a path of the user's that cannot be used; anything else is a fault of ours
+        if error.errno not in UNUSABLE_PATH or error.filename is None:
+            raise
+        click.echo(f"Error: {error.filename}: {error.strerror}; give another path, or mend that", err=True)
+        return 1
 
 
 if __name__ == "__main__":

@@ -209,6 +209,17 @@ def test_a_dry_run_shows_what_would_come_and_writes_nothing(corpus, tmp_path, ca
     assert 0.5 * real < report["estimated_bytes"] < 2 * real
 
 
+# --- paths that cannot be ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/nope", "x" * 300])
+def test_an_out_that_cannot_be_written_is_one_line(corpus, tmp_path, capsys, out):
+    (tmp_path / "file").write_text("")
+    assert cli.run(flags(corpus, str(tmp_path / out))) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and error.count("\n") == 1 and "Traceback" not in error
+
+
 # --- notations --------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The forecast of an epoch against sums over the plan's own packs and steps, made the slow way."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,19 @@ def plan(tiny_dataset):
 @pytest.fixture(scope="module")
 def seen(plan):
     return forecast(plan, world_size=WORLD_SIZE, global_batch=GLOBAL_BATCH)
+
+
+def test_a_pack_that_no_sample_fits_is_one_line(tiny_dataset, capsys):
+    assert cli.run(["plan", str(tiny_dataset), "--max-tokens", "3"]) == 1
+    assert re.search(
+        r"no sample of \S+ fits a pack of 3 tokens; the shortest has \d+", capsys.readouterr().err
+    )
+
+
+def test_an_epoch_of_less_than_a_step_is_foreseen(tiny_dataset, capsys):
+    assert cli.run(["plan", str(tiny_dataset), "--max-tokens", "4096", "--world-size", "64", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_steps"] == 0 and report["num_packs_dropped"] == report["num_packs"] > 0
 
 
 def test_packs_and_tokens_are_those_of_the_plan(plan, seen, tiny_dataset):

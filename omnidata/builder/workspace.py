@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from omnidata.builder.plan import PLAN, read_plan
 from omnidata.builder.settings import RunOptions
@@ -18,6 +20,8 @@ def check_folder(store: Store, options: RunOptions) -> None:
     """Refuse a folder that is not ours to write to, before anything is created in it."""
     if options.overwrite and (options.task or options.finalize):
         raise UserError("--overwrite does not go with --task or --finalize: remove the old folder first")
+    if store.is_local:
+        _check_path(store)
     names = set(store.names())
     foreign = sorted(names - set(OURS))
     if foreign and (options.overwrite or read_plan(store) is None):
@@ -36,6 +40,16 @@ def check_folder(store: Store, options: RunOptions) -> None:
     raise UserError(
         f"{store.url} is not empty, and holds no unfinished build. Choose another --out, or --overwrite."
     )
+
+
+def _check_path(store: Store) -> None:
+    """Refuse a path where no folder can be, or none that may be written to."""
+    path = Path(store.full(""))
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write to {store.url}: {there} is a file. Choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {store.url}: {there} may not be written to. Choose another --out.")
 
 
 def clear(store: Store) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from omnidata.index import numbers
 from omnidata.inspect.cost import Assumptions, Cost, epoch_cost
 from omnidata.plan.epoch import IMAGE_COST, EpochPlan, Window, deal
+from omnidata.schema import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Forecast:
     num_samples: int
     num_packs: int
     num_steps: int
-    num_packs_dropped: int  # after the last whole step
+    num_packs_dropped: int  # after the last whole step: a step of fewer, or left out (data.tail)
     num_tokens: int
     num_supervised: int
     num_images: int
@@ -91,10 +93,13 @@ def forecast(
     packs = pack_table(windows)
     num_packs, num_tokens = len(packs["tokens"]), int(packs["tokens"].sum())
     num_samples = int(packs["samples"].sum())
+    if not num_packs:
+        raise UserError(_nothing_fits(plan))
     lengths = np.concatenate([window.lengths.tokens for window in windows])
     num_steps = num_packs // global_batch
     steps = {
-        name: column[: num_steps * global_batch].reshape(num_steps, -1) for name, column in packs.items()
+        name: column[: num_steps * global_batch].reshape(num_steps, global_batch)
+        for name, column in packs.items()
     }
     unpacked_batch = max(1, round(num_samples / max(1, num_packs)))
     num_images = int(packs["images"].sum())
@@ -133,6 +138,19 @@ def forecast(
             image_size=max(manifest.image_size for manifest in manifests),
             assume=assume,
         ),
+    )
+
+
+def _nothing_fits(plan: EpochPlan) -> str:
+    datasets = [source.catalog.dataset for source in plan.sources]
+    shortest = min(
+        min(numbers(dataset.index_columns(["n_tokens"]), "n_tokens"), default=0) for dataset in datasets
+    )
+    images = "" if plan.max_images is None else f" and {plan.max_images} images"
+    return (
+        f"no sample of {', '.join(dataset.path for dataset in datasets)} fits a pack of {plan.max_tokens} "
+        f"tokens{images}; the shortest has {shortest} tokens: raise max_tokens"
+        + ("" if plan.max_images is None else " or max_images")
     )
 
 

@@ -245,7 +245,9 @@ def print_forecast(console: Console, seen: Forecast) -> None:
         grid.add_row("too large", f"{seen.num_cut:,} cut after a reply, {seen.num_left_out:,} left out")
     grid.add_row("packs", f"{seen.num_packs:,} of {seen.max_tokens:,} tokens and {limit} images")
     per_step = f"{seen.global_batch:,} packs over {seen.world_size:,} ranks"
-    grid.add_row("steps", f"{seen.num_steps:,} of {per_step} ({seen.num_packs_dropped:,} packs left over)")
+    grid.add_row(
+        "steps", f"{seen.num_steps:,} of {per_step} ({seen.num_packs_dropped:,} packs left over: data.tail)"
+    )
     unpacked = f"{seen.padding_unpacked:.1%} in padded batches of {seen.unpacked_batch}"
     grid.add_row("padding", f"{seen.padding_packed:.1%} packed, {unpacked}")
     balance = seen.balance
