@@ -4,13 +4,14 @@
     checkpoint_blocks(model, "full")        keep a block's input only: least memory, one more forward
     compile_blocks(model)                   torch.compile, one block at a time: the blocks share one graph
 
-Both act on ``block.forward``, so parameter names and hooks (FSDP's) stay as they are. Call compile_blocks
-first: what is recomputed is then the compiled block. Checkpointing changes no bit of loss or gradients.
+Both act on ``block.forward``, so parameter names and hooks (FSDP's) stay as they are. Call checkpoint_blocks
+first: the compiler then sees what is kept; a checkpoint around compiled code cannot choose among its results.
+Checkpointing changes no bit of loss or gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -44,8 +45,9 @@ def checkpoint_blocks(model: nn.Module, mode: Mode) -> None:
         raise ValueError(f"activation checkpointing is none, selective or full, not {mode!r}")
     if mode == "none":
         return
+    forward = _selective_forward if mode == "selective" else _full_forward
     for block in transformer_blocks(model):
-        block.forward = _recomputed(block.forward, selective=mode == "selective")
+        block.forward = MethodType(forward, block)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
@@ -54,15 +56,22 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         block.forward = torch.compile(block.forward, **options)
 
 
-def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
-    extra = {"context_fn": _keep_expensive} if selective else {}
+# Functions of the block, no closures around its own forward: compiled blocks of one class share one graph.
+def _selective_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _recomputed(self, args, kwargs, context_fn=_keep_expensive)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # a frozen tower, generation
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **extra, **kwargs)
 
-    return run
+def _full_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _recomputed(self, args, kwargs)
+
+
+def _recomputed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: Any) -> Any:
+    def forward(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        return type(block).forward(block, *inner_args, **inner_kwargs)
+
+    if not torch.is_grad_enabled():  # a frozen tower, generation
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
 
 
 def _keep_expensive() -> Any:

@@ -9,7 +9,8 @@
 
 A checkpoint is written under ``.tmp-step-…`` and renamed when it is complete, so a killed process leaves
 either all of it or a leftover that the next start removes. ``newest`` recomputes all checksums and passes
-over a checkpoint that does not match, with a warning: a flipped bit would otherwise load without a word.
+over a checkpoint that does not match, with a warning: a flipped bit would otherwise load without a word. Such
+a one is renamed ``.damaged-step-…``, so that its step can be written again and pruning does not count it.
 
 Weights that are frozen and come from ``model.path`` are not written: resuming reads them from there.
 """
@@ -24,7 +25,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.changes: list[str] = []  # keys of the recipe that differ from the loaded checkpoint's
         if world.is_main:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(".tmp-*"):
@@ -91,6 +93,11 @@ class Checkpoints:
         if not self.config.asynchronous:
             self.wait()
 
+    def fail(self) -> None:
+        """A rank could not write its part: raise, on every rank, what this one knows of it."""
+        self.wait()
+        raise UserError("another rank could not write its part of the checkpoint; it says why")
+
     def wait(self) -> None:
         """Until the checkpoint being written is complete; raises what went wrong there."""
         if self._writing is not None:
@@ -105,7 +112,7 @@ class Checkpoints:
             future.result()
             if self.world.is_main:
                 complete(temporary)
-                os.replace(temporary, self.directory / _name(trainer["step"]))
+                self._replace(temporary, self.directory / _name(trainer["step"]))
                 sync(self.directory)
                 self._prune(trainer["best"])
         except (OSError, CheckpointException) as error:
@@ -117,6 +124,15 @@ class Checkpoints:
         except BaseException as error:
             self._error = error
             raise
+
+    def _replace(self, temporary: Path, final: Path) -> None:
+        if final.exists():  # the same step, saved again with more to tell
+            doomed = final.with_name(f".tmp-removed-{final.name}")
+            os.replace(final, doomed)
+            os.replace(temporary, final)
+            shutil.rmtree(doomed)
+        else:
+            os.replace(temporary, final)
 
     def _prune(self, best: tuple[float, int] | None) -> None:
         names = self._names()
@@ -140,12 +156,42 @@ class Checkpoints:
                 if problem is None:
                     found = self.directory / name
                     break
-                print(f"warning: checkpoint {self.directory / name} is not used: {problem}", file=sys.stderr)
-        return self.world.share(found)
+                self._set_aside(name, problem)
+        aside = sorted(path.name for path in self.directory.glob(".damaged-*"))
+        found, damaged = self.world.share((found, aside))
+        if found is None and damaged:
+            raise UserError(
+                f"{self.directory} has no checkpoint that is whole ({', '.join(damaged)}). A new start would "
+                "erase this run's metrics: take another run.dir, or remove those folders to begin here anew"
+            )
+        return found
+
+    def _set_aside(self, name: str, problem: str) -> None:
+        aside = self.directory / f".damaged-{name}"
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        os.replace(self.directory / name, aside)
+        print(
+            f"warning: checkpoint {self.directory / name} is not used: {problem}; it is now {aside.name}",
+            file=sys.stderr,
+        )
+
+    def refuse_existing(self) -> None:
+        """UserError if there are checkpoints: run.resume=false must not write over a run."""
+        if names := self.world.share(self._names() if self.world.is_main else None):
+            raise UserError(
+                f"run.resume is false, but {self.directory} has {names[-1]}: take another run.dir, or remove "
+                "the old run's folder"
+            )
+
+    @property
+    def has_failed(self) -> bool:
+        """Could the last checkpoint not be written? ``wait`` raises why."""
+        return self._error is not None
 
     def load(self, path: Path, tensors: dict[str, Any], *, recipe: Recipe) -> dict[str, Any]:
         """Fill ``tensors`` in place from ``path``; returns what ``save`` was given as ``trainer``."""
         refuse_other_recipe(path, recipe)
+        self.changes = changed_keys(path, recipe)
         trainer = json.loads((path / TRAINER).read_text())
         if trainer["world_size"] != self.world.size:  # other ranks, other random numbers
             tensors.pop(f"rng-{self.world.rank}")
@@ -188,6 +234,22 @@ def refuse_other_recipe(path: Path, recipe: Recipe) -> None:
         )
 
 
+def changed_keys(path: Path, recipe: Recipe) -> list[str]:
+    """Every key whose value is another one than in the checkpoint's recipe: ``optim.lr: 0.001 -> 0.0001``."""
+
+    def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from leaves(inner, f"{key}.{name}" if key else str(name))
+        else:
+            yield key, value
+
+    saved = dict(leaves(yaml.safe_load((path / RECIPE).read_text()), ""))
+    current = dict(leaves(to_dict(recipe), ""))
+    keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    return [f"{key}: {saved.get(key)} -> {current.get(key)}" for key in keys]
+
+
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -212,13 +274,13 @@ def complete(folder: Path) -> None:
 def verify(folder: Path) -> str | None:
     """None if ``folder`` is complete and undamaged, else what is wrong with it."""
     try:
-        sums = (folder / SUMS).read_text()
-        marker = (folder / COMPLETE).read_text().strip()
+        sums = (folder / SUMS).read_bytes()
+        marker = (folder / COMPLETE).read_bytes().strip()
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    if hashlib.sha256(sums.encode()).hexdigest() != marker:
+    if hashlib.sha256(sums).hexdigest().encode() != marker:
         return f"{SUMS} does not match {COMPLETE}"
-    expected = dict(reversed(line.split("  ", 1)) for line in sums.splitlines())
+    expected = dict(reversed(line.split("  ", 1)) for line in sums.decode().splitlines())
     missing = [name for name in expected if not (folder / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"

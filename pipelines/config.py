@@ -165,6 +165,7 @@ class GuardConfig:
     max_nonfinite: int = 5  # steps in a row with a non-finite gradient
     spike_factor: float = 2.0  # warn when the loss is this many times its running mean; 0: never
     first_step_timeout: float = 1800.0  # seconds; compilation and first collectives are slow
+    evaluation_timeout: float = 3600.0  # of one evaluation, save or export
     step_timeout: float = 600.0  # seconds without a finished step until the rank dumps its stacks and exits
 
 

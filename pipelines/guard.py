@@ -1,17 +1,21 @@
 """What stops a run, or saves it: signals, non-finite gradients, loss spikes, stalled ranks.
 
-SIGTERM / SIGUSR1          StopSignal.requested: finish the step, save, exit 0
+SIGTERM, SIGUSR1, SIGINT   StopSignal.requested: finish the step, save, exit 0; a second SIGINT aborts
 NaN or Inf gradient        LossGuard.nonfinite: skip the update on all ranks; stop after N in a row
 loss far over its mean     LossGuard.check_spike: a warning that names the step's samples
-no step for N seconds      Watchdog: every thread's stack goes to a file, then the process exits
+no step for N seconds      Watchdog: every thread's stack goes to a file, a line to stderr, the process exits
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
+import os
 import signal
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -19,15 +23,22 @@ from omnidata.schema import UserError
 from pipelines.config import GuardConfig
 from pipelines.parallel import shorten_timeout
 
+GRACE_SECONDS = 10.0
+
 
 class StopSignal:
-    """Turns the scheduler's notice into a flag that the loop reads between two steps. A context manager."""
+    """Turns the scheduler's notice into a flag, which ranks vote on between two steps. A context manager.
+
+    Only the handler writes the flag: what a rank does about it is decided by the vote, so that a signal that
+    reaches some ranks at any moment stops all of them after the same step. It stays until the run has ended,
+    so that a second signal does not kill the last save.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._interrupted = False
 
     def __enter__(self) -> StopSignal:
-        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self._previous = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
@@ -36,6 +47,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.requested = True
 
 
@@ -100,14 +114,40 @@ class Watchdog:
     """
 
     def __init__(self, config: GuardConfig, run_dir: Path, *, rank: int) -> None:
-        self.config = config
+        self.config, self.rank = config, rank
+        self._timer: threading.Timer | None = None
         self.path = run_dir / f"stalled-rank{rank}.txt"
         self.file = self.path.open("w")
         self.first_step_done = False
         self._arm(config.first_step_timeout)
 
-    def _arm(self, seconds: float) -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=self.file)
+    def _arm(self, seconds: float, what: str = "finished step") -> None:
+        self.pause()
+        self._timer = threading.Timer(seconds, self._end, (seconds, what))
+        self._timer.daemon = True
+        self._timer.start()
+        # Should the interpreter's lock be held for ever, this needs none.
+        faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=self.file)
+
+    def _end(self, seconds: float, what: str) -> None:
+        print(
+            f"error: rank {self.rank}: no {what} for {seconds:g} s, so it ends; stacks: {self.path}",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(self.file, all_threads=True)
+        self.file.flush()
+        os._exit(1)
+
+    @contextlib.contextmanager
+    def around(self, what: str) -> Iterator[None]:
+        """Something that is no step: an evaluation, a save, the export. Collectives may wait as long."""
+        seconds = self.config.evaluation_timeout
+        shorten_timeout(seconds)
+        self._arm(seconds, what)
+        yield
+        shorten_timeout(self.config.step_timeout if self.first_step_done else self.config.first_step_timeout)
+        self._arm(self.config.step_timeout if self.first_step_done else self.config.first_step_timeout)
 
     def step_finished(self) -> None:
         """Start counting again; from the second step on with the short timeout, which collectives get too."""
@@ -118,6 +158,8 @@ class Watchdog:
 
     def pause(self) -> None:
         """Stop counting."""
+        if self._timer:
+            self._timer.cancel()
         faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:

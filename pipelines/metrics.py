@@ -88,7 +88,7 @@ class MetricsLog:
             path = run_dir / "metrics.jsonl"
             forget_after(path, step)
             self._file = path.open("a", buffering=1)
-            self._sinks = list(_open_sinks(recipe, run_dir))
+            self._sinks = list(_open_sinks(recipe, run_dir, step))
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -188,11 +188,12 @@ class _Sink:
     close: Callable[[], None]
 
 
-def _open_sinks(recipe: Recipe, run_dir: Path) -> Iterator[_Sink]:
+def _open_sinks(recipe: Recipe, run_dir: Path, step: int) -> Iterator[_Sink]:
     if recipe.log.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # Steps after the one that the run goes on from were written before it stopped: hide them.
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
         def to_tensorboard(line: Mapping[str, Any]) -> None:
             for name, value in line.items():

@@ -47,9 +47,9 @@ def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltMod
     model.train()
     choose_trainable(model, recipe)
     flop_count = count_flops(model)
+    checkpoint_blocks(model, recipe.model.activation_checkpointing)
     if recipe.model.compile:
         compile_blocks(model)
-    checkpoint_blocks(model, recipe.model.activation_checkpointing)
     if not world.is_sharded:
         model.to(world.device)
     wrapped = distribute(model, recipe, world, blocks=transformer_blocks(model))

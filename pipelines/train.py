@@ -58,6 +58,7 @@ from pipelines.memory import check_fits
 from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
 from pipelines.model import BuiltModel, build_model
 from pipelines.optim import NewTokenRows, build_optimizer, clip_gradients, lr_factor, set_lr
+from pipelines.origin import naming_changes, origin_of, refuse_other_origin
 from pipelines.parallel import World, compute_dtype, reduce_gradients, start
 from pipelines.plot import plot
 from pipelines.profiler import profiler
@@ -90,20 +91,25 @@ class Training:
             "guard": self.guard.state_dict(),
             "best": self.best,
             "world_size": self.world.size,
+            "origin": origin_of(self.recipe, self.datasets),
         }
         self.checkpoints.save(self._tensors(), trainer, recipe=to_yaml(self.recipe))
 
     def resume(self) -> bool:
         """Take up the newest verified checkpoint, if there is one."""
-        path = self.checkpoints.newest() if self.recipe.run.resume else None
+        path = self.checkpoints.newest()
         if path is None:
             return False
         tensors = self._tensors()
         trainer = self.checkpoints.load(path, tensors, recipe=self.recipe)
+        refuse_other_origin(path, trainer["origin"], origin_of(self.recipe, self.datasets))
         restore_training_state(self.built.model, self.optimizer, tensors, rank=self.world.rank)
-        self.loader.load_state_dict(trainer["loader"])
+        with naming_changes(path, self.recipe):
+            self.loader.load_state_dict(trainer["loader"])
         self.guard.load_state_dict(trainer["guard"])
         self.step, self.best = trainer["step"], trainer["best"]
+        if self.recipe.optim.epochs:  # with another global_batch the data ends after other steps
+            self.total_steps = self.step + self.loader.steps_left()
         return True
 
     def _tensors(self) -> dict[str, Any]:
@@ -123,6 +129,9 @@ def prepare(recipe: Recipe, world: World) -> Training:
     refuse_empty_epochs(recipe, loader)
     if world.is_main:
         print(check_fits(recipe, config, datasets[0], world), flush=True)
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, config=recipe.checkpoint)
+    if not recipe.run.resume:
+        checkpoints.refuse_existing()
     built = build_model(recipe, config, world)
     optimizer = build_optimizer(built.model, recipe.optim)
     rows = new_token_ids(manifest) if recipe.model.train_only_new_tokens else []
@@ -139,20 +148,21 @@ def prepare(recipe: Recipe, world: World) -> Training:
         new_token_rows=NewTokenRows(built.model, optimizer, rows=rows) if rows else None,
         loader=loader,
         total_steps=total_steps,
-        checkpoints=Checkpoints(run_dir / "checkpoints", world, config=recipe.checkpoint),
+        checkpoints=checkpoints,
         evaluation=Evaluation(recipe, world, built),
         guard=LossGuard(recipe.guard, run_dir, rank=world.rank),
     )
 
 
-def loop(t: Training, log: MetricsLog, watchdog: Watchdog) -> None:
+def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> None:
     """Every step until the end, or until somebody asks to stop."""
     recipe, world, wrapped = t.recipe, t.world, t.built.wrapped
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     last_step = min(t.total_steps, recipe.run.stop_after or t.total_steps)
     steps = grouped(t.loader)
-    with profiler(recipe, world) as profile, StopSignal() as stop:
-        while t.step < last_step and not stop.requested:
+    is_stopped = False  # by a vote; the flag of the signal is never written here
+    with profiler(recipe, world) as profile:
+        while t.step < last_step and not is_stopped:
             # (1) read
             counts = StepCounts(t.built.flop_count)
             microbatches = next(steps)
@@ -181,9 +191,13 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog) -> None:
             t.optimizer.zero_grad()
             t.step += 1
 
-            # (4) tell; a signal that reached one rank stops all of them after the same step
-            total_loss, stop_votes = world.sum([loss.item(), stop.requested])
-            stop.requested = stop_votes > 0
+            # (4) tell; a signal that reached one rank stops all of them after the same step, and so does a
+            # checkpoint that one of them could not write
+            votes = [loss.item(), stop.requested, t.checkpoints.has_failed]
+            total_loss, stop_votes, failures = world.sum(votes)
+            is_stopped = stop_votes > 0
+            if failures:
+                t.checkpoints.fail()
             figures = {"step": t.step, "loss": total_loss, "grad_norm": grad_norm}
             figures |= {"lr": recipe.optim.lr * factor, "epoch": microbatches[0].epoch}
             log.step(figures | counts.line(world))
@@ -194,11 +208,15 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog) -> None:
             profile.step()
             watchdog.step_finished()
 
-            # (5) look at the validation data, save
+            # (5) save, look at the validation data, and keep what is best
             if t.step < last_step:
-                is_best = is_due(t.step, recipe.eval.every) and evaluate(t, log)
-                if is_best or is_due(t.step, recipe.checkpoint.every):
-                    t.save()
+                if is_due(t.step, recipe.checkpoint.every):
+                    with watchdog.around("checkpoint"):
+                        t.save()
+                if is_due(t.step, recipe.eval.every):
+                    with watchdog.around("evaluation"):
+                        if evaluate(t, log):
+                            t.save()
 
 
 def grouped(loader: PackLoader) -> Iterator[list[Microbatch]]:
@@ -253,6 +271,8 @@ def announce(t: Training, log: MetricsLog, *, resumed: bool) -> None:
         log.say(line)
     if resumed:
         log.say(f"resumed after step {t.step}")
+        for line in t.checkpoints.changes:
+            log.say(f"  changed since that checkpoint: {line}")
 
 
 def train(recipe: Recipe) -> None:
@@ -266,9 +286,10 @@ def train(recipe: Recipe) -> None:
         announce(t, log, resumed=resumed)
         watchdog = Watchdog(recipe.guard, run_dir, rank=world.rank)
         try:
-            loop(t, log, watchdog)
-            watchdog.pause()  # the last evaluation and the export take as long as they take
-            finish(t, log, started_at=started_at)
+            with StopSignal() as stop:
+                loop(t, log, watchdog, stop)
+                with watchdog.around("last evaluation, checkpoint and export"):
+                    finish(t, log, started_at=started_at)
         finally:
             watchdog.close()
             log.close()

@@ -75,3 +75,16 @@ def test_compiled_blocks_compute_the_same(mode):
 def test_the_dropped_block_is_no_block():
     blocks = transformer_blocks(tiny_model())
     assert len(blocks) == 4 and all(any(True for _ in block.parameters()) for block in blocks)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_blocks_that_are_recomputed_give_the_same_gradients(mode):
+    plain, both = tiny_model(), tiny_model()
+    torch._dynamo.reset()
+    checkpoint_blocks(both, mode)
+    compile_blocks(both, backend="aot_eager")
+    loss, grads = gradients(plain, pack())
+    other_loss, other_grads = gradients(both, pack())
+    torch.testing.assert_close(other_loss, loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(other_grads[name], grad, rtol=1e-4, atol=1e-6)

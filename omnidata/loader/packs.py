@@ -146,6 +146,21 @@ class PackLoader:
         """Plans the whole epoch: about a second for a million samples."""
         return self.plan.at_epoch(epoch).num_steps(self.global_batch, tail=self._steps["tail"])
 
+    def steps_left(self) -> int:
+        """Steps from the current position to the end of the last epoch; plans those epochs whole."""
+        if self.num_epochs is None:
+            raise ValueError("the loader goes on for ever: num_epochs is None")
+        pad, total = self._steps["tail"] == "pad", 0
+        for epoch in range(self._state.epoch, self.num_epochs):
+            plan = self.plan.at_epoch(epoch)
+            packs = plan.totals.num_packs
+            if epoch == self._state.epoch:
+                packs -= self._state.pack + sum(
+                    len(plan.window(number)) for number in range(self._state.window)
+                )
+            total += -(-packs // self.global_batch) if pad else packs // self.global_batch
+        return total
+
     # --- iteration ----------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Microbatch]:
