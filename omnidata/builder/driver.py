@@ -138,6 +138,7 @@ def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
 def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     """Where the build's tasks run."""
     function = functools.partial(work, job)
+    preload = (*PRELOAD, "torch") if job.settings.max_slices else PRELOAD
     private = Store(job.out).is_private or any(
         "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
     )
@@ -146,7 +147,7 @@ def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     elif options.executor == "ray":
         executor = RayExecutor(function, num_workers=options.workers, folder=_start_of_paths(job))
     else:
-        executor = ProcessExecutor(function, num_workers=options.workers or num_cpus(), preload=PRELOAD)
+        executor = ProcessExecutor(function, num_workers=options.workers or num_cpus(), preload=preload)
     try:
         yield executor
     finally:

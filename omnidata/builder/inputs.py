@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from typing import Any
 
 from omnidata import corpus
@@ -12,6 +13,7 @@ from omnidata.corpus.source import with_names
 from omnidata.images.store import ImageStore
 from omnidata.render import Renderer
 from omnidata.schema import IMAGE_TOKENS, UserError
+from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -44,15 +46,15 @@ def open_sources(settings: BuildSettings) -> tuple[corpus.SourceFile, ...]:
     files: list[corpus.SourceFile] = []
     for source in settings.source:
         files += corpus.open_source(source, format=settings.format)
-    names = [file.source for file in files]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(file.source for file in files)
+    if repeated := sorted(name for name, count in names.items() if count > 1):
         raise UserError(f"{repeated[0]} is given twice: name each source once")
     return tuple(with_names(files))
 
 
 def save_tokenizer(source: str, folder: str) -> Any:
     """Write the tokenizer as the dataset will carry it; return it as loaded from there."""
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_prepared(source) or load_tokenizer(source)
     if not template_text(tokenizer):
         raise UserError(
             f"tokenizer {source} has no chat template; name one: omnidata prepare-tokenizer "
@@ -61,7 +63,7 @@ def save_tokenizer(source: str, folder: str) -> Any:
     if not set(IMAGE_TOKENS) <= tokenizer.added_tokens_encoder.keys():
         return prepare_tokenizer(source, folder)
     tokenizer.save_pretrained(folder)
-    saved = load_tokenizer(folder)
+    saved = load_prepared(folder) or load_tokenizer(folder)
     if fingerprint(saved) != fingerprint(tokenizer):
         raise UserError(f"tokenizer {source} does not survive being saved and loaded; do not train with it")
     return saved

@@ -28,6 +28,7 @@ from omnidata.schema import SCHEMA_VERSION, UserError
 PLAN = f"{SCRATCH}/plan.json"
 # Packages that decide bytes: pixels, ids, templates, Parquet.
 PACKAGES = (
+    "cykooz-resizer",
     "numpy",
     "pillow",
     "pyarrow",

@@ -33,6 +33,7 @@ from omnidata.schema import (
     Rendered,
     Sample,
 )
+from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import load_tokenizer
 
 BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
@@ -81,8 +82,8 @@ class Stages:
     @classmethod
     def load(cls, settings: BuildSettings, tokenizer: str) -> Stages:
         """Load the tokenizer (a path or id) and make the renderer."""
-        renderer = renderer_of(settings, load_tokenizer(tokenizer))
-        if settings.image_policy == "shrink" or settings.max_slices:
+        renderer = renderer_of(settings, load_prepared(tokenizer) or load_tokenizer(tokenizer))
+        if settings.max_slices:  # tiles are cut as training resizes
             import torch
 
             torch.set_num_threads(1)  # the workers are the parallelism

@@ -36,7 +36,7 @@ from omnidata.schema import Reject, ShardInfo, UserError
 from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
 
 # Imported once, before the workers are forked; pandas since pyarrow imports it for its first table, if there.
-PRELOAD = ("omnidata.builder.worker", "torch", "transformers", "pandas")
+PRELOAD = ("omnidata.builder.worker", "pandas")
 REPORT_SECONDS = 0.5
 REJECTS_SECONDS, FIRST_REJECTS = 10.0, 1000  # how often a shard's rejects so far are kept, and how many
 PARTS = f"{SCRATCH}/parts"

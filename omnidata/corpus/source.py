@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -75,13 +76,16 @@ def with_names(files: Sequence[SourceFile]) -> list[SourceFile]:
     Example: a/x.json and b/x.json are named so; a lone ./data/x.json is named x.json.
     """
     paths = [_parts(file.source) for file in files]
-    named = []
-    for file, path in zip(files, paths, strict=True):
-        length = 1
-        while length < len(path) and sum(other[-length:] == path[-length:] for other in paths) > 1:
-            length += 1
-        named.append(replace(file, name="/".join(path[-length:])))
-    return named
+    names, left, length = [""] * len(files), list(range(len(files))), 1
+    while left:  # of those that share a name, one more part
+        ends = {number: "/".join(paths[number][-length:]) for number in left}
+        shared = Counter(ends.values())
+        for number, end in ends.items():
+            if shared[end] == 1 or length >= len(paths[number]):
+                names[number] = end
+        left = [number for number in left if not names[number]]
+        length += 1
+    return [replace(file, name=name) for file, name in zip(files, names, strict=True)]
 
 
 def _parts(source: str) -> list[str]:

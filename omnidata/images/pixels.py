@@ -2,7 +2,7 @@
 
     data ──image_header.read_header──▶ ImageHeader          format, bytes, pixels: refused before decoding
          ──_decode──▶ rgb uint8 [H, W, 3]                   simplejpeg (strict) for JPEG, Pillow for the rest
-         ──resize_rgb──▶ shorter side = image_size          torch's antialiased uint8 bicubic
+         ──shrink_rgb──▶ shorter side = image_size          antialiased bicubic; resize_rgb in training
          ──encode_rgb──▶ EncodedImage(data, "jpg", 597, 448)
 
 Under ``keep``, and under ``shrink`` where there is nothing to shrink, an image that any reader would show
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ from omnidata.images.header import (
     read_header,
     refusing_damage,
 )
+from omnidata.images.shrink import shrink_rgb
 from omnidata.schema import EncodedImage, RejectError
 
 Policy = Literal["keep", "shrink"]
@@ -77,7 +79,7 @@ def process_image(
         _check_kept(data, header, check)
         return EncodedImage(data, EXTENSIONS[header.format], width, height)
     size = (width, height) if scale >= 1 else (max(1, round(width * scale)), max(1, round(height * scale)))
-    rgb = _decode(data, header, size=size)
+    rgb = _decode(data, header, size=size, resize=shrink_rgb)
     lossless = header.lossless and scale >= 1
     return encode_rgb(rgb, lossless=lossless, quality=quality)
 
@@ -156,8 +158,12 @@ def backend() -> str:
     """What decodes and resizes, with versions, for the manifest: it decides the stored bytes."""
     from importlib.metadata import version
 
-    simplejpeg, torch, pillow = (version(name) for name in ("simplejpeg", "torch", "pillow"))
-    return f"simplejpeg {simplejpeg} + torch {torch} uint8 antialiased bicubic; Pillow {pillow}"
+    names = ("simplejpeg", "cykooz-resizer", "torch", "pillow")
+    simplejpeg, resizer, torch, pillow = (version(name) for name in names)
+    return (
+        f"simplejpeg {simplejpeg} + cykooz-resizer {resizer} antialiased bicubic (tiles: torch {torch}); "
+        f"Pillow {pillow}"
+    )
 
 
 # --- keeping the original bytes -----------------------------------------------------------------------------
@@ -192,9 +198,15 @@ def _check_riff(data: bytes) -> None:
 
 
 def _decode(
-    data: bytes, header: ImageHeader, *, size: tuple[int, int], out: np.ndarray | None = None
+    data: bytes,
+    header: ImageHeader,
+    *,
+    size: tuple[int, int],
+    out: np.ndarray | None = None,
+    resize: Callable[..., np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Upright sRGB at ``size`` (width, height)."""
+    """Upright sRGB at ``size`` (width, height), by ``resize`` (resize_rgb unless given)."""
+    resize = resize or resize_rgb
     stored_size = size if header.orientation < 5 else size[::-1]
     extent = None
     if header.format == "jpeg":
@@ -205,8 +217,8 @@ def _decode(
     else:
         rgb = _pillow_rgb(_open_whole(data, header), header)
     if header.orientation == 1:
-        return resize_rgb(rgb, *stored_size, extent=extent, out=out)
-    upright = _upright(resize_rgb(rgb, *stored_size, extent=extent), header.orientation)
+        return resize(rgb, *stored_size, extent=extent, out=out)
+    upright = _upright(resize(rgb, *stored_size, extent=extent), header.orientation)
     return upright if out is None else _copied(upright, out)
 
 
