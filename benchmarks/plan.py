@@ -15,10 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from omnidata.plan.catalog import Lengths
 from omnidata.plan.epoch import EpochPlan, deal

@@ -1,6 +1,6 @@
 """Time ``inspect``, quick ``verify`` and ``plan`` on a generated index of a million samples.
 
-    python benchmarks/reports.py [--samples 1000000] [--json]
+    python benchmarks/reports.py [--samples 1000000] [--repeats 3] [--json]
 
 Only the index and the manifest are generated (1,000 shards of 1,000 samples): none of these opens a shard.
 ``inspect`` and ``plan`` are timed as whole processes, interpreter start included, as a user waits for them.
@@ -19,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from tiny_dataset import build_tiny_dataset
 
@@ -33,6 +35,7 @@ from omnidata.manifest import manifest_from_json, manifest_to_json
 from omnidata.schema import INDEX, MANIFEST, ShardInfo, shard_name
 from omnidata.verify.tables import check_index
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_QUERY = 64
 SHARD = 1000  # samples
 COMMANDS = {
@@ -80,26 +83,35 @@ def _tables(rng: np.random.Generator, num_samples: int, shards: list[ShardInfo])
         size = int(ends[-1]) + 1024 + -(int(ends[-1]) + 1024) % 10240
         shards.append(ShardInfo(name, "train", count, int(tokens.sum()), size, "0" * 64))
         ids = [f"{number * SHARD + i:09d}" for i in range(count)]
-        yield pa.table(
-            {
-                "key": ids,
-                "split": ["train"] * count,
-                "shard": [name] * count,
-                "offset": ends - nbytes,
-                "nbytes": nbytes,
-                "n_tokens": tokens,
-                "n_supervised": np.maximum(1, text // 3),
-                "n_images": images,
-                "image_sizes": [rng.integers(448, 1024, (n, 2)).tolist() for n in images],
-                "id": ids,
-                "source": [f"part-{number % 7}.jsonl"] * count,
-                "locator": [f"line {i}" for i in range(count)],
-                "content_hash": rng.bytes(16 * count).hex(" ", 16).split(),
-            }
-        ).cast(index_schema())
+        columns = {
+            "key": ids,
+            "split": ["train"] * count,
+            "shard": [name] * count,
+            "offset": ends - nbytes,
+            "nbytes": nbytes,
+            "n_tokens": tokens,
+            "n_supervised": np.maximum(1, text // 3),
+            "n_images": images,
+            "image_sizes": [rng.integers(448, 1024, (n, 2)).tolist() for n in images],
+            "id": ids,
+            "source": [f"part-{number % 7}.jsonl"] * count,
+            "locator": [f"line {i}" for i in range(count)],
+            "content_hash": rng.bytes(16 * count).hex(" ", 16).split(),
+        }
+        yield _table(columns, count)
 
 
-def measure(root: Path, repeats: int = 3) -> dict[str, float]:
+def _table(columns: dict[str, Any], count: int) -> pa.Table:
+    """The columns as the index has them; those that are not given are empty."""
+    schema = index_schema()
+    for field in schema:
+        if field.name not in columns:
+            empty = [] if pa.types.is_list(field.type) else "" if pa.types.is_string(field.type) else 0
+            columns[field.name] = pa.array([empty] * count, field.type)
+    return pa.table({name: columns[name] for name in schema.names}).cast(schema)
+
+
+def measure(root: Path, repeats: int) -> dict[str, float]:
     """The best of ``repeats`` runs of each command."""
     times = {}
     for name, arguments in COMMANDS.items():
@@ -125,7 +137,8 @@ def measure(root: Path, repeats: int = 3) -> dict[str, float]:
 def _seconds(command: list[str]) -> tuple[float, float]:
     """Wall and processor time: the second hardly changes when the machine is busy with other things."""
     start, before = time.perf_counter(), os.times()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return time.perf_counter() - start, used
@@ -135,12 +148,15 @@ def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = generate(Path(folder) / "data", arguments.samples)
         size = (root / INDEX).stat().st_size
-        result = {"samples": arguments.samples, "index (MB)": round(size / 1e6, 1)} | measure(root)
+        result = {"samples": arguments.samples, "index (MB)": round(size / 1e6, 1)} | measure(
+            root, arguments.repeats
+        )
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:

@@ -312,7 +312,9 @@ def test_pictures_of_turns_that_were_cut_off_are_not_stored(corpus, tmp_path, ma
 @pytest.fixture(scope="module")
 def model_dir(built):
     """A model trained for a moment on the cut pictures."""
-    recipe = tiny_recipe(built, built.parent / "run", optim={"steps": 2}, data={"max_tokens": 256})
+    recipe = tiny_recipe(
+        built, built.parent / "run", optim={"steps": 2, "warmup_steps": 1}, data={"max_tokens": 256}
+    )
     recipe["data"]["train"] = [{"path": str(built)}]
     train(load_recipe(write_recipe(built.parent / "recipe.yaml", recipe)))
     return built.parent / "run" / "final"

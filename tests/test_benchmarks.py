@@ -1,0 +1,30 @@
+"""Benchmarks run: a figure of the README has a command that prints it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_benchmark(name, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_reports():
+    report = json.loads(run_benchmark("reports.py", "--samples", "1500", "--repeats", "1", "--json"))
+    assert report["samples"] == 1500 and len([name for name in report if name.endswith("(s)")]) == 4
+
+
+def test_plan():
+    report = json.loads(run_benchmark("plan.py", "--samples", "20000", "--json"))
+    assert report["samples"] == 20000
+
+
+def test_start():
+    report = json.loads(run_benchmark("start.py", "--repeats", "1", "--json"))
+    assert set(report) >= {"--help", "build-shards, 8 records", "inspect", "plan", "verify"}
