@@ -1,4 +1,4 @@
-"""Seconds, and seconds of CPU, from a command's start to its end on next to nothing: what every user waits for.
+"""Seconds, and seconds of CPU, from a command's start to its end on next to nothing: what users wait for.
 
     python benchmarks/start.py [--repeats 5] [--json]
 

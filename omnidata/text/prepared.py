@@ -99,6 +99,8 @@ def _is_plain(config: Any, state: Any, folder: Path) -> bool:
     """Whether transformers' generic class would add nothing to what tokenizer.json computes."""
     if not isinstance(config, dict) or config.get("tokenizer_class") != GENERIC:
         return False
+    if not isinstance(state, dict) or not {"added_tokens", "model"} <= state.keys():
+        return False
     if config.keys() - _HARMLESS - set(_ROLES) or not isinstance(config.get("chat_template", ""), str):
         return False
     if state.get("truncation") or state.get("padding") or state.get("post_processor") is None:

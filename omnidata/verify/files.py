@@ -11,6 +11,7 @@ from omnidata.builder.interop import energon_files
 from omnidata.durable import Store
 from omnidata.index import idx_bytes, rows_of_shards
 from omnidata.schema import CARD, SHARDS_DIR, TOKENIZER_DIR, Manifest, UserError
+from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
 from omnidata.verify.findings import Finding
 
@@ -72,7 +73,8 @@ def check_energon(store: Store, manifest: Manifest) -> Iterator[Finding]:
 def check_tokenizer(store: Store, manifest: Manifest) -> Iterator[Finding]:
     """The tokenizer of the dataset still computes what it did when the dataset was built."""
     try:
-        tokenizer = load_tokenizer(store.local_copy(TOKENIZER_DIR))
+        folder = store.local_copy(TOKENIZER_DIR)
+        tokenizer = load_prepared(folder) or load_tokenizer(folder)
     except UserError as error:
         yield Finding("tokenizer", TOKENIZER_DIR, str(error))
         return
