@@ -14,8 +14,9 @@ None of these copies anything from the GPU to the host.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,23 @@ from transformers.masking_utils import sdpa_mask
 NAME = "omnilmm"
 # torch 2.11's kernel wants a key and value for each query head; they are repeated there.
 KERNEL_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_as_on_gpu = False
+
+
+def takes_gpu_path(tensor: torch.Tensor) -> bool:
+    """Whether code that differs by device must do what it does on a GPU: there, and in a rehearsal."""
+    return _as_on_gpu or tensor.device.type != "cpu"
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """For a rehearsal: tensors without memory lie on the "cpu", but must be treated as a GPU's would be."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
 
 
 class Pack(NamedTuple):
@@ -76,7 +94,7 @@ def omnilmm_attention(
 
 
 def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
-    if query.device.type == "cpu":
+    if not takes_gpu_path(query):
         return per_document_attention
     return varlen_attention if query.dtype in (torch.float16, torch.bfloat16) else masked_attention
 

@@ -338,7 +338,7 @@ class OmniLMMForCausalLM(_OmniLMM, MistralForCausalLM):
 
 def _require(condition: torch.Tensor, message: str) -> None:
     """An error with a message on the CPU; on a GPU an assertion of the device, which costs no wait."""
-    if condition.device.type != "cpu":
+    if attention.takes_gpu_path(condition):
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)

@@ -225,7 +225,8 @@ def estimate(
         strategy = "fsdp" if num_ranks > 1 or compute < 4 else "single"
     is_sharded = strategy in ("fsdp", "hsdp")
     shards = {"fsdp": num_ranks, "hsdp": min(num_ranks, recipe.parallel.shard_size or 1)}.get(strategy, 1)
-    weights = 4 * sizes.sharded / shards + sizes.replicated_bytes
+    frozen = sizes.sharded - sizes.trainable
+    weights = (4 * sizes.trainable + compute * frozen) / shards + sizes.replicated_bytes
     buffers = 0.0
     if is_sharded and (shards > 1 or compute < 4):
         # Gathered: the root, the head, a block, the next one and what that is copied from; one block's
@@ -234,7 +235,7 @@ def estimate(
         reduce = DTYPES[recipe.parallel.reduce_dtype].itemsize
         buffers = (compute + 2 * reduce) * sizes.largest_trainable_unit
     elif compute < 4:
-        weights += compute * sizes.sharded  # autocast keeps its casts until the forward ends
+        weights += compute * sizes.trainable  # autocast keeps its casts until the forward ends
     optimizer = ADAM_BYTES * sizes.trainable / shards
     grads = 4 * sizes.trainable / shards
     activations, there = timeline.fullest(4 / shards)

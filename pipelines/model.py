@@ -71,7 +71,10 @@ def new_model(config: OmniLMMConfig) -> OmniLMMForCausalLM:
 
 
 def choose_trainable(model: OmniLMMForCausalLM, recipe: Recipe) -> None:
-    """Freeze by component, add adapters, and keep a frozen tower in the compute dtype."""
+    """Freeze by component, add adapters, and keep what is frozen in the compute dtype.
+
+    Nothing is added to a frozen weight, so float32 would only be a larger copy of what the forward casts.
+    """
     freeze(model, recipe.model.freeze)
     if recipe.model.lora is not None:
         lora.add_adapters(model, recipe.model.lora)
@@ -80,6 +83,9 @@ def choose_trainable(model: OmniLMMForCausalLM, recipe: Recipe) -> None:
     tower = model.model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):  # adapters train in float32
         tower.to(DTYPES[recipe.run.dtype])
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[recipe.run.dtype])
 
 
 def load_shards(model: nn.Module, path: str, *, seed: int) -> None:

@@ -102,7 +102,7 @@ def start(recipe: Recipe) -> Iterator[World]:
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
     try:
-        yield World(rank, size, device, strategy, _mesh(recipe, strategy, size, device))
+        yield World(rank, size, device, strategy, mesh_of(recipe, strategy, size, device))
     finally:
         dist.destroy_process_group()
 
@@ -139,7 +139,8 @@ def strategy_of(recipe: Recipe, size: int) -> str:
     return strategy
 
 
-def _mesh(recipe: Recipe, strategy: str, size: int, device: torch.device) -> DeviceMesh | None:
+def mesh_of(recipe: Recipe, strategy: str, size: int, device: torch.device) -> DeviceMesh | None:
+    """The ranks as FSDP and HSDP arrange them."""
     if strategy == "fsdp":
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     if strategy == "hsdp":

@@ -93,7 +93,8 @@ MEASURED = [
     ([], 16, "selective", False, 73.9),
     ([], 16, "none", True, 78.3),
     ([], 24, "selective", False, 101.8),
-    (["language_model"], 32, "none", False, 84.0),
+    # 84.0 when the frozen 6.98 billion weights were float32
+    (["language_model"], 32, "none", False, 84.0 - 2 * 6.98),
 ]
 
 

@@ -30,7 +30,8 @@ warn_ranks() {
 trap warn_ranks USR1
 
 # torchrun must ignore the signal; the ranks, which inherit that, install their own handler.
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
+# srun does not take the CPUs of the job's request by itself: without them all loader workers share one.
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}" bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
     --nnodes "${SLURM_NNODES}" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID}" --rdzv-endpoint "${head_node}:29500" \
     pipelines/train.py "$@" &
