@@ -28,7 +28,6 @@ from torch.utils.flop_counter import flop_registry
 
 from omnimodel.attention import KERNEL_GROUPS_HEADS
 
-PACKAGES = ("pipelines", "omnimodel", "transformers", "timm")  # whose lines a wait is reported at
 MAX_HEAD_WIDTH = 256  # of flash attention 2, which takes multiples of 8
 
 
@@ -78,7 +77,7 @@ class Playback(TorchDispatchMode):
         space = func.namespace
         result = func(*args, **kwargs)
         kind = "communication" if space in ("c10d", "fsdp") else "activations"
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        tensors = _local_tensors(result)
         for tensor in tensors:
             self._count(tensor.untyped_storage(), kind)
         if space == "c10d":
@@ -133,7 +132,7 @@ class Playback(TorchDispatchMode):
         elif "varlen_attn" in func.name():
             flops = self._attended(func, args)
         self.flops[self.part] += flops
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = _local_tensors((args, kwargs))
         self.work.append((flops, sum(x.numel() * x.element_size() for x in (*inputs, *results))))
 
     def _attended(self, func: Any, args: Any) -> float:
@@ -171,11 +170,16 @@ def refusals(query: torch.Tensor, key: torch.Tensor) -> list[str]:
     return problems
 
 
+def _local_tensors(tree: Any) -> list[torch.Tensor]:
+    """A tree's tensors; of a sharded one this rank's part, for the whole has no memory of its own."""
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [getattr(leaf, "_local_tensor", leaf) for leaf in leaves]
+
+
 def _place_of_caller() -> str:
-    """``pipelines/optim.py:83``: the innermost line of a package whose code the user may change."""
+    """``pipelines/optim.py:83``: the innermost line that is not torch's own."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.name != Path(__file__).name and any(package in path.parts for package in PACKAGES):
-            start = next(i for i, part in enumerate(path.parts) if part in PACKAGES)
-            return f"{'/'.join(path.parts[start:])}:{frame.lineno}"
-    return "elsewhere"
+        if path != Path(__file__) and "torch" not in path.parts:
+            return f"{path.parent.name}/{path.name}:{frame.lineno}"
+    return "torch"

@@ -4,8 +4,8 @@
     python pipelines/rehearse.py pipelines/recipes/sft.yaml --gpus 8 --max-tokens 8192 --max-images 32
 
 The recipe's model is built without memory and distributed by the same code as in training, over a pretended
-process group; then one rank plays a step, of two microbatches if there are more than one, under torch's FakeTensorMode. Minutes for
-a 12B, and less than a gigabyte.
+process group; then one rank plays a step, of two microbatches if there are several, under torch's
+FakeTensorMode. Minutes for a 12B, and less than a gigabyte.
 
 What it cannot see: CUDA's context and the allocator's gaps (plan 5 % for them), kernels slower than the
 roofline, a wait inside a library's C++ code.
@@ -52,6 +52,7 @@ MEMORY_RATE = {
 }
 LINK_RATE = {"b200": 900e9, "h200": 450e9, "h100": 450e9, "a100": 300e9, "l40s": 32e9, "rtx4090": 32e9}
 REACHED = 0.79  # of the data sheet's matrix rate: 776 of 989 TFLOP/s measured on an H200
+KERNELS = 0.77  # of that roofline, real kernels at real shapes: three measured steps lie within 3 % of it
 ON_PURPOSE = (
     "pipelines/optim.py",
     "pipelines/rehearse.py",
@@ -78,13 +79,17 @@ def rehearse(
 ) -> dict[str, Any]:
     """Everything that the report shows, for rank 0 of ``gpus``; bytes, FLOPs, seconds."""
     microbatches = min(2, -(-recipe.data.global_batch // gpus))
+    breaks = None
     with pretended_world(recipe, gpus) as world:
         playback = play(recipe, config, shape, world, microbatches=microbatches)
         kinds = {"with pictures": playback.collectives}
         if shape.num_images:
             without = dataclasses.replace(shape, num_images=0)
-            text = play(recipe, config, without, world, microbatches=microbatches)
-            kinds["text only"] = text.collectives
+            try:
+                text = play(recipe, config, without, world, microbatches=microbatches)
+                kinds["text only"] = text.collectives
+            except (AttributeError, RuntimeError) as error:  # FSDP misses what was never gathered
+                breaks = f"a rank with text only cannot do the step: {error}"
     purposely = {place: n for place, n in playback.waits.items() if place.startswith(ON_PURPOSE)}
     return {
         "gpus": gpus,
@@ -99,7 +104,7 @@ def rehearse(
         "waits_on_purpose": purposely,
         "flops": dict(playback.flops),
         "collectives": summary(playback.collectives),
-        "hangs": first_difference(kinds),
+        "hangs": breaks or first_difference(kinds),
         "refusals": dict(playback.refusals),
         **roofline(playback, gpus=gpus, gpu=gpu),
     }
@@ -232,9 +237,8 @@ def summary(collectives: list[tuple[str, int]]) -> dict[str, dict[str, int]]:
 
 def roofline(playback: Playback, *, gpus: int, gpu: str) -> dict[str, float]:
     """Seconds of the step: each kernel by its arithmetic or its bytes."""
-    compute = sum(
-        max(flops / (REACHED * GPUS[gpu]), moved / MEMORY_RATE[gpu]) for flops, moved in playback.work
-    )
+    matrix, memory = REACHED * GPUS[gpu], MEMORY_RATE[gpu]
+    compute = sum(max(flops / matrix, moved / memory) for flops, moved in playback.work) / KERNELS
     sent = sum(size for _, size in playback.collectives) if gpus > 1 else 0
     communication = sent / LINK_RATE[gpu]
     exposed = max(0.0, communication - compute)
@@ -290,10 +294,11 @@ def describe(report: dict[str, Any]) -> str:
     for place, number in report["waits_on_purpose"].items():
         lines.append(f"on purpose     {place} x {number}")
     lines += [f"refused        {problem} x {n}" for problem, n in report["refusals"].items()]
-    lines.append(f"will hang      {report['hangs'] or 'no: all kinds of ranks make the same collectives'}")
+    lines.append(f"will hang      {report['hangs'] or 'no: every kind of rank has the same collectives'}")
+    step_of, exposed = f"a step of {report['microbatches']} microbatch(es)", report["exposed_seconds"]
     lines.append(
-        f"a step of {report['microbatches']} microbatch(es): {report['step_seconds']:.2f} s at best on {report['gpu']} "
-        f"({report['exposed_seconds']:.2f} s of it communication), MFU {report['possible_mfu']:.0%} possible"
+        f"{step_of} on {report['gpu']}: {report['step_seconds']:.2f} s, {exposed:.2f} s of it communication; "
+        f"MFU {report['possible_mfu']:.0%}"
     )
     for words, saved in report.get("advice", {}).items():
         lines.append(f"does not fit   {words} saves {saved:.1f} GB")
