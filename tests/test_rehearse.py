@@ -3,6 +3,7 @@
 import os
 import socket
 
+import pytest
 import torch
 from ranks import CONTEXT
 from tiny_recipe import MODEL, tiny_recipe
