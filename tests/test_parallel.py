@@ -117,7 +117,9 @@ def test_frozen_tower_and_new_token_rows_under_fsdp(runs, tiny_dataset):
 
 
 def test_bfloat16_and_torchrun_as_a_user_types_it(tiny_dataset, tmp_path):
-    tree = tiny_recipe(tiny_dataset, tmp_path / "run", run={"dtype": "bfloat16"}, optim={"steps": 2})
+    tree = tiny_recipe(
+        tiny_dataset, tmp_path / "run", run={"dtype": "bfloat16"}, optim={"steps": 2, "warmup_steps": 1}
+    )
     result = train(write_recipe(tmp_path / "r.yaml", tree), "model.freeze=[vision_tower]", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "2 rank(s) x 2 microbatch(es)" in result.stdout
@@ -129,7 +131,9 @@ def test_bfloat16_and_torchrun_as_a_user_types_it(tiny_dataset, tmp_path):
 def test_one_process_computes_bfloat16_as_a_rank_of_many_does(tiny_dataset, tmp_path):
     """No autocast: float32 masters, bfloat16 copies, so that one GPU's numbers are those of any number."""
     for name in ("alone", "rank"):
-        tree = tiny_recipe(tiny_dataset, tmp_path / name, run={"dtype": "bfloat16"}, optim={"steps": 2})
+        tree = tiny_recipe(
+            tiny_dataset, tmp_path / name, run={"dtype": "bfloat16"}, optim={"steps": 2, "warmup_steps": 1}
+        )
         path = write_recipe(tmp_path / f"{name}.yaml", tree)
         if name == "alone":
             train_here(load_recipe(path))
