@@ -229,8 +229,7 @@ def refuse_other_recipe(path: Path, recipe: Recipe) -> None:
         changed.append(f"run.seed: {saved['run']['seed']} in the checkpoint, now {recipe.run.seed}")
     if changed:
         raise UserError(
-            f"{path} cannot be resumed with this recipe; use another run.dir or run.resume=false:\n  "
-            + "\n  ".join(changed)
+            f"{path} cannot be resumed with this recipe; use another run.dir:\n  " + "\n  ".join(changed)
         )
 
 
@@ -276,8 +275,8 @@ def verify(folder: Path) -> str | None:
     try:
         sums = (folder / SUMS).read_bytes()
         marker = (folder / COMPLETE).read_bytes().strip()
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+    except OSError as error:  # also a folder in its place, or no permission
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
     if hashlib.sha256(sums).hexdigest().encode() != marker:
         return f"{SUMS} does not match {COMPLETE}"
     expected = dict(reversed(line.split("  ", 1)) for line in sums.decode().splitlines())

@@ -265,17 +265,6 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
         yield f"optim.betas: two numbers are needed, not {optim.betas}"
     if optim.schedule == "wsd" and optim.decay_steps <= 0:
         yield "optim.decay_steps: the wsd schedule needs the length of its final decay"
-    if (
-        optim.steps is not None
-        and optim.schedule == "wsd"
-        and optim.decay_steps > optim.steps - optim.warmup_steps
-    ):
-        yield (
-            f"optim.decay_steps: {optim.decay_steps} do not fit after {optim.warmup_steps} warmup_steps into "
-            f"{optim.steps} steps"
-        )
-    if optim.steps is not None and optim.warmup_steps >= optim.steps:
-        yield f"optim.warmup_steps: {optim.warmup_steps} of {optim.steps} steps; the peak is never reached"
     if (parallel.strategy == "hsdp") != (parallel.shard_size is not None):
         yield "parallel.shard_size: goes with strategy hsdp, and only with it"
     unknown = set(model.freeze) | set(optim.component_lr)

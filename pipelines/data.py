@@ -193,6 +193,21 @@ def refuse_empty_epochs(recipe: Recipe, loader: PackLoader) -> None:
         )
 
 
+def refuse_short_schedule(recipe: Recipe, total_steps: int) -> None:
+    """UserError for a schedule that does not fit into the run's steps, however those were given."""
+    optim = recipe.optim
+    if optim.warmup_steps >= total_steps and optim.warmup_steps:
+        raise UserError(
+            f"optim.warmup_steps is {optim.warmup_steps} and the run has {total_steps} steps: the peak would "
+            "never be reached"
+        )
+    if optim.schedule == "wsd" and optim.decay_steps > total_steps - optim.warmup_steps:
+        raise UserError(
+            f"optim.decay_steps is {optim.decay_steps}, but after {optim.warmup_steps} warmup_steps only "
+            f"{total_steps - optim.warmup_steps} steps are left"
+        )
+
+
 def tail_of_epoch(recipe: Recipe, world: World, num_packs: int) -> Iterator[str]:
     """What becomes of the packs that are too few for a step, and of ranks that are too many; in numbers."""
     batch = recipe.data.global_batch

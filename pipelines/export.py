@@ -85,9 +85,10 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
         f"| {c.path} | {c.split} | {_share(c)} | {len(d):,} | `{d.digest}` |"
         for c, d in zip(configs, datasets, strict=True)
     ]
-    validation = (
-        f"Lowest validation loss {best[0]:.4f}, after step {best[1]}." if best else "No validation data."
-    )
+    validation = "No validation data."
+    if best:
+        validation = f"Lowest validation loss {best[0]:.4f}, after step {best[1]}"
+        validation += "." if best[1] == step else f"; these weights are those of step {step}."
     return "\n".join(
         [
             f"# {Path(recipe.run.dir).name}",

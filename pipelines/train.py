@@ -48,6 +48,7 @@ from pipelines.data import (
     open_datasets,
     refuse_empty_epochs,
     refuse_mismatches,
+    refuse_short_schedule,
     tail_of_epoch,
     train_loader,
 )
@@ -127,6 +128,7 @@ def prepare(recipe: Recipe, world: World) -> Training:
     loader = train_loader(recipe, world, image_size=config.image_size)
     total_steps = recipe.optim.steps or sum(loader.steps_per_epoch(e) for e in range(recipe.optim.epochs))
     refuse_empty_epochs(recipe, loader)
+    refuse_short_schedule(recipe, total_steps)
     if world.is_main:
         print(check_fits(recipe, config, datasets[0], world), flush=True)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, config=recipe.checkpoint)

@@ -68,6 +68,40 @@ def test_other_keys_are_named_and_change_nothing(key, value):
     assert talk.unread_keys == (key,) and talk.messages == converse().messages
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("video_path", "a.mp4"), ("audio_url", "https://x/a.wav"), ("image_2_path", "b.png"), ("mask_path", "m.png"),
+        ("depth_file", "d.png"),
+    ],
+)  # fmt: skip
+def test_an_address_is_only_that_of_the_pictures_that_came_as_bytes(key, value):
+    assert refused(image=JPEG, **{key: value}).reason == "unread_media"
+
+
+@pytest.mark.parametrize("key", ["depth", "mask_file", "image_path"])
+def test_the_same_name_in_another_folder_is_another_picture(key):
+    assert refused(image="images/0.png", **{key: "others/0.png"}).reason == "unread_media"
+    assert converse(image="images/0.png", image_path="/data/images/0.png").unread_keys == ("image_path",)
+
+
+def test_a_file_s_name_may_have_blanks_and_a_sentence_may_end_in_one():
+    assert refused(shot="my photo 1.jpg").reason == "unread_media"
+    assert converse(note="He said that the scan was kept in the file a.jpg").unread_keys == ("note",)
+
+
+def test_two_conversations_in_one_record_are_refused_wherever_they_stand():
+    other = [QUESTION, {"role": "assistant", "content": "B."}]
+    for keys in (
+        {"conversation": other},
+        {"conversations": [], "conversation": other},
+        {"conversations": other},
+    ):
+        with pytest.raises(RejectError, match="differ"):
+            converse(**keys)
+    assert converse(conversations=[], conversation=[QUESTION, REPLY]).messages == converse().messages
+
+
 @pytest.mark.parametrize("nothing", [None, "", [], {}, [None, ""], {"bytes": None}])
 def test_a_key_that_holds_nothing_is_nothing(nothing):
     assert converse(image_path=nothing, rejected=nothing, bbox=nothing).unread_keys == ()
@@ -224,6 +258,7 @@ def test_names_stand_for_pictures_in_brackets_only():
     [
         {"label": False}, {"label": "False"}, {"train": False}, {"weight": 0}, {"rejected": "5"}, {"chosen": [REPLY]},
         {"rejected_response": "5"}, {"history": [["a", "b"]]}, {"tools": [{"name": "x"}]}, {"loss_weight": 0.0},
+        {"desirable": False}, {"is_correct": False}, {"loss_mask": [0, 1]}, {"meta": {"rejected": "5"}},
     ],
 )  # fmt: skip
 def test_a_key_that_says_not_all_is_to_be_learned_is_a_reject(keys):
@@ -244,7 +279,15 @@ def test_switches_of_turns_are_obeyed():
 
 @pytest.mark.parametrize(
     "turn",
-    [{"weight": 0.5}, {"loss": "no"}, {"weight": 1, "train": False}, {"loss_weight": 0.0}, {"train": 2}],
+    [
+        {"weight": 0.5},
+        {"loss": "no"},
+        {"weight": 1, "train": False},
+        {"loss_weight": 0.0},
+        {"train": 2},
+        {"mask": True},
+        {"trainable": False},
+    ],
 )
 def test_switches_that_are_not_understood_are_rejects(turn):
     with pytest.raises(RejectError) as error:

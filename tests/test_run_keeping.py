@@ -177,7 +177,7 @@ def test_a_refused_state_names_the_key_that_changed(stopped):
 
 def test_another_global_batch_goes_on_to_the_end_of_the_data(tiny_dataset, tmp_path):
     run_dir = tmp_path / "run"
-    recipe = recipe_for(tiny_dataset, run_dir, optim={"steps": None, "epochs": 2})
+    recipe = recipe_for(tiny_dataset, run_dir, optim={"steps": None, "epochs": 2, "warmup_steps": 0})
     train(load_recipe(recipe, ["run.stop_after=1"]))
     train(load_recipe(recipe, ["data.global_batch=3"]))
     loader = PackLoader(tiny_dataset, global_batch=4, max_tokens=192, num_epochs=2)
@@ -199,3 +199,29 @@ def test_other_weights_under_the_same_path_are_refused(tiny_dataset, tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"model\.path changed"):
         train(load_recipe(recipe))
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [
+        ({"steps": None, "epochs": 1, "warmup_steps": 5000}, "warmup_steps is 5000"),
+        (
+            {"steps": None, "epochs": 1, "warmup_steps": 0, "schedule": "wsd", "decay_steps": 5000},
+            "decay_steps is 5000",
+        ),
+        ({"steps": 4, "warmup_steps": 4}, "warmup_steps is 4 and the run has 4 steps"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused_before_any_model_work(
+    tiny_dataset, tmp_path, optim, expected
+):
+    with pytest.raises(UserError, match=expected):
+        train(load_recipe(recipe_for(tiny_dataset, tmp_path / "run", optim=optim)))
+
+
+def test_a_marker_that_is_a_folder_is_damage(stopped, tmp_path):
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (newest / "COMPLETE").unlink()
+    (newest / "COMPLETE").mkdir()
+    train(load_recipe(stopped, ["run.stop_after=5"]))
+    assert (newest.parent / ".damaged-step-00000004").exists()

@@ -20,7 +20,7 @@ def recipe_of(tiny_dataset, run_dir, **data):
             tiny_dataset,
             run_dir,
             data={"train": [{"path": str(tiny_dataset)}], "num_workers": 0, **data},
-            optim={"steps": None, "epochs": 1},
+            optim={"steps": None, "epochs": 1, "warmup_steps": 0},
         )
     )
 

@@ -25,35 +25,10 @@ _MEDIA_WORDS = frozenset(
         *("image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos"),
         *("pixel", "pixels", "screenshot", "screenshots", "thumbnail", "thumbnails", "frame", "frames"),
         *("figure", "figures", "diagram", "chart", "scan", "scans", "page", "pages", "media", "medias"),
-        *(
-            "video",
-            "videos",
-            "clip",
-            "clips",
-            "movie",
-            "gif",
-            "jpg",
-            "jpeg",
-            "png",
-            "webp",
-            "tif",
-            "tiff",
-            "bmp",
-        ),
-        *(
-            "audio",
-            "audios",
-            "sound",
-            "sounds",
-            "speech",
-            "voice",
-            "wav",
-            "mp3",
-            "mp4",
-            "flac",
-            "ogg",
-            "webm",
-        ),
+        *("video", "videos", "movie", "gif", "jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp"),
+        *("clip", "clips"),
+        *("audio", "audios", "sound", "sounds", "speech", "voice", "wav", "mp3", "mp4", "flac"),
+        *("ogg", "webm"),
         *("attachment", "attachments", "depth", "mask", "masks", "visual", "visuals"),
     )
 )
@@ -96,9 +71,30 @@ _ABOUT_WORDS = frozenset(
     )
 )
 _ADDRESS_WORDS = frozenset(("url", "uri", "link", "path", "file", "filename", "name", "href"))
+# A key of only these words may say where the record's own pictures came from.
+_ORIGIN_WORDS = _ADDRESS_WORDS | frozenset(
+    (
+        *("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "file", "files"),
+        *(
+            "source",
+            "src",
+            "original",
+            "origin",
+            "local",
+            "full",
+            "coco",
+            "flickr",
+            "web",
+            "page",
+            "filenames",
+        ),
+    )
+)
+_MOVES = re.compile(r"\.(?:mp4|mkv|avi|mov|webm|wav|mp3|flac|ogg|opus|m4a|aac|pdf)\b", re.IGNORECASE)
+MAX_WORDS_OF_A_NAME = 6
 _MEDIA_FILE = re.compile(
     r"\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|heif|jp2|jxl|ppm|pgm|svg|ico|dcm|"
-    r"mp4|mkv|avi|mov|webm|mpe?g|m4v|flv|wmv|wav|mp3|flac|ogg|opus|m4a|aac)(?:[?#]\S*)?\s*$",
+    r"pdf|mp4|mkv|avi|mov|webm|mpe?g|m4v|flv|wmv|wav|mp3|flac|ogg|opus|m4a|aac)(?:[?#]\S*)?\s*$",
     re.IGNORECASE,
 )
 _MEDIA_URI = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
@@ -117,12 +113,36 @@ _VERDICTS = frozenset(
         ),
         *("chosen_response", "prefer", "preference", "preferred", "better", "winner", "history", "functions"),
         *("margin", "completion", "completions", "responses", "candidates", "loss_weight", "loss_scale"),
+        *("loss_mask", "loss_masks"),
     )
 )
 
 
 # Of a whole record (KTO's label, and the switches of turns): off means that it is not to be learned.
-_SWITCHES = frozenset(("label", "weight", "loss", "train", "is_train", "use", "keep"))
+_SWITCHES = frozenset(
+    (
+        *(
+            "label",
+            "weight",
+            "loss",
+            "train",
+            "is_train",
+            "use",
+            "keep",
+            "desirable",
+            "is_desirable",
+            "is_good",
+        ),
+        *("accepted", "is_accepted", "correct", "is_correct", "valid", "is_valid"),
+    )
+)
+# Of a turn, in other tools' spellings; those that are obeyed are read before (turns.py).
+_TURN_SWITCHES = frozenset(
+    (
+        *("mask", "masked", "is_masked", "supervised", "is_supervised", "trainable", "train_on", "learn"),
+        *("is_train", "do_train", "no_train", "skip", "ignore", "train_detail", "loss_on", "label"),
+    )
+)
 
 
 class KeyCheck:
@@ -133,7 +153,7 @@ class KeyCheck:
     """
 
     def __init__(self, known_paths: Iterable[str] = (), *, num_bytes: int = 0) -> None:
-        self._known = {_base(path) for path in known_paths} - {""}
+        self._known = [_parts(path) for path in known_paths]
         self._num_bytes = num_bytes
         self.counted: dict[str, None] = {}
 
@@ -146,7 +166,8 @@ class KeyCheck:
             if is_empty(value):
                 continue
             name = f"{where}{key}"
-            if key in _VERDICTS or (not where and _is_off(key, value)):
+            is_switch = where == "messages." and key in _TURN_SWITCHES and isinstance(value, bool | int)
+            if _holds_verdict(key, value) or is_switch or (not where and _is_off(key, value)):
                 raise RejectError(
                     "unread_content",
                     f"the key {name!r} ({shown(value)}) says that not all of the text is to be learned; "
@@ -173,19 +194,34 @@ class KeyCheck:
 
     def _is_origin(self, key: str, value: Any) -> bool:
         """Is it where the record's own bytes came from, say ``url`` beside a picture in a tar?"""
-        leaves = [leaf for leaf in _leaves(value) if not is_empty(leaf)]
         words = _words(key)
-        return (
-            bool(words)
-            and words[-1] in _ADDRESS_WORDS
-            and len(leaves) <= self._num_bytes
-            and all(isinstance(leaf, str) and len(leaf) < 4096 for leaf in leaves)
-        )
+        if not words or not _ORIGIN_WORDS.issuperset(words) or re.search(r"\d", key):
+            return False
+        leaves = [leaf for leaf in _leaves(value) if not is_empty(leaf)]
+        if not all(isinstance(leaf, str) and len(leaf) < 4096 and not _MOVES.search(leaf) for leaf in leaves):
+            return False
+        if words[-1] in _ADDRESS_WORDS and len(leaves) <= self._num_bytes:
+            return True
+        return bool(leaves) and all(self._is_known(leaf, words) for leaf in leaves)
+
+    def _is_known(self, path: str, words: list[str]) -> bool:
+        """Is it one of the record's pictures: more or less of its path, or its name at an address?
+
+        The same name in another folder (``depth/0.png`` beside ``images/0.png``) is another picture.
+        """
+        mine = _parts(path)
+        for known in self._known:
+            length = min(len(mine), len(known))
+            if length and mine[-length:] == known[-length:]:
+                return True
+            if length and words[-1] in ("url", "uri", "link", "href") and mine[-1] == known[-1]:
+                return True
+        return False
 
     def _could_be_media(self, value: Any, is_clear: bool) -> bool:
-        """Under a name of media: any text, bytes or struct that is not one of the record's own pictures."""
+        """Under a name of media: any text or bytes."""
         is_text = isinstance(value, str) and (is_clear or not re.fullmatch(r"[\d\s.,:+-]*", value))
-        return (is_text and _base(value) not in self._known) or isinstance(value, bytes)
+        return is_text or isinstance(value, bytes)
 
     def _is_media_value(self, value: Any) -> bool:
         if isinstance(value, bytes | bytearray | memoryview):
@@ -193,10 +229,22 @@ class KeyCheck:
         if not isinstance(value, str):
             return False
         if _MEDIA_FILE.search(value) and "\n" not in value.strip() and len(value) < 4096:
-            if " " in value.strip() and not value.strip().startswith(("http", "/", "./", "file:")):
-                return False  # a sentence that ends in a file's name
-            return _base(value) not in self._known
+            return len(value.split()) <= MAX_WORDS_OF_A_NAME  # else a sentence that ends in a file's name
         return bool(_MEDIA_URI.match(value) or _MEDIA_BASE64.match(value))
+
+
+def _holds_verdict(key: str, value: Any) -> bool:
+    """Is the key, or one inside its value, a word on which texts are good?"""
+    left = [(key, value)]
+    while left:
+        name, inner = left.pop()
+        if name in _VERDICTS and not is_empty(inner):
+            return True
+        if isinstance(inner, Mapping):
+            left += [(str(other), more) for other, more in inner.items()]
+        elif isinstance(inner, list | tuple):
+            left += [("", more) for more in inner]
+    return False
 
 
 def _is_off(key: str, value: Any) -> bool:
@@ -245,6 +293,6 @@ def _words(key: str) -> list[str]:
     ]
 
 
-def _base(path: Any) -> str:
-    """The last name of a path or URL, to see that two keys speak of one file."""
-    return re.split(r"[/\\]", path.partition("?")[0].rstrip("/"))[-1] if isinstance(path, str) else ""
+def _parts(path: str) -> list[str]:
+    """The names of a path or URL: ``./coco/7.jpg?x`` -> ["coco", "7.jpg"]."""
+    return [part for part in re.split(r"[/\\]+", path.partition("?")[0]) if part not in ("", ".")]

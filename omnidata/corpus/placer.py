@@ -99,7 +99,11 @@ class Placer:
 
     def _picture_of(self, part: dict[str, Any], pool: ImagePool) -> ImageRef:
         own, index = own_image(part), part.get("index")
-        if index is None or own is not None:
+        if own is not None and index is not None:
+            raise RejectError(
+                "bad_content", "an image part has both a picture and an index into the record's"
+            )
+        if own is not None or index is None:
             return own if own is not None else pool.next()
         if not isinstance(index, int) or isinstance(index, bool):
             raise RejectError("bad_content", f"the index of an image part is {shown(index)}, no number")

@@ -77,15 +77,16 @@ def read_turns(record: Record, caption_prompt: Sequence[str] = ()) -> tuple[list
 
 def _read(record: Record, caption_prompt: Sequence[str]) -> tuple[list[Turn], set[str]]:
     payload = record.payload
-    given = [key for key in _LISTS if payload.get(key) is not None]
-    if len(given) > 1 and payload[given[0]] != payload[given[1]] and payload[given[0]] and payload[given[1]]:
-        raise RejectError("bad_record", f"the record has {given[0]} and {given[1]}, and they differ")
-    for key, reader in _READERS.items():
-        if payload.get(key) is not None:
-            turns, read = reader(payload, key, _Captions(record, caption_prompt))
-            return turns, {key, *given, *read}
-    keys = ", ".join(map(str, sorted(map(str, payload))[:20])) or "none"
-    raise RejectError("bad_record", f"no {', '.join(_READERS)} among the record's keys: {keys}")
+    given = [key for key in _LISTS if not is_empty(payload.get(key))]
+    for other in given[1:]:
+        if payload[other] != payload[given[0]]:
+            raise RejectError("bad_record", f"the record has {given[0]} and {other}, and they differ")
+    full = [key for key in _READERS if not is_empty(payload.get(key))]
+    if keys := full or [key for key in _READERS if payload.get(key) is not None]:
+        turns, read = _READERS[keys[0]](payload, keys[0], _Captions(record, caption_prompt))
+        return turns, {keys[0], *given, *read}
+    names = ", ".join(sorted(map(str, payload))[:20]) or "none"
+    raise RejectError("bad_record", f"no {', '.join(_READERS)} among the record's keys: {names}")
 
 
 Reader = Callable[[dict[str, Any], str, "_Captions"], tuple[list[Turn], set[str]]]
