@@ -13,7 +13,7 @@ from corpus_files import JPEG, PNG, llava, read_all, tar_of, use_small_units
 from omnidata import corpus
 from omnidata.conversation import to_conversation
 from omnidata.corpus.parquet import Unread
-from omnidata.schema import UserError
+from omnidata.schema import Reject, RejectError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +175,39 @@ def test_a_corrupt_tar_header_is_refused(tmp_path):
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(UserError, match="corrupt tar header at byte 4096"):
         read_all(tmp_path / "a.tar")
+
+
+def tar_record(tmp_path, **members):
+    """What one sample of a tar becomes; ``members``: what follows the key -> content."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_of({f"1.{name.replace('_', '.')}": data for name, data in members.items()}))
+    [record] = read_all(str(path))
+    return record
+
+
+def test_members_of_a_tar_that_nobody_reads_are_keys_of_the_record(tmp_path):
+    talk = b'{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A."}]}'
+    for members in (
+        {"mp4": b"\0\0\0\x18ftypmp42"},
+        {"wav": b"RIFF"},
+        {"bin": b"\xff\xfe\0"},
+        {"pdf": b"%PDF"},
+    ):
+        with pytest.raises(RejectError) as error:
+            to_conversation(tar_record(tmp_path, json=talk, **members))
+        assert error.value.reason == "unread_media"
+    assert to_conversation(tar_record(tmp_path, json=talk, cls=b"7")).unread_keys == ("member cls",)
+
+
+def test_pictures_of_a_tar_by_name_by_number_by_content_or_not_at_all(tmp_path):
+    def images(names, **members):
+        payload = {"images": names} if names else {}
+        record = tar_record(tmp_path, json=json.dumps(payload).encode(), **members)
+        return record.reason if isinstance(record, Reject) else record.payload["images"]
+
+    one, two = b"\xff\xd8\xff1", b"\xff\xd8\xff2"
+    assert images(["b.png", "a.png"], a_png=one, b_png=two) == [two, one]
+    assert images(["old/x.png", "old/y.png"], **{"10_png": two, "2_png": one}) == [one, two]
+    assert images(None, picture=one) == [one]
+    assert images(["x.png", "y.png"], a_png=one, b_png=two) == "placeholder_mismatch"
+    assert images(["a.png"], a_png=one, b_png=two) == "unread_media"

@@ -45,7 +45,7 @@ def shown(talk):
         ("image_path", "7.jpg"), ("img", "7"), ("imgs", ["7.jpg"]), ("imageFile", "7"), ("image_0", JPEG), ("jpg", JPEG),
         ("photo_url", "https://x/y"), ("screenshot", {"bytes": JPEG, "path": None}), ("videos", ["a.mp4"]),
         ("video_path", "clip"), ("audio", {"array": [0.0], "path": "a.wav"}), ("frames", ["1", "x2"]),
-        ("attachment", "report"), ("file", "scans/7.TIFF"), ("meta", {"deep": [{"shot": "s.png"}]}),
+        ("attachment", "report"), ("file", "scans/7.TIFF"), ("mp4", "clip"), ("x_mp3", "song"), ("meta", {"deep": [{"shot": "s.png"}]}),
         ("x", "data:image/png;base64,AA=="), ("y", JPEG), ("z", "/9j/" + "A" * 40), ("pages", ["p1.webp"]),
     ],
 )  # fmt: skip

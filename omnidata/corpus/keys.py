@@ -14,6 +14,7 @@ picture, video or sound is lost and no word against learning a text is overheard
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ _MEDIA_WORDS = frozenset(
         *("video", "videos", "movie", "gif", "jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp"),
         *("clip", "clips"),
         *("audio", "audios", "sound", "sounds", "speech", "voice", "wav", "mp3", "mp4", "flac"),
-        *("ogg", "webm"),
+        *("ogg", "webm", "pdf"),
         *("attachment", "attachments", "depth", "mask", "masks", "visual", "visuals"),
     )
 )
@@ -177,7 +178,7 @@ class KeyCheck:
                 raise RejectError(
                     "unread_media",
                     f"the key {name!r} ({shown(value)}) may hold a picture, video or sound and is not read; "
-                    f"give --image-key {key} if it holds pictures, or take the key away",
+                    f"give --image-key {shlex.quote(str(key))} if it holds pictures, or take the key away",
                 )
             self.counted[name] = None
 
@@ -288,9 +289,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _words(key: str) -> list[str]:
     """``imagePath_0`` -> ["image", "path"]: words in lower case, numbers left out."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", key)
-    return [
-        word.lower() for word in re.findall(r"[A-Za-z]+(?:[0-9]+(?=[A-Za-z]))?|mp[34]|sha\d+|md5", spaced)
-    ]
+    return [word.lower() for word in re.findall(r"mp[34]|sha\d+|md5|[A-Za-z]+", spaced)]
 
 
 def _parts(path: str) -> list[str]:

@@ -148,7 +148,8 @@ def _others(rest: dict[str, bytes]) -> dict[str, Any]:
     others: dict[str, Any] = {}
     for name, data in rest.items():
         try:
-            others[f"member {_suffix(name)}"] = data.decode("utf-8") if len(data) < _SMALL_TEXT else data
+            is_text = len(data) < _SMALL_TEXT and b"\0" not in data
+            others[f"member {_suffix(name)}"] = data.decode("utf-8") if is_text else data
         except UnicodeDecodeError:
             others[f"member {_suffix(name)}"] = data
     return others
