@@ -56,7 +56,7 @@ def wait_for_line(run_dir, number, process):
     raise AssertionError("the run ended or hung before it was disturbed")
 
 
-@pytest.mark.parametrize("number", [2, 7])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_killed_and_resumed_equals_never_killed(tiny_dataset, undisturbed, tmp_path, number):
     recipe = recipe_for(tiny_dataset, tmp_path / "run")
     process = start(run_recipes, [recipe])

@@ -196,7 +196,7 @@ def test_an_unreadable_sample_stops_the_run_or_is_counted_as_the_recipe_says(tin
     with (data / row["shard"]).open("r+b") as shard:
         shard.seek(row["offset"] + row["nbytes"] - 700)
         shard.write(bytes(700))
-    optim = {"epochs": 1, "steps": None}
+    optim = {"epochs": 1, "steps": None, "warmup_steps": 0}
     recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(data, tmp_path / "run", optim=optim))
     assert main([str(recipe)]) == 1
     assert row["key"] in error_line(capfd.readouterr().err)
