@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omnidata.images.header import MAX_BYTES, MAX_FETCHED_BYTES
 from omnidata.images.store import ImageStore
 from omnidata.schema import ImageRef, RejectError, UserError
 
@@ -245,7 +246,14 @@ def test_damage_in_an_archive_is_found(folder, tmp_path):
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(80_000_000))
-    assert reason(ImageStore(str(tmp_path / "x.zip")), "bomb.jpg") == "image_too_large"
+    store = ImageStore(str(tmp_path / "x.zip"), max_bytes=50_000_000)
+    assert reason(store, "bomb.jpg") == "image_too_large"
+
+
+def test_a_large_scan_is_read_and_a_large_download_is_not(tmp_path):
+    (tmp_path / "scan.png").write_bytes(bytes(60_000_000))
+    assert len(ImageStore(str(tmp_path)).read(ImageRef("scan.png"))) == 60_000_000
+    assert MAX_FETCHED_BYTES < 60_000_000 < MAX_BYTES
 
 
 @given(path=st.text(st.sampled_from("./ab:\\"), max_size=12))

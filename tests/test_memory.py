@@ -63,6 +63,7 @@ def measure_there(queue):
     queue.put(measure(recipe(config=CONFIG | heads), config, None))
 
 
+@pytest.mark.slow
 def test_memory_is_within_15_percent_of_what_the_process_took():
     """In a process of its own: the peak of this one is somebody else's."""
     queue = CONTEXT.Queue()

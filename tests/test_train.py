@@ -129,6 +129,7 @@ def test_what_is_not_installed_is_said_with_all_else(tiny_dataset, tmp_path, mon
         assert expected in str(error.value)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_lose_alike_and_keep_their_names(tiny_dataset, tmp_path, monkeypatch):
     """Traced and differentiated ahead of time, without the C++ compiler, which takes minutes for this."""
     ahead = functools.partial(compile_blocks, backend="aot_eager")
@@ -260,6 +261,7 @@ def lora(target="q_proj"):
     return {"rank": 4, "target_modules": [target]}
 
 
+@pytest.mark.slow
 def test_shards_loaded_from_safetensors_equal_the_whole_model(finished, tiny_dataset, tmp_path):
     """Meta device, FSDP, every rank reads its rows: the same run as from the model in memory."""
     pytest.importorskip("peft")

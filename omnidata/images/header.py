@@ -23,8 +23,9 @@ from typing import Any
 
 from omnidata.schema import RejectError
 
-MAX_BYTES = 50_000_000
 MAX_PIXELS = 178_956_970  # of a picture in a corpus, as Pillow's own limit; --max-pixels
+MAX_BYTES = 4 * MAX_PIXELS  # of a picture's file: as many pixels, not compressed, with transparency
+MAX_FETCHED_BYTES = 50_000_000  # of a picture from a web server of the record's choice
 MAX_STORED_PIXELS = 1 << 30  # of a picture that a build has let pass
 MAX_SCANS = 100  # a progressive JPEG has about ten; each one costs a pass over the whole picture
 

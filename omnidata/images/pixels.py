@@ -50,6 +50,7 @@ Policy = Literal["keep", "shrink"]
 Check = Literal["full", "quick"]
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # formats that may be stored as they are
+MAX_JPEG_SIDE = 65_500  # pixels; libjpeg's
 BACKGROUND = (255, 255, 255)  # under transparent pixels
 
 # A large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (in the DCT domain) before the resize, if that
@@ -373,9 +374,9 @@ def _apply(transform: Any, image: Any) -> Any:
 
 
 def encode_rgb(rgb: np.ndarray, *, lossless: bool, quality: int) -> EncodedImage:
-    """uint8 ``[H, W, 3]`` -> PNG where nothing may be lost, else JPEG."""
+    """uint8 ``[H, W, 3]`` -> PNG where nothing may be lost or a side is too long for JPEG, else JPEG."""
     height, width = rgb.shape[:2]
-    if lossless:
+    if lossless or max(height, width) > MAX_JPEG_SIDE:
         return EncodedImage(_png(rgb), "png", width, height)
     import simplejpeg
 

@@ -26,7 +26,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import fsspec
 
 from omnidata.images.archives import is_archive, open_archive
-from omnidata.images.header import MAX_BYTES
+from omnidata.images.header import MAX_BYTES, MAX_FETCHED_BYTES
 from omnidata.images.web import Permit, fetch, is_public
 from omnidata.schema import ImageRef, RejectError, UserError
 
@@ -156,7 +156,7 @@ class ImageStore:
         if protocol in ("http", "https"):
             if not self.allow_http:
                 raise RejectError("image_forbidden", f"{url}: images from the web need --allow-http")
-            return fetch(url, max_bytes=self.max_bytes, permit=self._permit)
+            return fetch(url, max_bytes=min(self.max_bytes, MAX_FETCHED_BYTES), permit=self._permit)
         if not chosen_by_user and (protocol not in RECORD_PROTOCOLS or "::" in url):
             raise RejectError("image_forbidden", f"{url[:200]}: a record may not use {protocol}://")
         return _read_remote(url, self.max_bytes)
