@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from omnidata.files import check_regular, open_regular
 from omnidata.index import index_schema, open_native, read_rows, read_table, reject_schema
 from omnidata.manifest import manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
@@ -157,7 +158,7 @@ class Dataset:
             CorruptSampleError: the shard ends earlier.
         """
         if self._is_local:  # opened for each read: nothing to share between threads, forks or epochs
-            with open(f"{self._root}/{shard}", "rb", buffering=0) as file:
+            with open(open_regular(f"{self._root}/{shard}"), "rb", buffering=0) as file:
                 raw = os.pread(file.fileno(), nbytes, offset)
         else:
             raw = self._fs.cat_file(f"{self._root}/{shard}", start=offset, end=offset + nbytes)
@@ -169,6 +170,8 @@ class Dataset:
 
     def read_file(self, relative: str) -> bytes:
         """A whole small file of the dataset."""
+        if self._is_local:
+            check_regular(f"{self._root}/{relative}")
         return self._fs.cat_file(f"{self._root}/{relative}")
 
     def open_table(self, relative: str) -> BinaryIO | pa.NativeFile:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from omnidata.files import check_regular
 from omnidata.schema import UserError
 
 SCRATCH = ".build"  # the builder's own folder inside a dataset; gone when the dataset is complete
@@ -132,11 +133,17 @@ class Store:
 
     def open(self, path: str) -> BinaryIO:
         """The file, opened for reading with seeks."""
+        self._check_regular(path)
         return self._fs.open(self.full(path), "rb")
 
     def read_bytes(self, path: str) -> bytes:
         """A whole small file."""
+        self._check_regular(path)
         return self._fs.cat_file(self.full(path))
+
+    def _check_regular(self, path: str) -> None:
+        if self.is_local:
+            check_regular(self.full(path))
 
     def size(self, path: str) -> int | None:
         """Bytes of the file, or None if there is none."""

@@ -6,11 +6,13 @@ rows, and lets the builder append shard after shard with flat memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from omnidata.files import check_regular
 from omnidata.schema import INDEX_COLUMNS, REJECT_COLUMNS, Column, UserError
 
 _DEFAULTS = {column.name: list(column.default) for column in INDEX_COLUMNS if column.default is not None}
@@ -81,6 +83,7 @@ def open_native(path: str) -> pa.NativeFile:
     """
     import pyarrow as pa
 
+    check_regular(path)
     return pa.OSFile(path, "rb")
 
 
@@ -90,7 +93,28 @@ def open_parquet(file: BinaryIO | pa.NativeFile, **options: Any) -> tuple[pq.Par
     import pyarrow.parquet as pq
 
     native = isinstance(file, pa.NativeFile)
+    options = {"page_checksum_verification": True} | options  # a flipped bit would pass as another number
     return pq.ParquetFile(file, pre_buffer=native, **options), native
+
+
+def check_types(parquet: pq.ParquetFile, schema: pa.Schema, where: str) -> None:
+    """Refuse a table whose columns are not of the schema's types.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    import pyarrow as pa
+
+    found = parquet.schema_arrow
+    for field in schema:
+        if field.name not in found.names:
+            if field.name in _DEFAULTS:
+                continue
+            raise UserError(f"{where} lacks the column {field.name}: it was not written by this version")
+        kind = found.field(field.name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if kind != field.type and str(kind).replace("element", "item") != str(field.type):
+            raise UserError(f"{where}: {field.name} is a column of {kind}, not {field.type}: it is damaged")
 
 
 def read_table(
@@ -108,15 +132,16 @@ def read_table(
     import pyarrow as pa
 
     try:
-        parquet, threads = open_parquet(
-            file, read_dictionary=list(dictionary), page_checksum_verification=True
-        )
+        parquet, threads = open_parquet(file, read_dictionary=list(dictionary))
         wanted = list(columns or schema.names)
         missing = [name for name in wanted if name not in parquet.schema_arrow.names]
         if lost := [name for name in missing if name not in _DEFAULTS]:
             raise UserError(f"the table lacks the columns {lost}: it was not written by this schema version")
         present = [name for name in wanted if name not in missing]
+        check_types(parquet, pa.schema([schema.field(name) for name in present]), "the table")
         table = parquet.read(columns=present, use_threads=threads)
+        if holes := [name for name in present if table[name].null_count]:
+            raise UserError(f"the table has rows without {holes[0]}: it is damaged")
         for name in missing:  # written before there was such a column
             values = pa.array([_DEFAULTS[name]] * table.num_rows, schema.field(name).type)
             table = table.append_column(schema.field(name), values)
@@ -133,13 +158,15 @@ def read_rows(file: BinaryIO | pa.NativeFile, positions: Sequence[int]) -> list[
     Raises:
         IndexError: the table is shorter than a position.
     """
-    parquet, threads = open_parquet(file)
+    with reading_table("index.parquet"):
+        parquet, threads = open_parquet(file)
     metadata = parquet.metadata
     ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
     groups = np.searchsorted(ends, np.asarray(positions, np.int64), side="right").tolist()
     if groups and max(groups) == len(ends):
         raise IndexError(f"row {max(positions)} of a table of {metadata.num_rows}")
-    tables = {group: parquet.read_row_group(group, use_threads=threads) for group in sorted(set(groups))}
+    with reading_table("index.parquet"):
+        tables = {group: parquet.read_row_group(group, use_threads=threads) for group in sorted(set(groups))}
     firsts = [ends[group] - tables[group].num_rows for group in groups]
     return [
         _DEFAULTS | tables[group].slice(position - first, 1).to_pylist()[0]
@@ -159,8 +186,30 @@ def codes(table: pa.Table, column: str) -> tuple[list[str], np.ndarray]:
 
 
 def numbers(table: pa.Table, column: str) -> np.ndarray:
-    """A numeric column as an array. (ChunkedArray.to_numpy would import pandas: half a second.)"""
-    return np.from_dlpack(table[column].combine_chunks())
+    """A numeric column as an array. (ChunkedArray.to_numpy would import pandas: half a second.)
+
+    Raises:
+        UserError: a row has no number there.
+    """
+    values = table[column].combine_chunks()
+    if values.null_count:
+        raise UserError(f"{values.null_count} rows have no {column}: the index is damaged, verify it")
+    return np.from_dlpack(values)
+
+
+@contextlib.contextmanager
+def reading_table(where: str) -> Iterator[None]:
+    """What Arrow says of a damaged file becomes a UserError that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's or the network's; Arrow's own errors about content have no number
+        raise UserError(
+            f"{where} is not a readable Parquet file ({error}): the dataset is damaged, run `omnidata verify`"
+        ) from error
 
 
 def rows_of_shards(index: pa.Table) -> dict[str, np.ndarray]:

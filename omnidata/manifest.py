@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from typing import Any
 
-from omnidata.schema import SCHEMA_VERSION, Manifest, ShardInfo, UserError
+from omnidata.schema import SCHEMA_VERSION, SHARDS_DIR, Manifest, ShardInfo, UserError
+
+MAX_NUMBER = 1 << 62  # sums of a few still fit an int64
+MAX_DEPTH = 64  # of nested values: a build's settings have three
+# A shard lies in the dataset's own folder, whatever a manifest of somebody else's says.
+SHARD_PATH = re.compile(rf"{SHARDS_DIR}/[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:
@@ -21,10 +29,10 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
     """
     try:
         data = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where} is not valid JSON ({error}): the dataset is damaged, build it again"
-        ) from error
+        ) from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -35,8 +43,69 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
     if data.keys() != names:
         missing, unknown = sorted(names - data.keys()), sorted(data.keys() - names)
         raise UserError(f"{where}: missing keys {missing}, unknown keys {unknown}")
-    shard_keys = {field.name for field in fields(ShardInfo)}
-    if any(shard.keys() != shard_keys for shard in data["shards"]):
-        raise UserError(f"{where}: a shard has other keys than {sorted(shard_keys)}: the dataset is damaged")
+    problem = next(_problems(data), None)
+    if problem is not None:
+        raise UserError(f"{where}: {problem}: the dataset is damaged, build it again")
     shards = [ShardInfo(**shard) for shard in data.pop("shards")]
     return Manifest(**data, shards=shards)
+
+
+# --- what a value may be ------------------------------------------------------------------------------------
+
+
+def _problems(data: dict[str, Any]) -> Iterator[str]:
+    """Everything in which the values are not those of a manifest."""
+    for field in fields(Manifest):
+        if field.name != "shards" and not _is(data[field.name], str(field.type)):
+            yield f"{field.name} is {_short(data[field.name])}, not a {field.type} in range"
+    if not isinstance(data["shards"], list):
+        yield f"shards is {_short(data['shards'])}, not a list"
+        return
+    types = {field.name: str(field.type) for field in fields(ShardInfo)}
+    seen: set[str] = set()
+    for shard in data["shards"]:
+        if not isinstance(shard, dict) or shard.keys() != types.keys():
+            yield f"a shard is {_short(shard)}, without the keys {sorted(types)}"
+            continue
+        for name, kind in types.items():
+            if not _is(shard[name], kind):
+                yield f"{name} of a shard is {_short(shard[name])}, not a {kind} in range"
+        if not isinstance(shard["path"], str) or not SHARD_PATH.fullmatch(shard["path"]):
+            yield f"{_short(shard['path'])} is no path of a shard ({SHARDS_DIR}/NAME.tar)"
+        elif shard["path"] in seen:
+            yield f"{shard['path']} is listed twice"
+        seen.add(str(shard["path"]))
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a parsed value is of the type that a field of the schema declares."""
+    if kind == "int":
+        return type(value) is int and 0 <= value < MAX_NUMBER
+    if kind == "str":
+        return isinstance(value, str)
+    outer, _, inner = kind.rstrip("]").partition("[")
+    if outer == "list":
+        return isinstance(value, list) and all(_is(item, inner) for item in value)
+    if outer == "dict":
+        if not isinstance(value, dict):
+            return False
+        of_values = inner.partition(", ")[2]
+        return all(_is(item, of_values) for item in value.values()) if of_values else _is_plain(value)
+    assert kind == "Any", kind
+    return _is_plain(value)
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """JSON of a few levels without numbers beyond what a setting may be."""
+    if depth > MAX_DEPTH:
+        return False
+    if isinstance(value, dict):
+        return all(_is_plain(item, depth + 1) for item in value.values())
+    if isinstance(value, list):
+        return all(_is_plain(item, depth + 1) for item in value)
+    return not isinstance(value, int) or abs(value) < MAX_NUMBER
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"

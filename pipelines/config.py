@@ -63,7 +63,7 @@ class DataConfig:
     global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
     num_workers: int = 1  # of the loader, a rank
     on_error: Literal["raise", "skip"] = "raise"  # an unreadable sample: stop, or leave it out and count it
-    checksum: bool = False  # hash what is read from a local disk, too; remote reads are always hashed
+    checksum: bool = True  # hash what is read from a local disk, too; remote reads are always hashed
     remote: Remote = field(default_factory=Remote)  # datasets at a URL: concurrency, attempts, cache_dir, …
     augment: Augment | None = None  # training images only: crop, rotation, brightness, contrast, …
 

@@ -86,7 +86,7 @@ class PackLoader:
         decode_images: bool = True,
         augment: Augment | Mapping[str, float] | None = None,
         on_error: OnError = "raise",
-        checksum: bool = False,
+        checksum: bool = True,
         remote: Remote | Mapping[str, Any] | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from omnidata.files import open_regular
 from omnidata.plan.catalog import Place
-from omnidata.schema import INPUT_IDS, LABELS, Sample, UserError
+from omnidata.schema import IMAGE_EXTENSIONS, INPUT_IDS, LABELS, Sample, UserError, image_member
 from omnidata.shards import BLOCK, CorruptSampleError, content_hash, npy_bytes, read_sample
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class LocalShards:
     def _read_one(self, place: Place) -> bytes | Exception:
         try:
             return os.pread(self._open(place.shard), place.nbytes, place.offset)
-        except OSError as error:
+        except (OSError, UserError) as error:
             return error
 
     def _open(self, shard: str) -> int:
@@ -74,7 +76,7 @@ class LocalShards:
             return self._files[shard]
         if len(self._files) >= MAX_OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(os.path.join(self._root, shard), os.O_RDONLY | os.O_CLOEXEC)
+        self._files[shard] = open_regular(os.path.join(self._root, shard))
         return self._files[shard]
 
     def __del__(self) -> None:
@@ -87,11 +89,11 @@ class SampleReader:
 
     Args:
         datasets: the datasets of the blend, in order.
-        checksum: compare every sample's content hash with the index (remote samples always are).
+        checksum: compare every local sample's content hash with the index, too; remote ones always are.
         remote: how to read those that are not local.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], *, remote: Remote, checksum: bool = False) -> None:
+    def __init__(self, datasets: Sequence[Dataset], *, remote: Remote, checksum: bool = True) -> None:
         from omnidata.loader.remote import RemoteShards
 
         self._names = [dataset.path for dataset in datasets]
@@ -119,7 +121,7 @@ class SampleReader:
             if self._checksum:
                 check_content(sample, document.place)
             return _cut(sample, document)
-        except (OSError, CorruptSampleError) as error:
+        except (OSError, CorruptSampleError, UserError) as error:
             return self.error(document, f"{type(error).__name__}: {error}")
 
     def error(self, document: Document, reason: str) -> LoadError:
@@ -162,6 +164,15 @@ _NPY_HEADER = 128
 _ARRAYS = (INPUT_IDS.encode(), LABELS.encode())
 
 
+_OCTAL = re.compile(rb"[0-7]+")
+
+
+@functools.lru_cache(maxsize=8192)
+def _image_names(number: int) -> frozenset[bytes]:
+    """What the member of a sample's image may be called, without the key."""
+    return frozenset(image_member(number, extension).encode() for extension in IMAGE_EXTENSIONS)
+
+
 @functools.lru_cache(maxsize=8192)
 def _npy_header(size: int) -> bytes:
     return npy_bytes(np.zeros((size - _NPY_HEADER) // 4, np.int32))[:_NPY_HEADER]
@@ -173,7 +184,7 @@ def _members(raw: bytes, place: Place) -> tuple[list[bytes], list[tuple[int, int
     names, spans, position = [], [], 0
     while position < place.nbytes:
         size = raw[position + 124 : position + 135]
-        if not raw.startswith(prefix, position) or not size.isdigit():
+        if not raw.startswith(prefix, position) or not _OCTAL.fullmatch(size):
             return None
         names.append(raw[position + len(prefix) : position + 100].rstrip(b"\0"))
         spans.append((position + BLOCK, int(size, 8)))
@@ -181,6 +192,8 @@ def _members(raw: bytes, place: Place) -> tuple[list[bytes], list[tuple[int, int
     if position != len(raw) or len(raw) != place.nbytes or tuple(names[:2]) != _ARRAYS:
         return None
     if not all(size >= _NPY_HEADER and raw.startswith(_npy_header(size), at) for at, size in spans[:2]):
+        return None
+    if not all(name in _image_names(number) for number, name in enumerate(names[2:])):
         return None
     return names, spans
 

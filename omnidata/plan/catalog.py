@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from omnidata.index import codes, numbers, open_parquet
+from omnidata.index import check_types, codes, index_schema, numbers, open_parquet, reading_table
 from omnidata.plan.oversize import cut_length
 from omnidata.schema import IM_START, INDEX, UserError
-from omnidata.shards import read_sample
+from omnidata.shards import BLOCK, read_sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,7 +105,10 @@ class IndexCatalog:
     @cached_property
     def _parquet(self) -> tuple[pq.ParquetFile, bool]:
         """The index, and whether Arrow may read it in threads."""
-        return open_parquet(self.dataset.open_table(INDEX), read_dictionary=["shard"])
+        with reading_table(f"{self.name}/{INDEX}"):
+            parquet, threads = open_parquet(self.dataset.open_table(INDEX), read_dictionary=["shard"])
+        check_types(parquet, index_schema(), f"{self.name}/{INDEX}")
+        return parquet, threads
 
     def _check_row_groups(self, sizes: list[int]) -> None:
         metadata = self._parquet[0].metadata
@@ -119,7 +122,8 @@ class IndexCatalog:
     def _table(self, shards: Sequence[int], columns: Sequence[str]) -> pa.Table:
         parquet, threads = self._parquet
         groups = self._groups[shards].tolist()
-        return parquet.read_row_groups(groups, columns=list(columns), use_threads=threads)
+        with reading_table(f"{self.name}/{INDEX}"):
+            return parquet.read_row_groups(groups, columns=list(columns), use_threads=threads)
 
     def _rows(self, shards: Sequence[int]) -> np.ndarray:
         spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
@@ -151,6 +155,7 @@ class IndexCatalog:
         table = self._table(shards, LENGTHS)
         columns = [numbers(table, name).astype(np.int64) for name in LENGTHS]
         lengths = Lengths(self._rows(shards), *columns)
+        _check_lengths(lengths, self.name)
         if not len(self._excluded):
             return lengths
         return lengths.take(np.flatnonzero(~np.isin(lengths.rows, self._excluded)))
@@ -161,7 +166,9 @@ class IndexCatalog:
         positions = [metadata.schema.names.index(name) for name in ("n_tokens", "n_images")]
         groups = [metadata.row_group(group) for group in self._groups.tolist()]
         statistics = [[group.column(position).statistics for position in positions] for group in groups]
-        if len(self._excluded) or any(item is None for pair in statistics for item in pair):
+        if len(self._excluded) or any(
+            item is None or not item.has_min_max for pair in statistics for item in pair
+        ):
             lengths = self.read(range(len(groups)))
             return int(lengths.tokens.max(initial=0)), int(lengths.images.max(initial=0))
         return max(tokens.max for tokens, _ in statistics), max(images.max for _, images in statistics)
@@ -176,7 +183,36 @@ class IndexCatalog:
     def locate(self, rows: np.ndarray) -> Places:
         """Where the bytes of these rows are (and of the others of their shards)."""
         shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1)
-        return Places(self._rows(shards), self._table(shards, PLACES))
+        table = self._table(shards, PLACES)
+        self._check_places(table)
+        return Places(self._rows(shards), table)
+
+    def _check_places(self, table: pa.Table) -> None:
+        """Byte ranges lie inside shards that the manifest lists."""
+        names, shards = codes(table, "shard")
+        listed = {shard.path: shard.num_bytes for shard in self.dataset.manifest.shards}
+        if unknown := sorted(set(names) - listed.keys()):
+            raise UserError(f"{self.name}/{INDEX} names {unknown[0]!r}, which the manifest does not list")
+        offsets, nbytes = numbers(table, "offset"), numbers(table, "nbytes")
+        sizes = np.array([listed[name] for name in names], np.int64)[shards]
+        wrong = (offsets < 0) | (nbytes < BLOCK) | (nbytes > sizes) | (offsets > sizes - nbytes)
+        if wrong.any() or any(table[name].null_count for name in ("key", "content_hash", "shard")):
+            raise UserError(
+                f"{self.name}/{INDEX} has places outside of its shards: the dataset is damaged, "
+                "run `omnidata verify`"
+            )
+
+
+def _check_lengths(lengths: Lengths, name: str) -> None:
+    """Refuse numbers that no sample can have: they would become a plan without a word."""
+    tokens, supervised, images = lengths.tokens, lengths.supervised, lengths.images
+    wrong = np.flatnonzero((supervised < 1) | (supervised > tokens) | (images < 0) | (images > tokens))
+    if len(wrong):
+        at = wrong[0]
+        raise UserError(
+            f"{name}/{INDEX}, row {lengths.rows[at]}: {tokens[at]} tokens, {supervised[at]} supervised, "
+            f"{images[at]} images is no sample: the dataset is damaged, run `omnidata verify`"
+        )
 
 
 class Place(NamedTuple):  # one a sample goes to a worker: tuples are pickled ten times faster than classes

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omnidata.builder.interop import dataset_card, energon_files
-from omnidata.durable import SCRATCH, Store
+from omnidata.durable import SCRATCH, Store, locked
 from omnidata.index import index_schema, index_table, write_tables
-from omnidata.schema import CARD, INDEX, REJECTS, Manifest
-from omnidata.shards import read_sample
+from omnidata.schema import CARD, INDEX, REJECTS, Manifest, UserError
+from omnidata.shards import CorruptSampleError, read_sample
 from omnidata.verify.dataset import OnShard, over_shards, read_manifest, read_or_none
 from omnidata.verify.files import check_tokenizer, idx_files
 from omnidata.verify.shard import Row, ShardTask, stored_columns
@@ -57,8 +57,18 @@ def repair(
     """
     store = Store(path)
     manifest = read_manifest(store)
-    report = RepairReport(store.url)
     had_scratch = store.exists(SCRATCH)
+    try:
+        with locked(store, "build"):
+            return _repair(store, manifest, num_workers=num_workers, on_shard=on_shard)
+    finally:
+        if not had_scratch:
+            store.remove(SCRATCH)
+
+
+def _repair(store: Store, manifest: Manifest, *, num_workers: int | None, on_shard: OnShard) -> RepairReport:
+    """``repair``, while nobody else builds here."""
+    report = RepairReport(store.url)
     old = read_or_none(store, INDEX)
     reader = ShardReader(store.url, manifest)
     shards = dict(over_shards(store, manifest, reader, old, num_workers=num_workers, on_shard=on_shard))
@@ -72,8 +82,6 @@ def repair(
         store.write_bytes(CARD, dataset_card(manifest).encode())
         report.rebuilt.append(CARD)
     report.lost += _lost_files(store, manifest)
-    if not had_scratch:
-        store.remove(SCRATCH)
     return report
 
 
@@ -90,15 +98,24 @@ class ShardReader:
             file = Store(self.url).open(task.shard.path)
         except FileNotFoundError:
             return f"{task.shard.path} is missing"
+        except UserError as error:
+            return str(error)
         with file:
             walk = ShardWalk(file)
             found = [span if isinstance(span, Damage) else self._proven_row(span) for span in walk]
         if walk.sha256 != task.shard.sha256:
             return f"{task.shard.path} is damaged (its sha256 is not the manifest's)"
+        foreign = [item for item in found if isinstance(item, Damage)]
+        if foreign:
+            what = f"at byte {foreign[0].offset} ({foreign[0].what})"
+            return f"{task.shard.path} holds what no build writes, {what}"
         return [{**row, "split": task.shard.split, "shard": task.shard.path} for row in found]
 
-    def _proven_row(self, span: Any) -> Row:
-        return stored_columns(span, read_sample(span.raw), self.manifest)
+    def _proven_row(self, span: Any) -> Row | Damage:
+        try:
+            return stored_columns(span, read_sample(span.raw), self.manifest)
+        except CorruptSampleError as error:  # a member that no build writes, in a shard that is whole
+            return Damage(span.offset, str(error))
 
 
 def _repair_index(

@@ -27,6 +27,7 @@ from omnidata.schema import (
     RejectError,
     Sample,
     ShardInfo,
+    UserError,
 )
 from omnidata.shards import CorruptSampleError, content_hash, read_sample
 from omnidata.verify.findings import Finding
@@ -54,6 +55,9 @@ class ShardChecker:
             file = Store(self.url).open(shard.path)
         except FileNotFoundError:
             return  # the quick check has said so
+        except UserError as error:
+            yield Finding("damaged", shard.path, str(error))
+            return
         with file:
             walk = ShardWalk(file, known_starts=[row["offset"] for row in rows or ()])
             for found in walk:
