@@ -148,7 +148,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 @click.option("--overwrite", is_flag=True, help="Remove the dataset that is in --out.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="The final report as JSON.")
-def build_shards(**flags: Any) -> None:
+def build_shards(**flags: Any) -> int:
     """Build a dataset from corpora: SOURCE is a file, a glob or a URL, and may be repeated.
 
     Interrupted, it goes on when the same command is run again. Refused records are counted and kept in
@@ -167,10 +167,12 @@ def build_shards(**flags: Any) -> None:
     settings, options = settings_of(flags), options_of(flags)
     if flags["dry_run"]:
         _print_dry_run(settings, options, as_json=flags["as_json"])
-        return
+        return 0
     from omnidata.builder.driver import build
 
-    _print_report(build(settings, flags["out"], options), as_json=flags["as_json"])
+    report = build(settings, flags["out"], options)
+    _print_report(report, as_json=flags["as_json"])
+    return _exit_code(report)
 
 
 def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
@@ -181,6 +183,11 @@ def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
     _print_report(report, as_json=as_json)
     if not as_json:
         terminal.print_samples(terminal.make_console(), report.views)
+
+
+def _exit_code(report: Any) -> int:
+    """1 if a record met an error that nobody foresaw: everything else is built, and somebody should hear."""
+    return 1 if report.rejects.get("unexpected") else 0
 
 
 def _print_report(report: Any, *, as_json: bool) -> None:

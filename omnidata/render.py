@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from omnidata.outcomes import caught
 from omnidata.schema import (
     CONTENT_TOKENS,
     IGNORE_INDEX,
@@ -133,15 +134,27 @@ class Renderer:
     def render_batch(self, conversations: Iterable[Conversation]) -> list[Rendered | RejectError]:
         """The same for many, with one call of the tokenizer; a refused one is a RejectError in its place."""
         conversations = list(conversations)
-        drafts = [_caught(self._draft, conversation) for conversation in conversations]
-        texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
-        encodings = iter(self._encoder.encode_batch(texts))
+        drafts = [caught(self._draft, conversation) for conversation in conversations]
+        encodings = iter(self._encode([draft.text for draft in drafts if not isinstance(draft, RejectError)]))
         return [
-            _caught(self._finish, conversation, draft, next(encodings))
-            if isinstance(draft, _Draft)
-            else draft
+            draft
+            if isinstance(draft, RejectError)
+            else caught(self._finish_or_refuse, conversation, draft, next(encodings))
             for conversation, draft in zip(conversations, drafts, strict=True)
         ]
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        """Encodings; where the tokenizer fails on all at once, a RejectError for each that is to blame."""
+        encodings = caught(self._encoder.encode_batch, texts)
+        if not isinstance(encodings, RejectError):
+            return encodings
+        alone = [caught(self._encoder.encode_batch, [text]) for text in texts]
+        return [each if isinstance(each, RejectError) else each[0] for each in alone]
+
+    def _finish_or_refuse(self, conversation: Conversation, draft: Any, encoding: Any) -> Rendered:
+        if isinstance(encoding, RejectError):
+            raise encoding
+        return self._finish(conversation, draft, encoding)
 
     def render_prompt(self, conversation: Conversation) -> np.ndarray:
         """Ids int32 [L] of a conversation that ends with a user turn, and of the prompt for the reply."""
@@ -347,13 +360,6 @@ class Renderer:
         bos = self.tokenizer.bos_token
         ids = self.tokenizer.backend_tokenizer.encode("a").ids
         return self._encoder.guard(bos) if bos and ids[:1] == [self.tokenizer.bos_token_id] else ""
-
-
-def _caught(function: Any, *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except RejectError as error:
-        return error
 
 
 def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[int], str]:

@@ -225,6 +225,8 @@ REASONS: dict[str, str] = {
     "mask_unproven": "the chat template's rendering does not show where the assistant's turns are",
     "too_long": "longer than --max-length with no supervised token left after cutting at a turn boundary",
     "no_supervision": "no supervised token",
+    # any
+    "unexpected": "an error that nobody foresaw; please report it with the record",
 }
 
 # --- index.parquet and rejects.parquet --------------------------------------------------------------------

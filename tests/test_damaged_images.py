@@ -1,6 +1,9 @@
 """Images that must be refused: bombs before they are decoded, damage wherever it is."""
 
 import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import (
     adobe_cmyk,
+    chunk,
     encode,
     photo,
     pixels,
@@ -230,3 +234,37 @@ def test_a_picture_too_long_for_jpeg_is_shrunk_into_a_png():
     image = process_image(encode(photo(90_000, 40), "PNG"), image_size=30)
     assert (image.extension, image.width, image.height) == ("png", 67_500, 30)
     assert decode_rgb(image.data).shape == (30, 67_500, 3)
+
+
+def _png_of(*chunks):
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in (*chunks, (b"IEND", b"")))
+
+
+IHDR = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+ROW = zlib.compress(bytes(4))
+BOMBS = {
+    "rows beyond the picture": _png_of((b"IHDR", IHDR), (b"IDAT", zlib.compress(bytes(200_000_000)))),
+    "a second size": _png_of(
+        (b"IHDR", IHDR), (b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)), (b"IDAT", ROW)
+    ),
+    "no palette": _png_of((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)), (b"IDAT", ROW)),
+    "a flood of chunks": _png_of((b"IHDR", IHDR), *[(b"tEXt", b"")] * 200_001, (b"IDAT", ROW)),
+    "a flood of comments": b"GIF89a\1\0\1\0\0\0\0" + b"\x21\xfe\xff" + b"x" * 255 + b"\0" * 1
+    + (b"\x21\xfe\xff" + b"x" * 255 + b"\0") * 5000 + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_would_take_the_machine_is_refused_within_64_mb(name, tmp_path):
+    (tmp_path / "bomb").write_bytes(BOMBS[name])
+    code = (
+        "import resource, sys\nfrom omnidata.images.pixels import process_image\n"
+        "from omnidata.schema import RejectError\nfrom PIL import Image, GifImagePlugin, PngImagePlugin\n"
+        "data = open(sys.argv[1], 'rb').read()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    process_image(data)\nexcept RejectError as error:\n    print(error.reason)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "bomb")]
+    reason, megabytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert reason == "image_corrupt" and int(megabytes) <= 64

@@ -22,6 +22,7 @@ from omnidata.builder.settings import BuildSettings
 from omnidata.conversation import Reading, to_conversation, with_grids
 from omnidata.images.slices import Grid, Picture, read_picture
 from omnidata.images.store import ImageStore
+from omnidata.outcomes import caught
 from omnidata.render import Renderer
 from omnidata.schema import (
     Conversation,
@@ -39,6 +40,7 @@ from omnidata.text.tokenizer import load_tokenizer
 BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
 BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a batch
 RAW_CHARACTERS = 2000
+MAX_DEPTH = 20  # of a row's values in an excerpt
 RESPELLED = "have a picture that was found under another Unicode form (NFC, NFD) of its name"
 COUNTS = ("unread_keys", "spelled_tokens", "content_tokens", "notes")  # counted over samples
 
@@ -107,10 +109,9 @@ class Stages:
         if not self.settings.max_slices or not isinstance(talk, Conversation):
             return talk, None
         note(_place(record))
-        try:
-            pictures = self._pictures(record.source, talk.images)
-        except RejectError as error:
-            return error, None
+        pictures = caught(self._pictures, record.source, talk.images)
+        if isinstance(pictures, RejectError):
+            return pictures, None
         return with_grids(talk, [picture.grid for picture in pictures]), pictures
 
     def _finish(
@@ -125,11 +126,19 @@ class Stages:
             return record
         if isinstance(outcome, RejectError):
             return rejected(record, outcome)
-        try:
-            if pictures is None:
-                pictures = self._pictures(record.source, talk.images[: outcome.num_images])
-        except RejectError as error:
-            return rejected(record, error)
+        built = caught(self._build, position, record, talk, outcome, pictures)
+        return rejected(record, built) if isinstance(built, RejectError) else built
+
+    def _build(
+        self,
+        position: int,
+        record: Record,
+        talk: Conversation,
+        outcome: Rendered,
+        pictures: Pictures | None,
+    ) -> Built:
+        if pictures is None:
+            pictures = self._pictures(record.source, talk.images[: outcome.num_images])
         pictures = _shown(pictures, outcome.num_images)
         images = tuple(image for picture in pictures for image in picture.images)
         sample = Sample(
@@ -197,10 +206,7 @@ def renderer_of(settings: BuildSettings, tokenizer: Any) -> Renderer:
 def _converse(record: Record | Reject, reading: Reading) -> Conversation | RejectError | Reject:
     if isinstance(record, Reject):
         return record
-    try:
-        return to_conversation(record, reading)
-    except RejectError as error:
-        return error
+    return caught(to_conversation, record, reading)
 
 
 def _shown(pictures: Pictures, num_images: int) -> Pictures:
@@ -267,17 +273,19 @@ def raw_excerpt(payload: Any) -> str:
     try:
         text = orjson.dumps(_shortened(payload), default=str).decode()
     except TypeError as error:  # e.g. a lone surrogate, an integer over 64 bits
-        text = f"{error}: {payload!r}"
+        text = f"{error}: {_shortened(payload)!r}"
     return text[:RAW_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _shortened(value: Any) -> Any:
+def _shortened(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        return "…"
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, str):
         return value[: RAW_CHARACTERS + 1]
     if isinstance(value, dict):
-        return {str(key): _shortened(inner) for key, inner in value.items()}
+        return {str(key): _shortened(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_shortened(inner) for inner in value]
+        return [_shortened(inner, depth + 1) for inner in value]
     return value

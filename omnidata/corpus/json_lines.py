@@ -72,7 +72,7 @@ def parse(file: SourceFile, locator: str, text: bytes) -> Record | Reject:
     """One record from its JSON."""
     try:
         payload = _loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # Python's own parser follows nested values by calls
         return bad_json(file, locator, text, str(error))
     if not isinstance(payload, dict):
         return bad_json(file, locator, text, f"a JSON {_kind(payload)}, where an object is expected")

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from omnidata.outcomes import without_addresses
 from omnidata.schema import RejectError
 
 MAX_PIXELS = 178_956_970  # of a picture in a corpus, as Pillow's own limit; --max-pixels
@@ -30,6 +31,9 @@ MAX_STORED_PIXELS = 1 << 30  # of a picture that a build has let pass
 MAX_SCANS = 100  # a progressive JPEG has about ten; each one costs a pass over the whole picture
 
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15; the three are tables
+MAX_CHUNKS = 200_000  # of a PNG; encoders write one for about 8 to 64 KB
+MAX_BEYOND = 1 << 16  # bytes of pixel data behind a PNG's last row
+MAX_COMMENTS = 1 << 20  # bytes of a GIF's comments: Pillow joins them one by one
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -195,6 +199,8 @@ def png_chunks(data: bytes, *, check_crc: bool) -> list[tuple[bytes, int, int]]:
         chunks.append((name, start, end))
         if name == b"IEND":
             return chunks
+        if len(chunks) > MAX_CHUNKS:
+            raise RejectError("image_corrupt", f"png: more than {MAX_CHUNKS:,} chunks")
         position = end + 4
 
 
@@ -213,7 +219,9 @@ def png_has_every_row(data: bytes) -> bool:
         while packed and due > 0:
             due -= len(unpacker.decompress(packed, 1 << 20))
             packed = unpacker.unconsumed_tail
-    return due - len(unpacker.flush()) <= 0
+        if len(packed) > MAX_BEYOND:  # zeros that unpack a thousandfold
+            raise RejectError("image_corrupt", f"png: {len(packed):,} bytes behind the last row")
+    return due <= 0 or due - len(unpacker.flush()) <= 0
 
 
 # (left, top, across, down): where each pass of an interlaced PNG starts and the distance between its pixels
@@ -224,9 +232,13 @@ def _png_header(data: bytes) -> ImageHeader:
     width, height, depth, color = struct.unpack(">IIBB", data[16:26])
     if data[12:16] != b"IHDR":
         raise RejectError("image_corrupt", "png: the first chunk is not IHDR")
-    chunks = {
-        name: data[start:end] for name, start, end in png_chunks(data, check_crc=False) if name in _PNG_NOTES
-    }
+    places = png_chunks(data, check_crc=False)
+    names = [name for name, _, _ in places]
+    if names.count(b"IHDR") > 1:
+        raise RejectError("image_corrupt", "png: a second IHDR, of another size perhaps")
+    if color == 3 and b"PLTE" not in names:
+        raise RejectError("image_corrupt", "png: colours of a palette that is not there")
+    chunks = {name: data[start:end] for name, start, end in places if name in _PNG_NOTES}
     return ImageHeader(
         "png",
         width,
@@ -272,9 +284,10 @@ def refusing_damage(kind: str) -> Iterator[None]:
     except RejectError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise RejectError("image_too_large", f"{kind}: {error}") from None
+        raise RejectError("image_too_large", f"{kind}: {without_addresses(str(error))}") from None
     except PILLOW_ERRORS as error:
-        raise RejectError("image_corrupt", f"{kind}: {str(error) or type(error).__name__}") from None
+        words = without_addresses(str(error)) or type(error).__name__
+        raise RejectError("image_corrupt", f"{kind}: {words}") from None
 
 
 @contextlib.contextmanager
@@ -302,9 +315,32 @@ PILLOW_ERRORS = (
 )
 
 
+def _refuse_comments(data: bytes) -> None:
+    """RejectError for a GIF whose comments would take Pillow minutes; damage is for Pillow to name."""
+    position = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    comments = 0
+    while position + 1 < len(data):
+        kind, is_comment = data[position], data[position : position + 2] == b"\x21\xfe"
+        if kind == 0x2C and position + 9 < len(data):  # an image: its header, its own palette, its code size
+            flags = data[position + 9]
+            position += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        elif kind == 0x21:
+            position += 2
+        else:
+            return
+        while position < len(data) and (size := data[position]):
+            position += 1 + size
+            comments += size * is_comment
+        position += 1
+        if comments > MAX_COMMENTS:
+            raise RejectError("image_corrupt", f"gif: more than {MAX_COMMENTS:,} bytes of comments")
+
+
 def _pillow_header(data: bytes) -> ImageHeader:
     kind = sniff(data)
     assert kind is not None
+    if kind == "gif":
+        _refuse_comments(data)
     image = open_with_pillow(data, kind)
     animated = getattr(image, "is_animated", False)
     return ImageHeader(

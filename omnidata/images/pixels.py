@@ -335,7 +335,7 @@ def _scale_16_bits(image: Any) -> Any:
 # --- colour profiles ----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _to_srgb(icc: bytes | None, mode: str) -> Any:
     """The transform from a profile to sRGB; None where there is nothing to do.
 
