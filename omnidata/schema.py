@@ -72,6 +72,14 @@ def image_member(position: int, extension: str) -> str:
     return extension if position == 0 else f"{position}.{extension}"
 
 
+def is_member(name: str) -> bool:
+    """Whether a tar member of this name can be part of a sample: ``0007.labels.npy``, ``0007.1.jpg``."""
+    return _MEMBER.fullmatch(name) is not None
+
+
+_MEMBER = re.compile(r"[A-Za-z0-9_-]+\.(?:input_ids\.npy|labels\.npy|(?:[1-9][0-9]*\.)?(?:jpg|png|webp))")
+
+
 # --- records, in the order in which they flow -------------------------------------------------------------
 
 

@@ -4,7 +4,10 @@ The code that is run is the dataset card's own, so the card cannot be wrong.
 """
 
 import json
+import pickle
 import re
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from tiny_corpus import write_corpus
 
 from omnidata.builder.settings import RunOptions
 from omnidata.dataset import Dataset
+from omnidata.shards import end_archive, tar_header
 
 READERS = ("omnidata", "webdataset", "Megatron-Energon", "Hugging Face datasets")
 
@@ -127,3 +131,56 @@ def test_the_metadata_name_every_shard_with_its_samples(datasets):
     assert [path for split in parts.values() for path in split] == list(counts)
     card = (datasets["mixed"] / "README.md").read_text()
     assert f"{manifest.num_samples:,} samples" in card and "| val |" in card
+
+
+class _Planted:
+    """Its pickle writes a file when somebody loads it."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.fixture
+def tampered(datasets, tmp_path):
+    """A copy whose shards hold pickles beside every sample's own members, with Energon's offsets to match."""
+    data, marker = shutil.copytree(datasets["uniform"], tmp_path / "data"), tmp_path / "ran"
+    payload = pickle.dumps(_Planted(marker))
+    for shard in sorted((data / "shards").glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            members = [(info.name, archive.extractfile(info).read()) for info in archive]
+        starts, position, seen = [], 0, set()
+        with shard.open("wb") as file:
+            for name, content in members:
+                more = [(name, content)]
+                if (key := name.partition(".")[0]) not in seen:
+                    seen.add(key)
+                    starts.append(position)
+                    more += [(f"{key}.{x}", payload) for x in ("pickle", "pyd", "pth", "pkl", "extra.pickle")]
+                for member, data_of in more:
+                    file.write(tar_header(member, len(data_of)) + data_of + bytes(-len(data_of) % 512))
+                    position += 512 + len(data_of) + -len(data_of) % 512
+            end_archive(file, position)
+        shard.with_suffix(".tar.idx").write_bytes(np.array([*starts, position], "<u8").tobytes())
+    return data, marker
+
+
+@pytest.mark.parametrize("reader", ["webdataset", "Megatron-Energon", "Hugging Face datasets", "pipeline"])
+def test_no_reader_unpickles_what_a_stranger_put_in(tampered, reader, monkeypatch, tmp_path):
+    data, marker = tampered
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    if reader == "pipeline":
+        from omnidata.loader.wds import webdataset_pipeline
+
+        seen = list(webdataset_pipeline(data).decode("pil"))
+    else:
+        pytest.importorskip({"Megatron-Energon": "megatron.energon"}.get(reader, "webdataset"))
+        if reader == "Hugging Face datasets":  # loads .pth as weights only, which refuses any other object
+            with pytest.raises((UserWarning, pickle.UnpicklingError)):
+                run_card(data, reader, monkeypatch)
+            assert not marker.exists()
+            return
+        seen = run_card(data, reader, monkeypatch)["seen"]
+    assert len(seen) == len(Dataset(data, "train")) and not marker.exists()

@@ -7,6 +7,7 @@ README.md                                       dataset card: totals, and how to
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from omnidata.images.slices import slicing_of
 from omnidata.schema import NV_META, Manifest
@@ -23,17 +24,21 @@ def energon_files(manifest: Manifest) -> dict[str, bytes]:
         "energon_version": ENERGON_VERSION,
         "shard_counts": {shard.path: shard.num_samples for shard in manifest.shards},
     }
-    lines = ["split_parts:"]
-    for split in manifest.splits:
-        lines.append(f"  {split}:")
-        lines += [f"  - {shard.path}" for shard in manifest.shards if shard.split == split]
-    lines.append("exclude: []")
-    dataset = ["__module__: megatron.energon", "__class__: CrudeWebdataset", "subflavors: {}"]
+    paths_of = {
+        split: [shard.path for shard in manifest.shards if shard.split == split] for split in manifest.splits
+    }
+    dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "subflavors": {}}
     return {
         f"{NV_META}/.info.json": (json.dumps(info, indent=2) + "\n").encode(),
-        f"{NV_META}/split.yaml": ("\n".join(lines) + "\n").encode(),
-        f"{NV_META}/dataset.yaml": ("\n".join(dataset) + "\n").encode(),
+        f"{NV_META}/split.yaml": _yaml({"split_parts": paths_of, "exclude": []}),
+        f"{NV_META}/dataset.yaml": _yaml(dataset),
     }
+
+
+def _yaml(content: dict[str, Any]) -> bytes:
+    import yaml
+
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
 
 
 CARD_TEXT = """\
@@ -76,8 +81,13 @@ print(len(dataset), sample.key, sample.input_ids.shape, len(sample.images))
 import glob
 import webdataset as wds
 
+
+def ours(name):  # .decode() unpickles whatever else a stranger put into a shard
+    return name.endswith(("input_ids.npy", "labels.npy", ".jpg", ".png", ".webp"))
+
+
 shards = sorted(glob.glob("shards/{first_split}-*.tar"))
-dataset = wds.WebDataset(shards, shardshuffle=False).decode("pil")
+dataset = wds.WebDataset(shards, shardshuffle=False, select_files=ours).decode("pil")
 for sample in dataset:
     print(sample["__key__"], sample["input_ids.npy"].shape, sample["labels.npy"].shape, "jpg" in sample)
 ```
@@ -86,9 +96,15 @@ for sample in dataset:
 
 ```python
 from megatron.energon import (
-    Cooker, DefaultTaskEncoder, Sample, WorkerConfig, basic_sample_keys, edataclass, get_loader,
-    get_train_dataset, stateless,
+    Cooker, DefaultTaskEncoder, Sample, SampleDecoder, WorkerConfig, basic_sample_keys, edataclass,
+    get_loader, get_train_dataset, stateless,
 )
+
+
+class Decoder(SampleDecoder):  # of our members only: it would unpickle what a stranger put into a shard
+    def __call__(self, sample):
+        ours = ("input_ids.npy", "labels.npy", "jpg", "png", "webp")
+        return super().__call__({{k: v for k, v in sample.items() if k.startswith("__") or k.endswith(ours)}})
 
 
 @edataclass
@@ -107,6 +123,7 @@ def cook(raw):
 
 class Encoder(DefaultTaskEncoder):
     cookers = [Cooker(cook)]
+    decoder = Decoder()
 
 
 dataset = get_train_dataset(

@@ -12,12 +12,16 @@ import os
 from typing import Any
 
 from omnidata.dataset import Dataset
+from omnidata.schema import is_member
 
 
 def webdataset_pipeline(
     path: str | os.PathLike[str], split: str = "train", *, shuffle_shards: bool | int = False, **options: Any
 ) -> Any:
     """An ordinary ``webdataset.WebDataset`` over the shards of one split; members are left as bytes.
+
+    Only members that the schema knows are read: ``.decode()`` unpickles whatever else a stranger put into
+    a shard.
 
     Args:
         path: a dataset, local or at a URL that webdataset can open.
@@ -30,5 +34,5 @@ def webdataset_pipeline(
     dataset = Dataset(path, split)
     root = dataset.local_root or dataset.path
     urls = [f"{root}/{shard.path}" for shard in dataset.manifest.shards if shard.split == split]
-    defaults = {"nodesplitter": webdataset.split_by_node, "empty_check": False}
+    defaults = {"nodesplitter": webdataset.split_by_node, "empty_check": False, "select_files": is_member}
     return webdataset.WebDataset(urls, shardshuffle=shuffle_shards, **(defaults | options))
