@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from omnidata.durable import sync
 from omnidata.schema import UserError
+from pipelines.checkpoint_reader import CheckpointReader
 from pipelines.config import CheckpointConfig, Recipe, to_dict
 from pipelines.parallel import World
 
@@ -195,7 +196,9 @@ class Checkpoints:
         trainer = json.loads((path / TRAINER).read_text())
         if trainer["world_size"] != self.world.size:  # other ranks, other random numbers
             tensors.pop(f"rng-{self.world.rank}")
-        dcp.load(tensors, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        reader = CheckpointReader(path)
+        reader.read_metadata()  # refuses what is not ours in one line, before DCP wraps it
+        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return trainer
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ranks import run_on_ranks, run_recipes, start
 from safetensors.torch import load_file
 from tiny_recipe import losses, tiny_recipe, write_recipe
+from torch.distributed.checkpoint.api import CheckpointException
 
 from omnidata.schema import UserError
 from pipelines.checkpoint import rng_state, set_rng_state, verify
+from pipelines.checkpoint_reader import CheckpointReader
 from pipelines.config import load_recipe
 from pipelines.train import train
 
@@ -200,3 +204,46 @@ def test_rng_state_round_trip():
     torch.rand(5)
     set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+class _Planted:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def _as_bytes(metadata):
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata.state_dict_metadata = dict.fromkeys(metadata.state_dict_metadata, BytesStorageMetadata())
+    return metadata
+
+
+def _planted(metadata, marker):
+    metadata.planner_data = _Planted(marker)
+    return metadata
+
+
+@pytest.mark.parametrize("how", ["a call", "values to unpickle"])
+def test_a_strangers_checkpoint_runs_no_code(how, tmp_path):
+    marker, tensors = tmp_path / "ran", {"a": torch.ones(3)}
+    dcp.save(tensors, checkpoint_id=tmp_path / "step", no_dist=True)
+    metadata = dcp.FileSystemReader(tmp_path / "step").read_metadata()
+    metadata = _as_bytes(metadata) if how != "a call" else _planted(metadata, marker)
+    (tmp_path / "step" / ".metadata").write_bytes(pickle.dumps(metadata))
+    reader = CheckpointReader(tmp_path / "step")
+    with pytest.raises(UserError, match="which no checkpoint of a run holds"):
+        reader.read_metadata()
+    with pytest.raises(CheckpointException):
+        dcp.load({"a": torch.zeros(3)}, storage_reader=reader, no_dist=True)
+    assert not marker.exists()
+
+
+def test_a_checkpoint_of_ours_is_read(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    dcp.save(tensors, checkpoint_id=tmp_path / "step", no_dist=True)
+    empty = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dcp.load(empty, storage_reader=CheckpointReader(tmp_path / "step"), no_dist=True)
+    assert all(torch.equal(empty[name], tensors[name]) for name in tensors)
