@@ -132,6 +132,17 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
     "--max-pixels", default=178_956_970, show_default=True, help="Of one picture; more is a reject."
 )
 @click.option("--allow-http", is_flag=True, help="Fetch images from public http(s) addresses.")
+@click.option(
+    "--allow-remote",
+    multiple=True,
+    metavar="s3,gs,…",
+    help="Object stores that records may name; they are read with your credentials.",
+)
+@click.option(
+    "--allow-any-path",
+    is_flag=True,
+    help="Absolute paths of records may lead out of --image-root (without it: out of the source's folder).",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: CPUs it may use]")
 @click.option(
     "--executor",

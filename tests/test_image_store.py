@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnidata.images.header import MAX_BYTES, MAX_FETCHED_BYTES
-from omnidata.images.store import ImageStore
+from omnidata.images.store import ImageStore, check_remote
 from omnidata.schema import ImageRef, RejectError, UserError
 
 FILES = {
@@ -154,12 +154,16 @@ def test_processes_do_not_disturb_each_other(folder, tmp_path, kind, method):
 def test_absolute_paths(folder):
     inside, outside = str(folder / "a/1.jpg"), str(folder.parent / "outside.jpg")
     for prefix in ("", "file://"):
-        assert ImageStore(None).read(ImageRef(prefix + outside)) == b"secret"
+        assert reason(ImageStore(None), prefix + outside) == "image_forbidden"
+        for root in (None, str(folder)):
+            store = ImageStore(root, allow_any_path=True)
+            assert store.read(ImageRef(prefix + outside)) == b"secret"
         assert ImageStore(str(folder)).read(ImageRef(prefix + inside)) == FILES["a/1.jpg"]
         assert reason(ImageStore(str(folder)), prefix + outside) == "image_forbidden"
         assert reason(ImageStore(str(folder)), f"{prefix}{folder}/../outside.jpg") == "image_forbidden"
     assert reason(ImageStore(str(folder)), str(folder.parent / "root2/x.jpg")) == "image_forbidden"
-    assert ImageStore(str(folder), assumed=True).read(ImageRef(outside)) == b"secret"
+    assert reason(ImageStore(str(folder), assumed=True), outside) == "image_forbidden"
+    assert ImageStore(str(folder), assumed=True).read(ImageRef(inside)) == FILES["a/1.jpg"]
     assert reason(ImageStore(str(folder), assumed=True), "../outside.jpg") == "image_forbidden"
 
 
@@ -177,7 +181,11 @@ def test_a_relative_path_needs_a_root():
 def test_special_files_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     assert reason(ImageStore(str(tmp_path)), "pipe.jpg") == "image_missing"
-    assert reason(ImageStore(None), "/dev/zero") == "image_missing"
+    store = ImageStore(None, allow_any_path=True)
+    assert reason(store, "/dev/zero") == "image_missing"
+    for path in ("/proc/self/mem", "/proc/kmsg", "/proc/self/clear_refs"):  # regular, they say
+        if os.path.exists(path):
+            assert reason(store, path) == "image_missing"
 
 
 def test_symbolic_links_in_a_root_are_followed(folder, tmp_path):
@@ -292,8 +300,18 @@ def test_broken_data_uris(uri):
 
 def test_object_store_urls():
     fsspec.filesystem("memory").pipe("/bucket/x.jpg", b"remote")
-    assert ImageStore(None).read(ImageRef("memory://bucket/x.jpg")) == b"remote"
-    assert reason(ImageStore(None), "memory://bucket/y.jpg") == "image_missing"
+    store = ImageStore(None, allow_remote=("memory",))
+    assert store.read(ImageRef("memory://bucket/x.jpg")) == b"remote"
+    assert reason(store, "memory://bucket/y.jpg") == "image_missing"
+    for url in ("memory://bucket/x.jpg", "s3://bucket/x.jpg", "gs://bucket/x.jpg", "hf://datasets/x/y.jpg"):
+        assert reason(ImageStore(None), url) == "image_forbidden"
+    assert reason(store, "gs://bucket/x.jpg") == "image_forbidden"
+
+
+def test_a_protocol_that_may_not_or_cannot_be_named():
+    with pytest.raises(UserError, match="--allow-remote ftp: choose from"):
+        check_remote(("ftp",))
+    check_remote(("memory", "s3"))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ from typing import Any
 from omnidata.conversation import Reading
 from omnidata.images.header import MAX_PIXELS
 from omnidata.images.slices import Slicing, slicing_of
+from omnidata.images.store import check_remote
 from omnidata.schema import CONTENT_TOKENS, SLICE_TOKENS, UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 TRAIN = "train"
-LISTS = ("source", "content_token", "slice_tokens", "image_key", "caption_prompt")  # settings that are lists
+# settings that are lists
+LISTS = ("source", "content_token", "slice_tokens", "image_key", "caption_prompt", "allow_remote")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class BuildSettings:
     duplicate_ids: str = "keep"  # keep | reject
     content_token: tuple[str, ...] = ()  # special tokens that content may spell, besides the grounding tags
     allow_http: bool = False
+    allow_remote: tuple[str, ...] = ()  # object stores that records may name: s3, gs, …
+    allow_any_path: bool = False  # absolute paths of records may lead out of the image root
     image_key: tuple[str, ...] = ()  # more keys of records, turns or tar samples that hold pictures
     caption_prompt: tuple[str, ...] = ()  # what asks for a caption; one of them by the record's id
     allow_empty_replies: bool = False
@@ -123,6 +127,10 @@ def settings_of(flags: dict[str, Any]) -> BuildSettings:
         values["shard_bytes"] = parse_size(str(flags["shard_bytes"]))
     for name in LISTS:
         values[name] = tuple(values[name])
+    values["allow_remote"] = tuple(
+        part for text in values["allow_remote"] for part in text.split(",") if part
+    )
+    check_remote(values["allow_remote"])
     return BuildSettings(**values)
 
 
@@ -157,7 +165,7 @@ def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := sorted(values.keys() - names):
         raise UserError(f"--config {file}: no flag is named {', '.join(unknown)}")
-    for name in ("source", "split", "content_token", "image_key", "caption_prompt"):
+    for name in ("source", "split", "content_token", "image_key", "caption_prompt", "allow_remote"):
         if name in values:
             values[name] = _as_list(values[name])
     return values

@@ -187,6 +187,8 @@ class Stages:
             self.stores[root] = ImageStore(
                 root,
                 allow_http=self.settings.allow_http,
+                allow_remote=self.settings.allow_remote,
+                allow_any_path=self.settings.allow_any_path,
                 assumed=self.settings.image_root is None,
             )
         return self.stores[root]

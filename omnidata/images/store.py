@@ -3,8 +3,8 @@
     bytes in the record          as they are
     data:image/png;base64,…      unpacked
     coco/0001.jpg                under the image root: a folder, a .zip or a .tar, local or at an fsspec URL
-    /data/coco/0001.jpg          where it stands, if inside the root folder or if nobody gave a root
-    s3://bucket/0001.jpg         object stores and other file systems, through fsspec
+    /data/coco/0001.jpg          inside the root folder (without one: the source's), or with allow_any_path
+    s3://bucket/0001.jpg         object stores through fsspec, with allow_remote: they take your credentials
     https://…                    only with allow_http, and then only from public addresses (web.py)
 
 A record's path is somebody else's word: ``../../etc/passwd`` and whatever else leads out of the root is
@@ -20,6 +20,7 @@ import os
 import posixpath
 import stat
 import unicodedata
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -52,12 +53,16 @@ class ImageStore:
         root: str | os.PathLike[str] | None,
         *,
         allow_http: bool = False,
-        assumed: bool = False,  # nobody chose the root: it need not exist, absolute paths pass
+        allow_remote: Collection[str] = (),  # protocols that a record may name: s3, gs, …
+        allow_any_path: bool = False,  # absolute paths may lead anywhere
+        assumed: bool = False,  # nobody chose the root: it need not exist
         max_bytes: int = MAX_BYTES,
         permit: Permit = is_public,  # which addresses allow_http may reach
     ) -> None:
         self.root = None if root is None else _strip_file(os.fspath(root))
         self.allow_http = allow_http
+        self.allow_remote = frozenset(allow_remote)
+        self.allow_any_path = allow_any_path
         self.assumed = assumed
         self.max_bytes = max_bytes
         self._permit = permit
@@ -104,7 +109,9 @@ class ImageStore:
             return self._read_otherwise(path, is_url=path != ref.path, error=error)
 
     def _read_path(self, path: str) -> bytes:
-        if self.root is None or (self.assumed and os.path.isabs(path)):
+        if os.path.isabs(path) and self.allow_any_path:
+            return _read_file(path, self.max_bytes)
+        if self.root is None:
             return self._read_unrooted(path)
         return self._read_rooted(self.root, path)
 
@@ -135,7 +142,10 @@ class ImageStore:
             raise RejectError(
                 "image_missing", f"{path!r} is relative and there is no image root: give --image-root"
             )
-        return _read_file(path, self.max_bytes)
+        raise RejectError(
+            "image_forbidden",
+            f"{path!r}: give --image-root a folder above, or --allow-any-path if you trust the records",
+        )
 
     def _read_rooted(self, root: str, path: str) -> bytes:
         if self._archive:
@@ -151,15 +161,36 @@ class ImageStore:
         except KeyError:
             raise RejectError("image_missing", f"no member {name!r} in {self.root}") from None
 
+    def _check_protocol(self, protocol: str, url: str) -> None:
+        """A record is somebody else's word: it spends the builder's credentials only if told so."""
+        if protocol not in RECORD_PROTOCOLS or "::" in url:
+            raise RejectError("image_forbidden", f"{url[:200]}: a record may not use {protocol}://")
+        if protocol not in self.allow_remote:
+            raise RejectError(
+                "image_forbidden",
+                f"{url[:200]}: a record may use your access to {protocol}:// with --allow-remote {protocol}",
+            )
+
     def _read_url(self, url: str, *, chosen_by_user: bool) -> bytes:
         protocol = _protocol(url)
         if protocol in ("http", "https"):
             if not self.allow_http:
                 raise RejectError("image_forbidden", f"{url}: images from the web need --allow-http")
             return fetch(url, max_bytes=min(self.max_bytes, MAX_FETCHED_BYTES), permit=self._permit)
-        if not chosen_by_user and (protocol not in RECORD_PROTOCOLS or "::" in url):
-            raise RejectError("image_forbidden", f"{url[:200]}: a record may not use {protocol}://")
+        if not chosen_by_user:
+            self._check_protocol(protocol, url)
         return _read_remote(url, self.max_bytes)
+
+
+def check_remote(protocols: Collection[str]) -> None:
+    """UserError for a protocol that --allow-remote does not know, or whose package is not installed."""
+    for protocol in protocols:
+        if protocol not in RECORD_PROTOCOLS:
+            raise UserError(f"--allow-remote {protocol}: choose from {', '.join(sorted(RECORD_PROTOCOLS))}")
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--allow-remote {protocol}: {error}") from None
 
 
 def _protocol(path: str) -> str:
@@ -195,7 +226,10 @@ def _join_local(root: str, path: str) -> str:
     if os.path.isabs(path):
         top, whole = os.path.abspath(root), os.path.normpath(path)
         if os.path.commonpath((top, whole)) != top:
-            detail = f"{path!r} is outside the image root {root}; give --image-root a folder above both"
+            detail = (
+                f"{path!r} is outside the image root {root}; give --image-root a folder above both, or "
+                "--allow-any-path if you trust the records"
+            )
             raise RejectError("image_forbidden", detail)
         return whole
     return os.path.join(root, _inside(root, path))
@@ -215,9 +249,22 @@ def _read_file(path: str, max_bytes: int) -> bytes:
             raise RejectError("image_missing", f"{path}: not a regular file")
         _check_size(path, status.st_size, max_bytes)
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            return file.read()
+            return _read_whole(file, path, status.st_size)
     finally:
         os.close(descriptor)
+
+
+def _read_whole(file: Any, path: str, size: int) -> bytes:
+    """The file's bytes; of the kernel's own files, which say that they are empty and are not, none."""
+    try:
+        data = file.read(size + 1)
+    except OSError as error:
+        if size:
+            raise
+        raise RejectError("image_missing", f"{path}: {error.strerror}") from None
+    if size == 0:
+        raise RejectError("image_missing", f"{path}: the file is empty, or none of a disk")
+    return data + file.read() if len(data) < size else data[:size]
 
 
 def _read_remote(url: str, max_bytes: int) -> bytes:
