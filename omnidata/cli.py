@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from omnidata import __version__
+from omnidata.printable import printable, to_json
 from omnidata.schema import SLICE_TOKENS, UserError
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -203,11 +204,8 @@ def _exit_code(report: Any) -> int:
 
 def _print_report(report: Any, *, as_json: bool) -> None:
     """A report has ``to_json()`` for scripts and ``lines()`` for people."""
-    import json
 
-    click.echo(
-        json.dumps(report.to_json(), indent=1, ensure_ascii=False) if as_json else "\n".join(report.lines())
-    )
+    click.echo(to_json(report.to_json()) if as_json else printable("\n".join(report.lines())))
 
 
 @cli.command("prepare-tokenizer")
@@ -368,11 +366,11 @@ def run(args: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except UserError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(printable(f"Error: {error}"), err=True)
         return 1
     except (click.Abort, KeyboardInterrupt) as interrupt:
         # click wraps what it caught; a build's own interrupt says how to go on
-        click.echo(str(interrupt.__cause__ or interrupt) or "Interrupted.", err=True)
+        click.echo(printable(str(interrupt.__cause__ or interrupt)) or "Interrupted.", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # `omnidata … | head` closed our stdout: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -380,7 +378,8 @@ def run(args: list[str] | None = None) -> int:
     except OSError as error:  # a path of the user's that cannot be used; anything else is a fault of ours
         if error.errno not in UNUSABLE_PATH or error.filename is None:
             raise
-        click.echo(f"Error: {error.filename}: {error.strerror}; give another path, or mend that", err=True)
+        advice = "give another path, or mend that"
+        click.echo(printable(f"Error: {error.filename}: {error.strerror}; {advice}"), err=True)
         return 1
 
 

@@ -23,7 +23,7 @@ ids are exactly those of ``apply_chat_template(messages)``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -44,9 +44,11 @@ from omnidata.schema import (
 )
 from omnidata.text.chat_template import ChatTemplate, Shape
 from omnidata.text.encoder import IMAGE_GUARD, Encoder
+from omnidata.text.spans import interleave, token_range
 from omnidata.text.token_roles import content_tokens_of
 from omnidata.text.tokenizer import template_text
 
+SURE = 8  # tokens by which a beginning, rendered alone, may be shorter than where it stands in the whole
 DEFAULT_SYSTEM = (
     "You are an artificial intelligence assistant, which gives helpful, detailed, "
     "and polite answers to the human's questions."
@@ -81,6 +83,7 @@ class _Draft:
         tuple[int, int, int], ...
     ]  # characters: first of the content, after the closing token, slack
     num_images: int
+    ends: tuple[tuple[int, int], ...] = ()  # (message, characters up to its end) of each assistant turn
 
 
 class Renderer:
@@ -171,11 +174,13 @@ class Renderer:
         if self.is_omnilmm:
             pieces[0] = self._bos + pieces[0]
             pieces[-1] = pieces[-1] if generation_prompt else pieces[-1].removesuffix("\n")
-        turns = (
-            _Turn(i, self._closing(pieces[i + 1]), self._slack(roles[:i], shape.pieces[i]))
-            for i, role in enumerate(roles)
-            if role == "assistant" and shape.marked[i]
-        )
+        turns, slacks = [], {}  # what one header begins with, it always does: a template is asked once
+        for i, role in enumerate(roles):
+            if role == "assistant" and shape.marked[i]:
+                header = shape.pieces[i]
+                if header not in slacks:
+                    slacks[header] = self._slack(roles[:i], header)
+                turns.append(_Turn(i, self._closing(pieces[i + 1]), slacks[header]))
         return _Plan(shape, tuple(pieces), tuple(turns))
 
     def _closing(self, piece: str) -> int:
@@ -215,7 +220,7 @@ class Renderer:
             raise UserError(
                 "the tokenizer lacks <im_patch>, <im_start> or <im_end>; run omnidata prepare-tokenizer"
             )
-        starts, text = _interleave(plan.pieces, printed)
+        starts, text = interleave(plan.pieces, printed)
         spans = tuple(
             (
                 starts[turn.message],
@@ -225,7 +230,11 @@ class Renderer:
             for turn in plan.turns
             if messages[turn.message].supervised
         )
-        return _Draft(text, spans, num_images)
+        ends = tuple(
+            (turn.message, starts[turn.message] + len(printed[turn.message]) + turn.closing)
+            for turn in plan.turns
+        )
+        return _Draft(text, spans, num_images, ends)
 
     def _content(self, message: Message) -> str:
         text = "".join(
@@ -260,10 +269,10 @@ class Renderer:
         ids = np.array(encoding.ids, dtype=np.int32)
         length = len(ids) + draft.num_images * (self.num_query + 1)
         if self.max_length is not None and length > self.max_length:
-            return self._truncate(conversation, length)
+            return self._truncate(conversation, draft, encoding, length)
         labels = np.full_like(ids, IGNORE_INDEX)
         for span in draft.spans:
-            first, end = _tokens(encoding, span)
+            first, end = token_range(encoding, span)
             labels[first:end] = ids[first:end]
         if draft.num_images:
             self._ignore_tiles(ids, labels)
@@ -298,12 +307,14 @@ class Renderer:
         wide[first], wide[first + self.num_query + 1] = start, end
         return wide, wide_labels
 
-    def _truncate(self, conversation: Conversation, length: int) -> Rendered:
-        """Cut whole turns from the end, down to an assistant turn after which everything fits."""
+    def _truncate(self, conversation: Conversation, draft: _Draft, encoding: Any, length: int) -> Rendered:
+        """Cut whole turns from the end, down to an assistant turn after which everything fits.
+
+        The whole conversation's encoding says about how long each beginning of it is, so that, however many
+        turns there are, only one or two beginnings are rendered to be sure.
+        """
         total = len(conversation.messages)
-        for keep in range(total - 1, 0, -1):
-            if conversation.messages[keep - 1].role != "assistant":
-                continue
+        for keep in self._beginnings(conversation, draft, encoding):
             shorter = replace(conversation, messages=conversation.messages[:keep])
             draft = self._draft(shorter)
             [encoding] = self._encoder.encode_batch([draft.text])
@@ -313,6 +324,22 @@ class Renderer:
             "too_long",
             f"{length} tokens, over max_length {self.max_length}, and no assistant turn ends before that",
         )
+
+    def _beginnings(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Iterator[int]:
+        """Numbers of messages that end with an assistant turn and may fit, the most first."""
+        shift = sum(message.role == "system" for message in conversation.messages[:1]) - sum(
+            message.role == "system" for message in self._with_system(conversation.messages)[:1]
+        )
+        images = np.flatnonzero(np.array(encoding.ids) == self._encoder.image_id)
+        for message, end in reversed(draft.ends):
+            token = encoding.char_to_token(end - 1)
+            keep = message + 1 + shift
+            if token is None or not 0 < keep < len(conversation.messages):
+                continue
+            num_images = int(np.searchsorted(images, token))
+            about = token + 1 + num_images * (self.num_query + 1)
+            if about <= self.max_length + SURE:
+                yield keep
 
     # --- facts for the manifest -----------------------------------------------------------------------------
 
@@ -360,29 +387,3 @@ class Renderer:
         bos = self.tokenizer.bos_token
         ids = self.tokenizer.backend_tokenizer.encode("a").ids
         return self._encoder.guard(bos) if bos and ids[:1] == [self.tokenizer.bos_token_id] else ""
-
-
-def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[int], str]:
-    """Where each content starts, in characters, and the whole text."""
-    texts, starts, position = [pieces[0]], [], len(pieces[0])
-    for content, piece in zip(contents, pieces[1:], strict=True):
-        starts.append(position)
-        texts += (content, piece)
-        position += len(content) + len(piece)
-    return starts, "".join(texts)
-
-
-def _tokens(encoding: Any, span: tuple[int, int, int]) -> tuple[int, int]:
-    """The range of tokens that cover the span of characters, if its borders are borders of tokens."""
-    start, end, slack = span
-    # With the blanks that the model writes itself: before "42", Mistral's ▁ is a token of its own.
-    first, last = encoding.char_to_token(start - slack), encoding.char_to_token(end - 1)
-    if first is None or last is None:
-        raise RejectError("mask_unproven", "the tokenizer gives no token for the start or end of a reply")
-    if encoding.token_to_chars(first)[0] < start - slack:
-        raise RejectError(
-            "mask_unproven",
-            "the tokenizer joins the start of a reply with the template's text before it; "
-            "remove the blanks or line ends that the reply starts with",
-        )
-    return first, last + 1

@@ -92,7 +92,7 @@ class BuildReport:
 
 def describe(reject: dict[str, Any]) -> str:
     """One reject on one line."""
-    return f"{reject['source']}, {reject['locator']}: {reject['detail']}"
+    return f"{reject['source']}, {reject['locator']}: {reject['detail']}".replace("\n", "␊")
 
 
 def examples(rejects: Iterable[dict[str, Any]]) -> str:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from omnidata.inspect.samples import Run, SampleView, printable, read_views, rejects_of
+from omnidata.inspect.samples import Run, SampleView, read_views, rejects_of
 from omnidata.inspect.summary import Summary, summarize
 from omnidata.inspect.terminal import human_bytes, human_flops, human_hours
+from omnidata.printable import printable
 from omnidata.schema import REASONS, UserError
 
 if TYPE_CHECKING:

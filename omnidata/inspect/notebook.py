@@ -6,7 +6,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from omnidata.inspect.html_report import thumbnail
-from omnidata.inspect.samples import SampleView, choose_positions, printable, read_views
+from omnidata.inspect.samples import SampleView, choose_positions, read_views
+from omnidata.printable import printable
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset

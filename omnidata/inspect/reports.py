@@ -5,7 +5,6 @@ Each is a few calls: numbers from summary / verify / forecast, shown by terminal
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omnidata.inspect.cost import DEFAULT_FROZEN, Assumptions
 from omnidata.inspect.samples import choose_positions, read_views, rejects_of
 from omnidata.inspect.summary import summarize
+from omnidata.printable import to_json
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
@@ -166,8 +166,3 @@ def plan(
         print(to_json(foreseen.as_dict()))
     else:
         terminal.print_forecast(terminal.make_console(), foreseen)
-
-
-def to_json(report: dict[str, Any]) -> str:
-    """Readable, with non-ASCII text as it is."""
-    return json.dumps(report, indent=1, ensure_ascii=False)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -203,21 +202,6 @@ class TokenReader:
         if token_id in self._image_ids:
             return "image"
         return "special" if self.vocabulary.is_special(token_id) else "text"
-
-
-# --- text that is safe to print ---------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _visible_controls() -> dict[int, str]:
-    """Control characters, but newline and tab, to visible ones: a corpus may hold terminal escapes."""
-    pictures = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-    return pictures | {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
-
-
-def printable(text: str) -> str:
-    """The text with control characters made visible: ``ESC[31m`` becomes ``␛[31m``."""
-    return text.translate(_visible_controls())
 
 
 def rejects_of(dataset: Dataset, *, source: str | None = None) -> list[dict[str, str]]:

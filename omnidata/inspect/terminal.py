@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnidata.inspect.samples import Run, SampleView, printable
+from omnidata.inspect.samples import Run, SampleView
+from omnidata.printable import printable
 from omnidata.verify.findings import REPAIRABLE
 
 if TYPE_CHECKING:
