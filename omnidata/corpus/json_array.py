@@ -17,14 +17,13 @@ from typing import BinaryIO
 import numpy as np
 
 from omnidata.corpus.json_lines import BOM, parse
-from omnidata.corpus.source import UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
+from omnidata.corpus.source import MAX_ITEM, UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
 from omnidata.corpus.streams import Limited, open_at, read_head
 from omnidata.schema import Record, Reject, UserError
 
 FORMATS = ("llava", "messages")
 BLOCK = 4 << 20
 _HEAD = 64 << 10  # bytes in which a wrapped array must start
-MAX_ITEM = 256 << 20  # bytes; more means that a quote or bracket is missing
 
 # An object that holds the array under one of these names, after nothing but plain values.
 _WRAPPER = re.compile(

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from omnidata.corpus.source import UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
+from omnidata.corpus.source import MAX_ITEM, UNIT_BYTES, UNIT_RECORDS, SourceFile, Unit
 from omnidata.corpus.streams import open_at
 from omnidata.schema import Record, Reject
 
@@ -35,9 +35,9 @@ def scan(file: SourceFile) -> Iterator[Unit]:
     with open_at(file) as stream:
         start = position = records = 0
         first = number = 1
-        for line in stream:
+        for line, num_bytes in bounded_lines(stream):
             records += bool(_text(line, position).strip())
-            position += len(line)
+            position += num_bytes
             number += 1
             if records == UNIT_RECORDS or position - start >= UNIT_BYTES:
                 if records:
@@ -50,18 +50,35 @@ def scan(file: SourceFile) -> Iterator[Unit]:
 def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
     """The records of a unit."""
     with open_at(file, unit.start) as stream:
-        for locator, line in lines(stream, unit):
-            yield parse(file, locator, line)
+        for locator, line in lines(file, stream, unit):
+            yield line if isinstance(line, Reject) else parse(file, locator, line)
 
 
-def lines(stream: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes]]:
-    """(locator, line) of a unit's lines, without the blank ones."""
+def lines(file: SourceFile, stream: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes | Reject]]:
+    """(locator, line) of a unit's lines, without the blank ones; a reject for one over MAX_ITEM."""
     position, number = unit.start, unit.first
-    while position < unit.stop and (line := stream.readline()):
-        if (text := _text(line, position)).strip():
+    for line, num_bytes in bounded_lines(stream):
+        text = _text(line, position)
+        if num_bytes > MAX_ITEM:
+            detail = f"the line has {num_bytes:,} bytes; the limit is {MAX_ITEM:,}"
+            yield f"line {number}", bad_json(file, f"line {number}", text, detail)
+        elif text.strip():
             yield f"line {number}", text
-        position += len(line)
+        position += num_bytes
         number += 1
+        if position >= unit.stop:
+            return
+
+
+def bounded_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(line, its bytes); of a line over MAX_ITEM, which a few compressed bytes can hold, only the start."""
+    while line := stream.readline(MAX_ITEM + 1):
+        num_bytes = len(line)
+        if num_bytes > MAX_ITEM:
+            last, line = line[-1:], line[:8000]
+            while last != b"\n" and (more := stream.readline(1 << 20)):
+                num_bytes, last = num_bytes + len(more), more[-1:]
+        yield line, num_bytes
 
 
 def _text(line: bytes, position: int) -> bytes:

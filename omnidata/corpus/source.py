@@ -18,6 +18,7 @@ from omnidata.schema import Record, UserError
 # A unit ends at whichever comes first: small enough that shards share out evenly among workers, large enough
 # that the plan of a hundred million records stays small.
 UNIT_RECORDS = 1000
+MAX_ITEM = 256 << 20  # bytes of one record; in an array, more means that a quote or bracket is missing
 UNIT_BYTES = 16 << 20
 
 _WHOLE = 1 << 30  # bytes up to which digest() reads the whole file

@@ -20,6 +20,7 @@ from omnidata.schema import UserError
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 1 << 20
+_PIECE = 1 << 10  # compressed bytes at a time: four of them may stand for 128 KiB
 _KEPT = 4  # streams
 _kept: dict[tuple[int, str], Any] = {}  # (process, source) -> a stream that stands after its last unit
 
@@ -116,6 +117,7 @@ class _ZstdFile(io.RawIOBase):
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self._ready, self._position = raw, memoryview(b""), 0
+        self._pending = memoryview(b"")
         self._frame: Any = None
 
     def readable(self) -> bool:
@@ -137,7 +139,9 @@ class _ZstdFile(io.RawIOBase):
         import zstandard
 
         data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-        data = data or self._raw.read(64 << 10)
+        if not data:
+            self._pending = self._pending or memoryview(self._raw.read(64 << 10))
+            data, self._pending = bytes(self._pending[:_PIECE]), self._pending[_PIECE:]
         if not data:
             if self._frame is not None and not self._frame.eof:
                 raise EOFError("the last zstd frame has no end")

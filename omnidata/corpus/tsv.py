@@ -34,8 +34,8 @@ def sniff(name: str, head: bytes) -> bool:
 def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
     """The records of a unit."""
     with open_at(file, unit.start) as stream:
-        for locator, line in json_lines.lines(stream, unit):
-            yield _parse(file, locator, line)
+        for locator, line in json_lines.lines(file, stream, unit):
+            yield line if isinstance(line, Reject) else _parse(file, locator, line)
 
 
 def _parse(file: SourceFile, locator: str, line: bytes) -> Record | Reject:

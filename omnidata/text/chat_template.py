@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -147,18 +148,19 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         try:
-            return self._template.render(
+            pieces = self._template.generate(
                 messages=messages,
                 add_generation_prompt=generation_prompt,
                 tools=None,
                 documents=None,
                 **self._special_tokens,
             )
+            return "".join(_bounded(pieces, messages))
         except jinja2.TemplateError as error:
             raise RejectError(
                 "template_refused", f"the chat template refuses the messages: {error}"
             ) from error
-        except (TypeError, KeyError, AttributeError, IndexError) as error:  # a template's own mistake
+        except _MISTAKES as error:
             raise RejectError(
                 "template_refused", f"the chat template fails on the messages: {error!r}"
             ) from error
@@ -184,6 +186,33 @@ class ChatTemplate:
             depth += piece.count(GENERATION_START) - piece.count(GENERATION_END)
             marked.append(depth > 0)
         return tuple(marked)
+
+
+MAX_PRINTED = 1 << 20  # characters that a template may print around its contents …
+MAX_COPIES = 16  # … and how often it may print them
+MAX_SECONDS = 20.0  # for one conversation
+# A template's own: what its expressions raise on messages that it does not expect.
+_MISTAKES = (
+    *(TypeError, KeyError, AttributeError, IndexError, ValueError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
+
+
+def _bounded(pieces: Iterable[str], messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The pieces; RejectError for a template that prints without end."""
+    held = sum(len(message["content"]) for message in messages if isinstance(message["content"], str))
+    held += sum(
+        len(part.get("text", ""))
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
+    left, until = MAX_PRINTED + MAX_COPIES * held, time.monotonic() + MAX_SECONDS
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0 or time.monotonic() > until:
+            raise RejectError("template_refused", "the chat template prints without end")
+        yield piece
 
 
 _MARK = "\ue000"  # private use; stands in place of contents, so it need not be a secret
