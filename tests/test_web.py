@@ -1,7 +1,10 @@
 """Pictures from the web: only when allowed, only from public addresses."""
 
+import contextlib
 import http.server
+import socket
 import threading
+import time
 
 import pytest
 from test_image_store import reason
@@ -9,6 +12,16 @@ from test_image_store import reason
 from omnidata.images import web
 from omnidata.images.store import ImageStore
 from omnidata.schema import ImageRef
+
+
+def drip(handler, in_headers):
+    """A byte now and then, for ever: each comes long before any timeout between two bytes."""
+    with contextlib.suppress(OSError):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"X: " if in_headers else b"\r\n"))
+        for _ in range(400):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+            time.sleep(0.05)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,6 +43,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", routes[path])
             self.end_headers()
+        elif path == "/negative":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc\r\n0\r\n\r\n")
+        elif path in ("/drip", "/drip-headers"):
+            drip(self, path == "/drip-headers")
         elif path == "/gone":
             self.send_error(404)
         elif path == "/busy" and self.server.requests.count((self.path, self.headers["Host"])) < 3:
@@ -120,6 +137,17 @@ def test_nobody_there_is_missing(monkeypatch):
         "224.0.0.1",
         "[ff02::1]",
         "255.255.255.255",
+        "192.0.0.192",
+        "168.63.129.16",
+        "198.18.0.1",
+        "203.0.113.7",
+        "100.100.100.200",
+        "[fec0::1]",
+        "[3fff::1]",
+        "[2001:db8::1]",
+        "[64:ff9b:1::1]",
+        "[::]",
+        "[::a00:1]",
     ],
 )
 def test_private_addresses_are_refused(host):
@@ -135,3 +163,33 @@ def test_a_private_address_is_never_contacted(site, url):
 def test_public_addresses():
     for address in ("8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
         assert web.is_public(address), address
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
+def test_a_server_that_drips_holds_nobody_past_the_deadline(url, path, monkeypatch):
+    monkeypatch.setattr(web, "DEADLINE", 0.6)
+    start = time.monotonic()
+    assert reason(ImageStore(None, allow_http=True, permit=local), url + path) == "image_missing"
+    assert time.monotonic() - start < 5
+
+
+def test_chunks_that_are_none_are_refused(url, monkeypatch):
+    monkeypatch.setattr(web, "ATTEMPTS", 1)
+    assert reason(ImageStore(None, allow_http=True, permit=local), url + "/negative") == "image_missing"
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_dialled(site, monkeypatch):
+    """A name server that answers with a public address first, and with a private one a moment later."""
+    port, asked = site.server_address[1], []
+    original = socket.getaddrinfo
+
+    def rebinding(host, *arguments, **options):
+        if host == "rebinding.test":
+            asked.append(host)
+            host = "127.0.0.1" if len(asked) == 1 else "127.0.0.2"
+        return original(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    store = ImageStore(None, allow_http=True, permit=lambda address: address == "127.0.0.1")
+    assert store.read(ImageRef(f"http://rebinding.test:{port}/x.jpg")) == b"x" * 2000
+    assert len(asked) == 1 and site.requests[-1][1] == f"rebinding.test:{port}"

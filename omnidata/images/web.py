@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from omnidata.schema import RejectError
@@ -33,17 +35,32 @@ class _Passing(Exception):
     """A failure that the next attempt may not have."""
 
 
+# IANA's special-purpose registries (RFC 6890 and after), and addresses that clouds answer themselves.
+_SPECIAL_V4 = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24"),
+        *("192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        *("224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32"),
+    )
+)
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # all that is given out; whatever lies outside is special
+_SPECIAL_V6 = tuple(
+    ipaddress.ip_network(text)
+    for text in ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20")
+)
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
 def is_public(address: str) -> bool:
     """Whether an IP address is on the public internet: ``is_public("10.0.0.1")`` -> False."""
     ip = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if embedded or ip in _NAT64:
-            return is_public(str(embedded or ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+    if isinstance(ip, ipaddress.IPv4Address):
+        return not any(ip in network for network in _SPECIAL_V4)
+    if ip.ipv4_mapped or ip in _NAT64:
+        return is_public(str(ip.ipv4_mapped or ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
 
 
 def fetch(url: str, *, max_bytes: int, permit: Permit = is_public) -> bytes:
@@ -52,7 +69,9 @@ def fetch(url: str, *, max_bytes: int, permit: Permit = is_public) -> bytes:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return _follow(url, max_bytes=max_bytes, permit=permit, deadline=deadline)
-        except (_Passing, OSError, http.client.HTTPException) as error:
+        except RejectError:
+            raise
+        except (_Passing, OSError, http.client.HTTPException, ValueError) as error:  # ValueError: bad chunks
             if attempt == ATTEMPTS or time.monotonic() > deadline:
                 detail = f"{url}: {type(error).__name__}: {error} ({attempt} attempts)"
                 raise RejectError("image_missing", detail) from None
@@ -62,7 +81,7 @@ def fetch(url: str, *, max_bytes: int, permit: Permit = is_public) -> bytes:
 
 def _follow(url: str, *, max_bytes: int, permit: Permit, deadline: float) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
-        connection, target = _connect(url, permit)
+        connection, target = _connect(url, permit, deadline)
         try:
             connection.request("GET", target, headers=_HEADERS)
             with contextlib.closing(connection.getresponse()) as response:
@@ -71,9 +90,9 @@ def _follow(url: str, *, max_bytes: int, permit: Permit, deadline: float) -> byt
                     url = urljoin(url, location)
                     continue
                 _check_status(url, response.status)
-                return _read_body(url, response, max_bytes=max_bytes, deadline=deadline)
+                return _read_body(url, response, max_bytes=max_bytes)
         finally:
-            connection.close()
+            connection.hang_up()
     raise RejectError("image_missing", f"{url}: more than {MAX_REDIRECTS} redirects")
 
 
@@ -84,20 +103,18 @@ def _check_status(url: str, status: int) -> None:
         raise RejectError("image_missing", f"{url}: HTTP status {status}")
 
 
-def _read_body(url: str, response: http.client.HTTPResponse, *, max_bytes: int, deadline: float) -> bytes:
+def _read_body(url: str, response: http.client.HTTPResponse, *, max_bytes: int) -> bytes:
     body = bytearray()
-    while piece := response.read(65536):
+    while piece := response.read1(65536):
         body += piece
         if len(body) > max_bytes:
             raise RejectError("image_too_large", f"{url}: more than {max_bytes:,} bytes")
-        if time.monotonic() > deadline:
-            raise RejectError("image_missing", f"{url}: not finished after {DEADLINE:.0f} s")
     if response.length:  # what is still due by Content-Length: the connection was cut
         raise _Passing(f"ended {response.length:,} bytes early")
     return bytes(body)
 
 
-def _connect(url: str, permit: Permit) -> tuple[http.client.HTTPConnection, str]:
+def _connect(url: str, permit: Permit, deadline: float) -> tuple[_PinnedHTTP, str]:
     """A connection to checked addresses, and the request target."""
     try:
         parts = urlsplit(url)
@@ -108,6 +125,7 @@ def _connect(url: str, permit: Permit) -> tuple[http.client.HTTPConnection, str]
         raise RejectError("image_forbidden", f"{url!r}: only http and https are fetched")
     kind = _PinnedHTTPS if parts.scheme == "https" else _PinnedHTTP
     connection = kind(host, port or kind.default_port, timeout=TIMEOUT)
+    connection.deadline = deadline
     connection.addresses = _resolve(host, connection.port, permit)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return connection, quote(target, safe="/?%:@!$&'()*+,;=~-._[]")
@@ -129,24 +147,74 @@ def _resolve(host: str, port: int, permit: Permit) -> list[tuple[str, int]]:
 
 
 class _PinnedHTTP(http.client.HTTPConnection):
-    """Connects to one of ``addresses`` while asking for ``host``."""
+    """Connects to one of ``addresses`` while asking for ``host``; nothing it does outlasts ``deadline``."""
 
     addresses: Sequence[tuple[str, int]] = ()
+    deadline = 0.0
 
     def connect(self) -> None:
+        self._socket = self._dial()
+        self.sock = _Timed(self._socket, self.deadline)  # type: ignore[assignment]
+
+    def _dial(self) -> socket.socket:
         *others, last = self.addresses
         for address in others:
-            with contextlib.suppress(
-                OSError
-            ):  # a host may have an IPv6 address that is not reached from here
-                self.sock = socket.create_connection(address, self.timeout)
-                return
-        self.sock = socket.create_connection(last, self.timeout)
+            with contextlib.suppress(OSError):  # an IPv6 address, say, that is not reached from here
+                return socket.create_connection(address, _left(self.deadline))
+        return socket.create_connection(last, _left(self.deadline))
+
+    def hang_up(self) -> None:
+        """Close everything; ``close`` alone keeps the socket for the answer that is being read."""
+        self.close()
+        if (dialled := getattr(self, "_socket", None)) is not None:
+            dialled.close()
 
 
 class _PinnedHTTPS(_PinnedHTTP):
     default_port = http.client.HTTPS_PORT
 
-    def connect(self) -> None:
-        super().connect()
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+    def _dial(self) -> socket.socket:
+        plain = super()._dial()
+        plain.settimeout(_left(self.deadline))  # of the whole handshake
+        try:
+            return ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+        except BaseException:
+            plain.close()
+            raise
+
+
+def _left(deadline: float) -> float:
+    """Seconds that the next step may take; TimeoutError where there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"not finished after {DEADLINE:.0f} s")
+    return min(TIMEOUT, left)
+
+
+class _Timed:
+    """What http.client asks of a socket; a server that drips byte after byte does not move the deadline."""
+
+    def __init__(self, dialled: socket.socket, deadline: float) -> None:
+        self._socket, self._deadline = dialled, deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._socket.settimeout(_left(self._deadline))
+        self._socket.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_TimedReader(self._socket, self._deadline))
+
+    def close(self) -> None:
+        """Left to ``hang_up``: an answer may still be read."""
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, dialled: socket.socket, deadline: float) -> None:
+        self._socket, self._deadline = dialled, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._socket.settimeout(_left(self._deadline))
+        return self._socket.recv_into(buffer)
