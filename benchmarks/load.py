@@ -40,7 +40,7 @@ from corpus import prose, write_records
 from load_peers import CONTENDERS, RECORDS, SIZE
 
 HERE = Path(__file__).parent
-OWN_ENVIRONMENT = ("ours", "webdataset", "energon", "datasets", "lazy JSON")
+OWN_ENVIRONMENT = ("ours", "ours, no checksum", "webdataset", "energon", "datasets", "lazy JSON")
 
 
 def prepare(folder: Path, samples: int, peers_python: str | None) -> None:

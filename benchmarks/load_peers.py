@@ -112,6 +112,8 @@ class StatefulLoader(Contender):
 class Ours(Contender):
     """PackLoader, one pack a microbatch."""
 
+    checksum = True
+
     def __init__(self, folder: Path, *, workers: int, decode: bool) -> None:
         super().__init__(folder, workers=workers, decode=decode)
         from omnidata import PackLoader
@@ -126,6 +128,7 @@ class Ours(Contender):
             decode_images=decode,
             image_size=SIZE,
             tail="pad",
+            checksum=self.checksum,
         )
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -331,8 +334,15 @@ class _Lazy(torch.utils.data.Dataset):
         return tensors(record["id"], ids, ids, image, decode=self._decode)
 
 
+class OursUnchecked(Ours):
+    """The same without hashing what is read: what the checksums cost."""
+
+    checksum = False
+
+
 CONTENDERS = {
     "ours": Ours,
+    "ours, no checksum": OursUnchecked,
     "webdataset": WebDataset,
     "energon": Energon,
     "mosaicml-streaming": Mosaic,
