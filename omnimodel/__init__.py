@@ -1,7 +1,7 @@
 """OmniLMM in torch, transformers and timm: a vision tower, a resampler and a Mistral language model.
 
 config      the shape of a model
-vision      any timm ViT: pixels -> patch features
+vision      a timm ViT: pixels -> patch features
 resampler   patch features -> num_query image tokens
 attention   packed documents stay apart
 loss        cross-entropy on supervised positions only

@@ -28,6 +28,8 @@ class OmniLMMConfig(MistralConfig):
     num_query: int = 64  # features, and so <im_patch> tokens, an image; a square number
     resampler_heads: int | None = None  # attention heads; None: one a 128 channels, as the original's
     image_size: int = 448  # pixels per side of the square that images become
+    image_mean: list[float] | None = None  # with which the tower was trained, of values in 0…1; None: CLIP's
+    image_std: list[float] | None = None
     im_patch_token: int = 32000
     im_start_token: int = 32001
     im_end_token: int = 32002

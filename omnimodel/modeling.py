@@ -203,7 +203,13 @@ class OmniLMMModel(_OmniLMM, MistralModel):
 
     def _encode_chunk(self, images: torch.Tensor) -> torch.Tensor:
         tower = self.vision_tower
-        images = vision.normalize(images.to(self.device), self._tower_dtype())
+        config = self.config
+        images = vision.normalize(
+            images.to(self.device),
+            self._tower_dtype(),
+            mean=config.image_mean or vision.CLIP_MEAN,
+            std=config.image_std or vision.CLIP_STD,
+        )
         # A frozen tower keeps no activations. (One with adapters has parameters that need gradients.)
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(needs_grad):

@@ -1,4 +1,4 @@
-"""Pixels for the model: a square, bicubic with antialiasing, CLIP's mean and standard deviation.
+"""Pixels for the model: a square, bicubic with antialiasing, the tower's mean and standard deviation.
 
 The whole image is squashed, as the original does at evaluation, or (``center_crop``) its centre is cut, which
 loses half of an image of 2:1. Resizing runs on uint8 exactly as the training loader does it.
@@ -22,12 +22,20 @@ from omnimodel import vision
 class ImageProcessor:
     """``ImageProcessor(448)(image)`` -> float32 ``[3, 448, 448]``; a list -> ``[N, 3, 448, 448]``."""
 
-    def __init__(self, image_size: int = 448, image_fit: str = "squash") -> None:
+    def __init__(
+        self,
+        image_size: int = 448,
+        image_fit: str = "squash",
+        *,
+        image_mean: Sequence[float] | None = None,  # None: CLIP's; a model's config has its tower's
+        image_std: Sequence[float] | None = None,
+    ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be positive")
         if image_fit not in ("squash", "center_crop"):
             raise ValueError(f"image_fit={image_fit!r}: squash and center_crop are known")
         self.image_size, self.image_fit = image_size, image_fit
+        self.image_mean, self.image_std = image_mean or vision.CLIP_MEAN, image_std or vision.CLIP_STD
 
     def __call__(self, images: Any) -> torch.Tensor:
         """PIL images or uint8 arrays ``[H, W, 3]`` / ``[H, W]``, one or a list."""
@@ -49,10 +57,9 @@ class ImageProcessor:
             return rgb[0].contiguous()
         return F.interpolate(rgb, size=size, mode="bicubic", antialias=True)[0].contiguous()
 
-    @staticmethod
-    def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 ``[..., 3, H, W]`` -> normalised, on its own device."""
-        return vision.normalize(images, dtype)
+        return vision.normalize(images, dtype, mean=self.image_mean, std=self.image_std)
 
 
 def as_rgb(image: Any) -> np.ndarray:

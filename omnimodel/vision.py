@@ -14,6 +14,7 @@ pooling and the last block, which becomes an identity so that block numbers stay
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -23,7 +24,7 @@ from transformers import initialization as init
 
 from omnimodel.resampler import sincos_table
 
-# CLIP's statistics of the training images, as the original uses for every tower.
+# CLIP's statistics of the training images, as the original uses; other towers were trained with others.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -84,8 +85,28 @@ def patch_features(tower: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     return features_BND[:, tower.num_prefix_tokens :], tuple(grid)
 
 
-def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 ``[..., 3, H, W]`` -> CLIP-normalised ``dtype``; floats are taken to be normalised and only cast.
+def statistics_of(name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation (of values in 0…1) with which timm says that a tower's weights were trained.
+
+    ``vit_so400m_patch14_siglip_384`` -> ``[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]``; a tower that timm knows no
+    weights of was not trained with any: CLIP's.
+    """
+    trained = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if trained is None or not trained.has_weights:
+        trained = timm.get_pretrained_cfg(name.partition(".")[0], allow_unregistered=True)
+    if trained is None:
+        return list(CLIP_MEAN), list(CLIP_STD)
+    return list(trained.mean), list(trained.std)
+
+
+def normalize(
+    images: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> torch.Tensor:
+    """uint8 ``[..., 3, H, W]`` -> normalised ``dtype``; floats are taken to be normalised and only cast.
 
     The constants enter as Python numbers, one channel at a time: a tensor of them would have to be copied to
     the GPU, which waits for it.
@@ -93,8 +114,8 @@ def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     if images.dtype != torch.uint8:
         return images.to(dtype)
     channels = [
-        images[..., channel, :, :].to(torch.float32).div(255).sub(mean).div(std)
-        for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True))
+        images[..., channel, :, :].to(torch.float32).div(255).sub(center).div(width)
+        for channel, (center, width) in enumerate(zip(mean, std, strict=True))
     ]
     return torch.stack(channels, dim=-3).to(dtype)
 

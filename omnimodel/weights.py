@@ -73,12 +73,15 @@ def assemble(
     settings |= {
         "vocab_size": max(mistral.vocab_size, max(token_ids.values()) + 1, _tokenizer_size(tokenizer))
     }
+    mean, std = _statistics(vision_source, tower_name)
     config = OmniLMMConfig(
         **settings | {"architectures": ["OmniLMMForCausalLM"], "dtype": dtype},
         mm_vision_tower=tower_name,
         vision_kwargs=vision_kwargs,
         num_query=num_query,
         image_size=image_size,
+        image_mean=mean,
+        image_std=std,
     )
     with torch.device("meta"):
         model = OmniLMMForCausalLM(config)
@@ -138,6 +141,15 @@ def _with_mean_rows(table: torch.Tensor, size: int, new_rows: list[int]) -> torc
     grown = torch.cat([table, mean.expand(max(0, size - table.shape[0]), -1)])
     grown[new_rows] = mean
     return grown
+
+
+def _statistics(source: str, name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the tower's training images: what its folder says, else what timm knows."""
+    card = Path(source) / "config.json"
+    trained = json.loads(card.read_text()).get("pretrained_cfg") if card.is_file() else None
+    if trained and {"mean", "std"} <= trained.keys():
+        return list(trained["mean"]), list(trained["std"])
+    return vision.statistics_of(name)
 
 
 def _vision_source(source: str, name: str | None) -> tuple[str, Path | None]:

@@ -5,9 +5,10 @@ import math
 import pytest
 import timm
 import torch
+from tiny_model import tiny_model
 from torch import nn
 
-from omnimodel import vision
+from omnimodel import ImageProcessor, OmniLMMConfig, vision
 from omnimodel.resampler import sincos_table
 
 SMALL = {"img_size": 28, "embed_dim": 64, "depth": 3, "num_heads": 2}
@@ -109,3 +110,24 @@ def test_bytes_are_normalised_like_clip():
 def test_what_is_no_vit_is_refused_by_name(name):
     with pytest.raises(ValueError, match=name):
         vision.build_vision_tower(name)
+
+
+def test_towers_are_fed_as_they_were_trained():
+    assert vision.statistics_of("vit_so400m_patch14_siglip_384") == ([0.5] * 3, [0.5] * 3)
+    assert vision.statistics_of("vit_base_patch16_siglip_224.webli")[0] == [0.5] * 3
+    assert vision.statistics_of("vit_large_patch14_dinov2.lvd142m")[0] == [0.485, 0.456, 0.406]
+    for name in ("eva02_enormous_patch14_clip_224.laion2b_plus", "eva02_enormous_patch14_clip_224"):
+        assert vision.statistics_of(name) == (list(vision.CLIP_MEAN), list(vision.CLIP_STD))
+
+
+def test_a_model_normalises_with_its_own_statistics():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
+    model = tiny_model(image_mean=[0.5] * 3, image_std=[0.25] * 3).eval()
+    floats = ImageProcessor(28, image_mean=[0.5] * 3, image_std=[0.25] * 3).normalize(images)
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.encode_images(images), model.model.encode_images(floats))
+        assert not torch.allclose(
+            model.model.encode_images(images), tiny_model().eval().model.encode_images(images)
+        )
+    assert OmniLMMConfig.from_dict(model.config.to_dict()).image_mean == [0.5] * 3
