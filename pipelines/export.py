@@ -3,27 +3,44 @@
     final/config.json  model.safetensors  tokenizer.json …  README.md  recipe.yaml
 
 Adapters are merged into the weights. A bfloat16 run is saved in bfloat16. The folder appears under its name
-when it is whole.
+when it is whole. Training writes it at its end; from any checkpoint of a run it is made by::
+
+    python pipelines/export.py RUN                            # RUN/step-00000400 from the newest checkpoint
+    python pipelines/export.py RUN --step best --out model    # the one with the lowest validation loss
+    python pipelines/export.py RUN --step 200 --dtype bfloat16
+    python pipelines/export.py RUN --adapters                 # the adapters alone, as peft keeps them
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from omnidata import Dataset
 from omnidata.durable import Store
-from omnidata.schema import TOKENIZER_DIR
+from omnidata.schema import TOKENIZER_DIR, UserError
 from omnimodel import OmniLMMForCausalLM
-from pipelines.config import DatasetConfig, Recipe, to_yaml
-from pipelines.data import slicing_config
-from pipelines.lora import merged
+from pipelines.checkpoint import RECIPE, TRAINER, verify
+from pipelines.checkpoint_reader import CheckpointReader
+from pipelines.config import DatasetConfig, Recipe, load_recipe, to_yaml
+from pipelines.data import model_config, open_datasets, slicing_config
+from pipelines.lora import is_adapter, merged, peft_config
+from pipelines.model import choose_trainable, new_model
 from pipelines.parallel import DTYPES, World
 
 
@@ -41,17 +58,33 @@ def export(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     if world.is_main:
-        temporary = folder.with_name(".tmp-final")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.config.slicing = slicing_config(datasets)  # pictures of questions must be cut like these
-        _save_model(model, merged(state, recipe.model.lora), temporary, dtype=DTYPES[recipe.run.dtype])
-        _copy_tokenizer(datasets[0], temporary)
-        (temporary / "recipe.yaml").write_text(to_yaml(recipe))
-        (temporary / "README.md").write_text(card(recipe, datasets, step=step, best=best))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        weights = merged(state, recipe.model.lora)
+        write(model, weights, recipe, datasets, folder, dtype=recipe.run.dtype, step=step, best=best)
     world.barrier()
     return folder
+
+
+def write(
+    model: OmniLMMForCausalLM,
+    state: dict[str, torch.Tensor],
+    recipe: Recipe,
+    datasets: Sequence[Dataset],
+    folder: Path,
+    *,
+    dtype: str,
+    step: int,
+    best: tuple[float, int] | None,
+) -> None:
+    """The folder of a model whose weights, adapters merged, are ``state``."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.slicing = slicing_config(datasets)  # pictures of questions must be cut like these
+    _save_model(model, state, temporary, dtype=DTYPES[dtype])
+    _copy_tokenizer(datasets[0], temporary)
+    (temporary / "recipe.yaml").write_text(to_yaml(recipe))
+    (temporary / "README.md").write_text(card(recipe, datasets, step=step, best=best))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 def _save_model(
@@ -88,7 +121,13 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
     validation = "No validation data."
     if best:
         validation = f"Lowest validation loss {best[0]:.4f}, after step {best[1]}"
-        validation += "." if best[1] == step else f"; these weights are those of step {step}."
+        command = f"python pipelines/export.py {recipe.run.dir} --step best"
+        validation += (
+            "."
+            if best[1] == step
+            else f"; these weights are those of step {step}. `{command}` writes those of step {best[1]}, if "
+            "its checkpoint was kept."
+        )
     return "\n".join(
         [
             f"# {Path(recipe.run.dir).name}",
@@ -96,8 +135,9 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
             f"An OmniLMM vision-language model, trained for {step} steps. {validation}",
             "",
             "```python",
-            "from omnimodel import OmniLMMForCausalLM",
-            'model = OmniLMMForCausalLM.from_pretrained("this folder")',
+            "import omnimodel  # tells transformers of the class",
+            "from transformers import AutoModelForCausalLM",
+            'model = AutoModelForCausalLM.from_pretrained("this folder")',
             "```",
             "",
             "## Data",
@@ -117,3 +157,110 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
             "",
         ]
     )
+
+
+# --- from a checkpoint ------------------------------------------------------------------------------------
+
+
+def find_checkpoint(run: Path, step: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint and what the trainer knew then; ``step``: best, last or a number.
+
+    Raises:
+        UserError: the run has no such checkpoint, or it is damaged.
+    """
+    names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    if not names:
+        raise UserError(f"{run} has no checkpoint in {run / 'checkpoints'}")
+    wanted = names[-1]
+    if step == "best":
+        best = json.loads((run / "checkpoints" / names[-1] / TRAINER).read_text())["best"]
+        if best is None:
+            raise UserError(f"{run} has no validation loss, so no step is the best: give last or a number")
+        wanted = f"step-{best[1]:08d}"
+    elif step != "last":
+        if not step.isdigit():
+            raise UserError(f"--step {step}: give best, last or the number of a step")
+        wanted = f"step-{int(step):08d}"
+    folder = run / "checkpoints" / wanted
+    if wanted not in names:
+        raise UserError(f"{run} has no checkpoint {wanted}; it has {', '.join(names)}")
+    if problem := verify(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {problem}; give another --step")
+    return folder, json.loads((folder / TRAINER).read_text())
+
+
+def restore(folder: Path, recipe: Recipe, datasets: Sequence[Dataset]) -> OmniLMMForCausalLM:
+    """The model of a checkpoint, in this process's memory, adapters apart."""
+    config = model_config(recipe, datasets[0].manifest)
+    if recipe.model.path is None:
+        model = new_model(config)
+    else:  # what was frozen is not in the checkpoint
+        model = OmniLMMForCausalLM.from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
+    choose_trainable(model, recipe)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = model.state_dict()
+    if recipe.model.path is not None:
+        state = {name: tensor for name, tensor in state.items() if name in trained}
+    reader = CheckpointReader(folder)
+    reader.read_metadata()
+    dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+    return model
+
+
+def export_adapters(model: OmniLMMForCausalLM, recipe: Recipe, folder: Path) -> None:
+    """The adapters alone, in peft's own layout."""
+    if recipe.model.lora is None:
+        raise UserError("the run has no adapters (model.lora)")
+    others = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n)]
+    if others:
+        raise UserError(
+            f"the run also trained {len(others)} other weights ({others[0]}, …), which adapters alone do not "
+            "hold: export without --adapters"
+        )
+    tensors = {
+        f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if is_adapter(name)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = peft_config(model, recipe.model.lora)
+    settings.base_model_name_or_path = recipe.model.path
+    settings.save_pretrained(str(folder))
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--step", default="last", metavar="best|last|N", help="which checkpoint")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; the run's without it")
+    parser.add_argument("--adapters", action="store_true", help="only the adapters, as peft keeps them")
+    parser.add_argument("--out", metavar="DIR", help="RUN/step-N without it")
+    options = parser.parse_args(arguments)
+    try:
+        run = Path(options.run)
+        checkpoint, trainer = find_checkpoint(run, options.step)
+        recipe = load_recipe(str(checkpoint / RECIPE), [f"run.dir={run}"])
+        datasets = open_datasets([*recipe.data.train, *recipe.data.val])
+        model = restore(checkpoint, recipe, datasets)
+        folder = Path(options.out or run / checkpoint.name)
+        if options.adapters:
+            export_adapters(model, recipe, folder)
+        else:
+            state = merged(model.state_dict(), recipe.model.lora)
+            dtype = options.dtype or recipe.run.dtype
+            best = tuple(trainer["best"]) if trainer["best"] else None
+            step = trainer["step"]
+            write(model, state, recipe, datasets, folder, dtype=dtype, step=step, best=best)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"step {trainer['step']} of {run} written to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ Adapters are injected in place, so the model keeps its class and its parameter n
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,17 +31,27 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     except ImportError:
         raise UserError("model.lora needs peft: pip install 'omnilmm-toolkit[peft]'") from None
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=[name for target in config.targets for name in _matrices(model, target, config)],
-    )
-    peft.inject_adapter_in_model(settings, model)
+    targets = [name for target in config.targets for name in _matrices(model, target, config)]
+    peft.inject_adapter_in_model(_settings(config, targets), model)
     bases = tuple(prefix for target in config.targets for prefix in BASES[target])
     for name, parameter in model.named_parameters():  # peft has frozen everything but its own
         is_base = name.startswith(bases)
         parameter.requires_grad_(is_adapter(name) or (trainable[base_name(name)] and not is_base))
+
+
+def _settings(config: LoraConfig, targets: list[str]) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
+    )
+
+
+def peft_config(model: nn.Module, config: LoraConfig) -> Any:
+    """peft's own configuration of the adapters that a model has."""
+    return _settings(
+        config, [n.removesuffix(".base_layer") for n, _ in model.named_modules() if n.endswith(".base_layer")]
+    )
 
 
 def _matrices(model: nn.Module, target: str, config: LoraConfig) -> list[str]:
