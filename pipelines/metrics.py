@@ -44,6 +44,13 @@ class StepCounts:
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
     keys: list[str] = field(default_factory=list)  # samples of the step on this rank
 
+    def waiting_for(self, stream: Iterator[Microbatch]) -> Microbatch:
+        """The next microbatch; the time until it is there counts as waiting."""
+        begin = time.perf_counter()
+        microbatch = next(stream)
+        self.wait += time.perf_counter() - begin
+        return microbatch
+
     def add(self, microbatch: Microbatch) -> None:
         """Count one microbatch."""
         self.keys += microbatch.keys

@@ -84,6 +84,11 @@ def start(recipe: Recipe) -> Iterator[World]:
     # Before the first parallel operation: threads inherit it. The gradients of words that never come up decay
     # into denormal numbers, with which a CPU step of the demo takes ten times as long after 250 steps.
     torch.set_flush_denormal(True)
+    # Packs differ in size: without growing segments the allocator keeps a block for each that it has seen.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault(
+            "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+        )  # read at the first allocation
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     if recipe.run.deterministic:

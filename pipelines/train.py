@@ -21,10 +21,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import itertools
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +52,7 @@ from pipelines.data import (
 )
 from pipelines.evaluate import Evaluation
 from pipelines.export import export
+from pipelines.garbage import Garbage
 from pipelines.guard import LossGuard, StopSignal, Watchdog
 from pipelines.memory import check_fits
 from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
@@ -161,20 +160,20 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
     recipe, world, wrapped = t.recipe, t.world, t.built.wrapped
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     last_step = min(t.total_steps, recipe.run.stop_after or t.total_steps)
-    steps = grouped(t.loader)
+    stream, per_step = iter(t.loader), t.loader.microbatches_per_step
     is_stopped = False  # by a vote; the flag of the signal is never written here
-    with profiler(recipe, world) as profile:
+    with profiler(recipe, world) as profile, Garbage() as garbage:
         while t.step < last_step and not is_stopped:
-            # (1) read
             counts = StepCounts(t.built.flop_count)
-            microbatches = next(steps)
-            counts.wait = time.perf_counter() - counts.started
-
-            # (2) forward and backward; gradients add up over microbatches, then over ranks
             loss = torch.zeros((), device=world.device)
-            for number, microbatch in enumerate(microbatches, start=1):
-                is_last = number == len(microbatches)
-                with reduce_gradients(wrapped, now=is_last or recipe.parallel.sync_every_microbatch):
+            for number in range(1, per_step + 1):
+                # (1) read
+                microbatch = counts.waiting_for(stream)
+                is_last = number == per_step
+
+                # (2) forward and backward; gradients add up over microbatches, then over ranks
+                now = is_last or recipe.parallel.sync_every_microbatch
+                with reduce_gradients(wrapped, now=now), naming_memory(microbatch):
                     with compute_dtype(recipe, world):
                         part = wrapped(**model_inputs(microbatch, world.device)).loss
                     part.backward()
@@ -201,7 +200,7 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
             if failures:
                 t.checkpoints.fail()
             figures = {"step": t.step, "loss": total_loss, "grad_norm": grad_norm}
-            figures |= {"lr": recipe.optim.lr * factor, "epoch": microbatches[0].epoch}
+            figures |= {"lr": recipe.optim.lr * factor, "epoch": microbatch.epoch}
             log.step(figures | counts.line(world))
             if is_finite:
                 log.warn(t.guard.finite(t.step, total_loss, counts.keys))
@@ -209,6 +208,7 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
                 log.warn(t.guard.nonfinite(t.step, counts.keys))
             profile.step()
             watchdog.step_finished()
+            garbage.step_finished(t.step)
 
             # (5) save, look at the validation data, and keep what is best
             if t.step < last_step:
@@ -221,11 +221,23 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
                             t.save()
 
 
-def grouped(loader: PackLoader) -> Iterator[list[Microbatch]]:
-    """The microbatches of one step after the other."""
-    microbatches = iter(loader)
-    while step := list(itertools.islice(microbatches, loader.microbatches_per_step)):
-        yield step
+@contextlib.contextmanager
+def naming_memory(microbatch: Microbatch) -> Iterator[None]:
+    """A GPU without memory left says which pack it had in hand.
+
+    Raises:
+        UserError: in place of torch's OutOfMemoryError, with the pack's size and samples.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"{microbatch.num_tokens:,} tokens and {len(microbatch.images):,} images"
+        keys = ", ".join(microbatch.keys) or "none"
+        raise UserError(
+            f"no memory left for a microbatch of {what} (samples {keys}): lower "
+            "data.max_tokens or data.max_images, or set model.activation_checkpointing; "
+            f"`python pipelines/plan_memory.py RECIPE` says what fits. torch says: {error}"
+        ) from error
 
 
 def is_due(step: int, every: int) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import resource
 import shutil
@@ -302,3 +303,14 @@ def test_the_script_runs_from_another_folder(tiny_dataset, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1 and "error: recipe nowhere.yaml does not exist" in result.stderr
+
+
+def test_a_gpu_without_memory_names_the_pack(tiny_dataset, tmp_path, monkeypatch):
+    def model_inputs(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("pipelines.train.model_inputs", model_inputs)
+    recipe = load_recipe(write_recipe(tmp_path / "run.yaml", tiny_recipe(tiny_dataset, tmp_path / "run")))
+    with pytest.raises(UserError, match=r"tokens and \d+ images \(samples sample-0.*data.max_tokens.*2 GiB"):
+        train(recipe)
+    assert gc.isenabled()
