@@ -88,8 +88,8 @@ class Store:
     def _write_local(self, path: str) -> Iterator[BinaryIO]:
         final = Path(self.full(path))
         temporary = Path(self.full(f"{TEMP}/{temp_name(path)}"))
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(temporary.parent)
+        make_folder(final.parent)
         _step("open", path)
         try:
             with io.BufferedWriter(_Streamed(temporary, "xb"), BUFFER) as file:
@@ -236,6 +236,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, whose names outlast a power cut; fine if it is there."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    # A folder may be written to and not be read: then its file system must do without being asked.
+    with contextlib.suppress(PermissionError):
+        sync(path.parent)
+
+
 # --- one builder at a time --------------------------------------------------------------------------------
 
 
@@ -269,7 +280,7 @@ def _flock(store: Store, path: str, shared: bool, wait: bool) -> Iterator[None]:
     import fcntl
 
     final = store.full(path)
-    os.makedirs(os.path.dirname(final), exist_ok=True)
+    make_folder(Path(final).parent)
     while True:
         file = open(final, "a+")  # noqa: SIM115  closed below; closing it releases the lock
         try:
@@ -283,7 +294,7 @@ def _flock(store: Store, path: str, shared: bool, wait: bool) -> Iterator[None]:
         if os.path.exists(final) and os.fstat(file.fileno()).st_ino == os.stat(final).st_ino:
             break
         file.close()
-        os.makedirs(os.path.dirname(final), exist_ok=True)
+        make_folder(Path(final).parent)
     try:
         if not shared:
             file.truncate(0)

@@ -1,0 +1,11 @@
+"""Faults on purpose: `make faults` tries them all and prints one table; tests/test_faults.py a few of each.
+
+    table.py          Row, the parts, the printed table: `python -m faults [--short] [PART ...]`
+    disk.py           a shim under omnidata/durable.py: every operation seen, stopped, or lost with the power
+    kills.py          kill -9 and a full disk at every durable operation, and at random
+    power.py          what was not synced is gone
+    building.py       what both share: a small build, stopped in a child and gone on with here
+    mutants.py        the code made wrong on purpose: do the tests see it?
+
+Another part is a module with ``rows(folder, short) -> Iterator[Row]`` and a name in ``table.PARTS``.
+"""
