@@ -330,3 +330,17 @@ def test_a_protocol_that_may_not_or_cannot_be_named():
 )
 def test_a_record_may_not_choose_its_protocol(url):
     assert reason(ImageStore(None), url) == "image_forbidden"
+
+
+def test_an_error_of_a_cloud_s_own_kind_is_a_reject_of_one_record(monkeypatch):
+    class NoCredentialsError(Exception):
+        pass
+
+    def refuse(self, path, **_):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "size", refuse)
+    store = ImageStore(None, allow_remote=("memory",))
+    with pytest.raises(RejectError, match="NoCredentialsError: Unable to locate") as error:
+        store.read(ImageRef("memory://bucket/x.jpg"))
+    assert error.value.reason == "image_missing"

@@ -275,6 +275,10 @@ def _read_remote(url: str, max_bytes: int) -> bytes:
         return file_system.cat_file(path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise RejectError("image_missing", f"{url}: {error}") from None
+    except (OSError, RejectError):  # the network's or the store's; trying again may help
+        raise
+    except Exception as error:  # a cloud's own kinds: no credentials, no such bucket
+        raise RejectError("image_missing", f"{url}: {type(error).__name__}: {error}") from None
 
 
 def _file_system(url: str) -> tuple[Any, str]:
