@@ -277,7 +277,7 @@ def _read_remote(url: str, max_bytes: int) -> bytes:
         raise RejectError("image_missing", f"{url}: {error}") from None
     except (OSError, RejectError):  # the network's or the store's; trying again may help
         raise
-    except Exception as error:  # a cloud's own kinds: no credentials, no such bucket
+    except Exception as error:  # noqa: BLE001  a cloud's own kinds: no credentials, no such bucket
         raise RejectError("image_missing", f"{url}: {type(error).__name__}: {error}") from None
 
 
