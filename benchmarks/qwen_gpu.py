@@ -81,7 +81,7 @@ def pack(model: Qwen3VLForConditionalGeneration, device: str, *, documents: int)
         "mm_token_type_ids": types.to(device),
         "position_ids": torch.cat([text, rows]).repeat(1, 1, documents).to(device),
         "pixel_values": pixels,
-        "image_grid_thw": grid,
+        "image_grid_thw": grid.to(device),  # the tower derives the indices of its positions from it
         "use_cache": False,
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds.to(device)),
         **dict.fromkeys(("max_length_q", "max_length_k"), length),

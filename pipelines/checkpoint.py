@@ -66,6 +66,8 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
+        # Beside the folder, so that a run whose checkpoints went away is known from one that had none yet.
+        self._mark = directory.with_name("has-checkpoints")
         self.changes: list[str] = []  # keys of the recipe that differ from the loaded checkpoint's
         if world.is_main:
             directory.mkdir(parents=True, exist_ok=True)
@@ -115,6 +117,7 @@ class Checkpoints:
                 complete(temporary)
                 self._replace(temporary, self.directory / _name(trainer["step"]))
                 sync(self.directory)
+                self._mark.touch()
                 self._prune(trainer["best"])
         except (OSError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its space is needed
@@ -159,11 +162,16 @@ class Checkpoints:
                     break
                 self._set_aside(name, problem)
         aside = sorted(path.name for path in self.directory.glob(".damaged-*"))
-        found, damaged = self.world.share((found, aside))
+        found, damaged, is_marked = self.world.share((found, aside, self._mark.exists()))
         if found is None and damaged:
             raise UserError(
                 f"{self.directory} has no checkpoint that is whole ({', '.join(damaged)}). A new start would "
-                "erase this run's metrics: take another run.dir, or remove those folders to begin here anew"
+                "erase this run's metrics: take another run.dir, or remove this run's folder to begin here anew"
+            )
+        if found is None and is_marked:
+            raise UserError(
+                f"{self.directory} is empty, but this run had checkpoints there. A new start would erase its "
+                "metrics: put them back, take another run.dir, or remove this run's folder to begin here anew"
             )
         return found
 

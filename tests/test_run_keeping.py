@@ -225,3 +225,20 @@ def test_a_marker_that_is_a_folder_is_damage(stopped, tmp_path):
     (newest / "COMPLETE").mkdir()
     train(load_recipe(stopped, ["run.stop_after=5"]))
     assert (newest.parent / ".damaged-step-00000004").exists()
+
+
+def test_a_run_whose_checkpoints_were_removed_does_not_begin_anew(stopped, tmp_path):
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for _ in range(2):  # the first try makes the folder again
+        with pytest.raises(UserError, match="this run had checkpoints there"):
+            train(load_recipe(stopped))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tiny_dataset, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0}\n')
+    train(load_recipe(recipe_for(tiny_dataset, run_dir), ["run.stop_after=2"]))
+    assert len(losses(run_dir)) == 2
