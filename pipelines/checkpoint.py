@@ -166,7 +166,7 @@ class Checkpoints:
         if found is None and damaged:
             raise UserError(
                 f"{self.directory} has no checkpoint that is whole ({', '.join(damaged)}). A new start would "
-                "erase this run's metrics: take another run.dir, or remove this run's folder to begin here anew"
+                "erase this run's metrics: take another run.dir, or remove the run's folder to begin anew"
             )
         if found is None and is_marked:
             raise UserError(

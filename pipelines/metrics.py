@@ -16,6 +16,7 @@ import math
 import os
 import resource
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,9 @@ def forget_after(path: Path, step: int) -> None:
         return
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     kept = [line for line in whole if json.loads(line)["step"] <= step]
+    if whole and not kept:  # killed before its first checkpoint: its lines stay to be seen
+        os.replace(path, path.with_suffix(f".before-{time.time_ns()}.jsonl"))
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
@@ -217,12 +221,23 @@ def _open_tracker(recipe: Recipe, run_dir: Path) -> _Sink:
     name = recipe.log.tracker
     os.environ.setdefault("WANDB_DIR", str(run_dir))  # or it would write into the current folder
     tracker = importlib.import_module(name)
-    tracker.init(project=recipe.log.project, name=run_dir.name, config=to_dict(recipe))
+    run = {"project": recipe.log.project, "name": run_dir.name, "config": to_dict(recipe)}
+    if name == "wandb":
+        run["id"] = _tracker_id(run_dir)  # trackio knows a run by its name
+    tracker.init(**run, resume="allow")  # a restart goes on with the same run
 
     def to_tracker(line: Mapping[str, Any]) -> None:
         tracker.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
     return _Sink(to_tracker, tracker.finish)
+
+
+def _tracker_id(run_dir: Path) -> str:
+    """The run's name to wandb, drawn once and kept in its folder: another folder is another run."""
+    path = run_dir / "tracker-id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
 
 
 # --- told once, at the start ------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Signals at any moment, checkpoints that are damaged, resumes under other settings: one or several ranks."""
 
+import importlib.machinery
 import os
 import shutil
 import signal
 import socket
+import sys
+import types
 
 import pytest
 from ranks import start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_recipe import losses, tiny_recipe, write_recipe
 
 from omnidata.loader import PackLoader
@@ -242,3 +246,31 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tiny_dataset, tmp_
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0}\n')
     train(load_recipe(recipe_for(tiny_dataset, run_dir), ["run.stop_after=2"]))
     assert len(losses(run_dir)) == 2
+    (aside,) = run_dir.glob("metrics.before-*.jsonl")
+    assert aside.read_text() == '{"step": 1, "loss": 7.0}\n'
+
+
+def test_viewers_show_each_step_once_after_a_restart(tiny_dataset, tmp_path):
+    recipe = recipe_for(tiny_dataset, tmp_path / "run", log={"tensorboard": True}, checkpoint={"every": 2})
+    train(load_recipe(recipe, ["run.stop_after=4"]))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")  # as if killed before it was written
+    train(load_recipe(recipe, ["run.stop_after=6"]))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_restart_goes_on_with_the_trackers_run(tiny_dataset, tmp_path, monkeypatch, name):
+    calls = []  # neither package is a dependency: the arguments that both document are what is ours
+    tracker = types.SimpleNamespace(
+        __spec__=importlib.machinery.ModuleSpec(name, None),
+        init=lambda **arguments: calls.append(arguments),
+        log=lambda *_, **__: None,
+        finish=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, name, tracker)
+    recipe = recipe_for(tiny_dataset, tmp_path / "run", log={"tracker": name})
+    for last in (1, 2):
+        train(load_recipe(recipe, [f"run.stop_after={last}"]))
+    first, second = ({key: call.get(key) for key in ("id", "name", "resume")} for call in calls)
+    assert first == second and first["resume"] == "allow" and (first["id"] is not None) == (name == "wandb")
