@@ -145,6 +145,7 @@ def test_other_world_size_gets_the_same_global_batches(paused, undisturbed, tmp_
 def test_the_moments_are_restored(paused, undisturbed, tmp_path):
     """Without Adam's moments the continuation would differ: the comparison above can fail."""
     shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/has-checkpoints").unlink()  # else refused
     train(load_recipe(paused))
     assert losses(tmp_path / "run") == losses(undisturbed)  # from the start, it is the same run again
     assert len(losses(tmp_path / "run")) == STEPS, "repeated steps must not stand in the log twice"
