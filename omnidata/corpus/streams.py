@@ -104,7 +104,8 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
         return io.BufferedReader(_closing(gzip.GzipFile(fileobj=raw), raw), _BLOCK)
     if compression == "zstd":
         return io.BufferedReader(_ZstdFile(raw), _BLOCK)
-    return raw
+    # Files of fsspec are raw ones at heart: their readline knows no limit.
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, _BLOCK)
 
 
 def _closing(reader: Any, raw: BinaryIO) -> Any:
