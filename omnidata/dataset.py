@@ -175,9 +175,17 @@ class Dataset:
         return self._fs.cat_file(f"{self._root}/{relative}")
 
     def open_table(self, relative: str) -> BinaryIO | pa.NativeFile:
-        """A Parquet file of the dataset, open for reading parts of it."""
+        """A Parquet file of the dataset, open for reading parts of it.
+
+        Raises:
+            UserError: it is missing.
+        """
         full = f"{self._root}/{relative}"
-        return open_native(full) if self._is_local else self._fs.open(full, "rb")
+        try:
+            return open_native(full) if self._is_local else self._fs.open(full, "rb")
+        except FileNotFoundError:
+            what = f"{self.path} has no {relative}: the dataset is damaged"
+            raise UserError(f"{what}. Run `omnidata verify` (--repair rebuilds an index)") from None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the cached tables: a worker reads the columns that it needs."""

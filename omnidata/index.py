@@ -149,7 +149,7 @@ def read_table(
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's or the network's; Arrow's own errors about content have no number
-        raise UserError(f"not a readable Parquet file: {error}") from error
+        raise UserError(f"not a readable Parquet file: {one_line(error)}") from error
 
 
 def read_rows(file: BinaryIO | pa.NativeFile, positions: Sequence[int]) -> list[dict[str, Any]]:
@@ -197,6 +197,11 @@ def numbers(table: pa.Table, column: str) -> np.ndarray:
     return np.from_dlpack(values)
 
 
+def one_line(error: Exception) -> str:
+    """An error's message; Arrow's own may have several lines."""
+    return " ".join(str(error).split())
+
+
 @contextlib.contextmanager
 def reading_table(where: str) -> Iterator[None]:
     """What Arrow says of a damaged file becomes a UserError that names it."""
@@ -207,9 +212,8 @@ def reading_table(where: str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's or the network's; Arrow's own errors about content have no number
-        raise UserError(
-            f"{where} is not a readable Parquet file ({error}): the dataset is damaged, run `omnidata verify`"
-        ) from error
+        what = f"{where} is not a readable Parquet file ({one_line(error)})"
+        raise UserError(f"{what}: the dataset is damaged, run `omnidata verify`") from error
 
 
 def rows_of_shards(index: pa.Table) -> dict[str, np.ndarray]:

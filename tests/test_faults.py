@@ -19,7 +19,7 @@ from omnidata.images.archives import open_archive
 from omnidata.schema import RejectError
 
 
-@pytest.mark.parametrize("part", ["power", "kills", "mutants"])
+@pytest.mark.parametrize("part", ["power", "kills", "damage", "mutants"])
 def test_a_few_of_each_fault(part):
     for row in rows_of(part, short=True):
         assert row.ok, row.failures

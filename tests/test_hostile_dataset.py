@@ -145,6 +145,13 @@ def test_values_of_an_index_are_checked(data, name):
     assert not verify(data).ok
 
 
+def test_a_missing_index_is_one_line(data):
+    (data / INDEX).unlink()
+    for door in (lambda: list(loader(data)), lambda: EpochPlan(str(data)), lambda: Dataset(data).index):
+        with pytest.raises(UserError, match=r"has no index.parquet.*damaged"):
+            door()
+
+
 def test_flipped_bits_of_the_index_are_found_or_change_nothing(data):
     want = [batch.keys for batch in loader(data)]
     raw = (data / INDEX).read_bytes()

@@ -5,6 +5,7 @@
     kills.py          kill -9 and a full disk at every durable operation, and at random
     power.py          what was not synced is gone
     building.py       what both share: a small build, stopped in a child and gone on with here
+    damage.py         a shard, index and manifest that are cut, flipped, missing or exchanged
     mutants.py        the code made wrong on purpose: do the tests see it?
 
 Another part is a module with ``rows(folder, short) -> Iterator[Row]`` and a name in ``table.PARTS``.
