@@ -179,12 +179,16 @@ class Store:
     # --- removing -----------------------------------------------------------------------------------------
 
     def remove(self, path: str) -> None:
-        """Remove a file or a folder with all that is in it; fine if it is not there."""
+        """Remove a file or a folder with all that is in it, for good; fine if it is not there."""
         _step("remove", path)
+        if not self._fs.exists(self.full(path)):
+            return
         if self.is_local and os.path.isdir(self.full(path)):
             shutil.rmtree(self.full(path), ignore_errors=False)
-        elif self._fs.exists(self.full(path)):
+        else:
             self._fs.rm(self.full(path), recursive=True)
+        if self.is_local:  # what comes back after a power cut would vouch for files that are written next
+            sync(Path(self.full(path)).parent)
 
     def remove_temps(self, path: str) -> None:
         """Remove what writers of ``path`` left behind when they were killed."""

@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import fields, replace
 
 import pytest
+from faults.disk import Disk
 from faults.table import rows_of, table
 from tiny_corpus import write_corpus
 
@@ -23,6 +24,17 @@ from omnidata.schema import RejectError
 def test_a_few_of_each_fault(part):
     for row in rows_of(part, short=True):
         assert row.ok, row.failures
+
+
+def test_what_was_removed_stays_removed_after_a_power_cut(tmp_path):
+    (tmp_path / "disk").mkdir()
+    store = Store(tmp_path / "disk" / "data")
+    with Disk(root=tmp_path / "disk") as disk:
+        store.write_bytes("parts/a", b"old")
+        store.write_bytes("parts/b", b"old")
+        store.remove("parts/a")
+        disk.survivors(tmp_path / "survived", "old")
+    assert Store(tmp_path / "survived" / "data").names("parts") == ["b"]
 
 
 def test_the_table_has_a_line_for_each_row():

@@ -99,8 +99,12 @@ def go_on(row: Row, peace: Peace, out: Path, what: str) -> None:
         options = replace(INLINE, task=(0, 1))
     else:
         options = INLINE
-    peace.corpus.build(out, options=options)
-    judge(row, peace, out, digests(out), what)
+    try:
+        peace.corpus.build(out, options=options)
+    except Exception as error:  # noqa: BLE001  the table counts it and goes on
+        row.fail("lost", f"{what}: {type(error).__name__}: {error}")
+    else:
+        judge(row, peace, out, digests(out), what)
     shutil.rmtree(out)
 
 

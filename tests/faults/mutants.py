@@ -49,6 +49,13 @@ MUTANTS = (
         "tests/test_faults.py -k power",
     ),
     Mutant(
+        "no fsync of a removal",
+        "omnidata/durable.py",
+        "            sync(Path(self.full(path)).parent)\n",
+        "            pass\n",
+        "tests/test_faults.py -k removed",
+    ),
+    Mutant(
         "written in place",
         "omnidata/durable.py",
         '        temporary = Path(self.full(f"{TEMP}/{temp_name(path)}"))\n',
