@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omnidata.files import check_regular, open_regular
 from omnidata.index import index_schema, open_native, read_rows, read_table, reject_schema
-from omnidata.manifest import manifest_from_json
+from omnidata.manifest import check_agreement, manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
 from omnidata.shards import CorruptSampleError, read_sample
 
@@ -44,6 +44,7 @@ class Dataset:
         self._is_local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
         self._manifest_bytes = self._read_manifest()
         self.manifest: Manifest = manifest_from_json(self._manifest_bytes, where=f"{self.path}/{MANIFEST}")
+        check_agreement(self.manifest, where=f"{self.path}/{MANIFEST}")
         if split is not None and split not in self.manifest.splits:
             raise UserError(f"{self.path} has no split {split!r}; it has {sorted(self.manifest.splits)}")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
-from omnidata.schema import SCHEMA_VERSION, SHARDS_DIR, Manifest, ShardInfo, UserError
+from omnidata.schema import IMAGE_TOKENS, SCHEMA_VERSION, SHARDS_DIR, Manifest, ShardInfo, UserError
 
 MAX_NUMBER = 1 << 62  # sums of a few still fit an int64
 MAX_DEPTH = 64  # of nested values: a build's settings have three
@@ -51,6 +52,24 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
 
 
 # --- what a value may be ------------------------------------------------------------------------------------
+
+
+def check_agreement(manifest: Manifest, *, where: str) -> None:
+    """Refuse a manifest that contradicts itself in what reading needs; ``omnidata verify`` lists it all.
+
+    Raises:
+        UserError: the shards of the splits do not add up to the splits, or an image token has no id.
+    """
+    found = Counter[str]()
+    for shard in manifest.shards:
+        found[shard.split] += shard.num_samples
+    for split in sorted(found.keys() | manifest.splits.keys()):
+        if found[split] != manifest.splits.get(split, 0):
+            what = f"the shards of split {split!r} hold {found[split]} samples, the manifest says "
+            what += f"{manifest.splits.get(split, 0)}"
+            raise UserError(f"{where}: {what}: the dataset is damaged, run `omnidata verify`")
+    if missing := [name for name in IMAGE_TOKENS if name not in manifest.special_tokens]:
+        raise UserError(f"{where}: special_tokens lacks {missing[0]}: the dataset is damaged, build it again")
 
 
 def _problems(data: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,15 @@ import pytest
 from omnidata import Dataset
 from omnidata.index import idx_bytes, index_schema, index_table, read_idx, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
-from omnidata.schema import INDEX_COLUMNS, MANIFEST, SCHEMA_VERSION, Manifest, ShardInfo, UserError
+from omnidata.schema import (
+    IMAGE_TOKENS,
+    INDEX_COLUMNS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    ShardInfo,
+    UserError,
+)
 from omnidata.shards import CorruptSampleError
 
 
@@ -22,7 +30,9 @@ def a_row(**changes):
 def a_manifest(**changes):
     empty = {"int": 0, "str": "", "list": [], "dict": {}}
     values = {field.name: empty[field.type.partition("[")[0]] for field in dataclasses.fields(Manifest)}
-    return Manifest(**(values | {"schema_version": SCHEMA_VERSION, "splits": {"train": 0}} | changes))
+    values |= {"schema_version": SCHEMA_VERSION, "splits": {"train": 0}}
+    values["special_tokens"] = {name: i for i, name in enumerate(IMAGE_TOKENS)}
+    return Manifest(**(values | changes))
 
 
 def test_index_comes_back_with_one_row_group_a_shard():

@@ -64,6 +64,23 @@ def test_values_of_a_manifest_are_checked(data, name):
             door(str(data))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["shards"][0].update(split="traio"),  # its samples would be left out without a word
+        lambda m: m["shards"][0].update(split="val"),
+        lambda m: m["splits"].update(train=15),
+        lambda m: m["special_tokens"].pop("<im_start>"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_not_read(data, change):
+    change_manifest(data, change)
+    for door in (Dataset, EpochPlan, lambda path: list(loader(path))):
+        with pytest.raises(UserError, match=r"manifest.json.*damaged"):
+            door(str(data))
+    assert not verify(data).ok
+
+
 def test_a_manifest_nested_without_end_is_one_line(data):
     (data / MANIFEST).write_text("[" * 200_000)
     with pytest.raises(UserError, match="not valid JSON"):

@@ -390,6 +390,7 @@ def test_labels_that_the_index_does_not_know_stop_the_run(own):
 def test_index_and_manifest_that_disagree_are_refused(own):
     manifest = json.loads((own / "manifest.json").read_text())
     manifest["shards"][0]["num_samples"] -= 1
+    manifest["splits"]["train"] -= 1
     (own / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="row groups"):
         loader(own)
