@@ -22,7 +22,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from train import BILLION, TINY, make_corpus  # noqa: E402
+from train_setup import BILLION, TINY, make_corpus  # noqa: E402
 
 FOLDER = Path(os.environ.get("GPU_DAY_FOLDER", "gpu_day"))
 Figures = dict[str, Any]

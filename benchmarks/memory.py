@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import WARMUP_STEPS, make_corpus, recipe_of
+from train_setup import WARMUP_STEPS, make_corpus, recipe_of
 
 from pipelines.config import to_yaml
 

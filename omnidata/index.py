@@ -131,14 +131,12 @@ def read_table(
     """
     import pyarrow as pa
 
-    try:
+    with reading_table("the table"):
         parquet, threads = open_parquet(file, read_dictionary=list(dictionary))
         wanted = list(columns or schema.names)
+        check_types(parquet, pa.schema([schema.field(name) for name in wanted]), "the table")
         missing = [name for name in wanted if name not in parquet.schema_arrow.names]
-        if lost := [name for name in missing if name not in _DEFAULTS]:
-            raise UserError(f"the table lacks the columns {lost}: it was not written by this schema version")
         present = [name for name in wanted if name not in missing]
-        check_types(parquet, pa.schema([schema.field(name) for name in present]), "the table")
         table = parquet.read(columns=present, use_threads=threads)
         if holes := [name for name in present if table[name].null_count]:
             raise UserError(f"the table has rows without {holes[0]}: it is damaged")
@@ -146,10 +144,6 @@ def read_table(
             values = pa.array([_DEFAULTS[name]] * table.num_rows, schema.field(name).type)
             table = table.append_column(schema.field(name), values)
         return table.select(wanted)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise  # the disk's or the network's; Arrow's own errors about content have no number
-        raise UserError(f"not a readable Parquet file: {one_line(error)}") from error
 
 
 def read_rows(file: BinaryIO | pa.NativeFile, positions: Sequence[int]) -> list[dict[str, Any]]:
@@ -197,11 +191,6 @@ def numbers(table: pa.Table, column: str) -> np.ndarray:
     return np.from_dlpack(values)
 
 
-def one_line(error: Exception) -> str:
-    """An error's message; Arrow's own may have several lines."""
-    return " ".join(str(error).split())
-
-
 @contextlib.contextmanager
 def reading_table(where: str) -> Iterator[None]:
     """What Arrow says of a damaged file becomes a UserError that names it."""
@@ -212,7 +201,8 @@ def reading_table(where: str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's or the network's; Arrow's own errors about content have no number
-        what = f"{where} is not a readable Parquet file ({one_line(error)})"
+        words = " ".join(str(error).split())  # Arrow's own have several lines
+        what = f"{where} is not a readable Parquet file ({words})"
         raise UserError(f"{what}: the dataset is damaged, run `omnidata verify`") from error
 
 

@@ -45,12 +45,15 @@ class StepCounts:
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
     keys: list[str] = field(default_factory=list)  # samples of the step on this rank
 
-    def waiting_for(self, stream: Iterator[Microbatch]) -> Microbatch:
-        """The next microbatch; the time until it is there counts as waiting."""
-        begin = time.perf_counter()
-        microbatch = next(stream)
-        self.wait += time.perf_counter() - begin
-        return microbatch
+    def waiting_for(self, microbatches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+        """The same microbatches; the time until each is there counts as waiting."""
+        while True:
+            begin = time.perf_counter()
+            microbatch = next(microbatches, None)
+            self.wait += time.perf_counter() - begin
+            if microbatch is None:
+                return
+            yield microbatch
 
     def add(self, microbatch: Microbatch) -> None:
         """Count one microbatch."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -160,17 +161,14 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
     recipe, world, wrapped = t.recipe, t.world, t.built.wrapped
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     last_step = min(t.total_steps, recipe.run.stop_after or t.total_steps)
-    stream, per_step = iter(t.loader), t.loader.microbatches_per_step
+    steps = grouped(t.loader)
     is_stopped = False  # by a vote; the flag of the signal is never written here
     with profiler(recipe, world) as profile, Garbage() as garbage:
         while t.step < last_step and not is_stopped:
             counts = StepCounts(t.built.flop_count)
             loss = torch.zeros((), device=world.device)
-            for number in range(1, per_step + 1):
-                # (1) read
-                microbatch = counts.waiting_for(stream)
-                is_last = number == per_step
-
+            # (1) read, one microbatch ahead
+            for microbatch, is_last in marking_last(counts.waiting_for(next(steps))):
                 # (2) forward and backward; gradients add up over microbatches, then over ranks
                 now = is_last or recipe.parallel.sync_every_microbatch
                 with reduce_gradients(wrapped, now=now), naming_memory(microbatch):
@@ -219,6 +217,22 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
                     with watchdog.around("evaluation"):
                         if evaluate(t, log):
                             t.save()
+
+
+def grouped(loader: PackLoader) -> Iterator[Iterator[Microbatch]]:
+    """The microbatches of one step after the other, for as long as is asked; read when they are taken."""
+    stream = iter(loader)
+    while True:
+        yield itertools.islice(stream, loader.microbatches_per_step)
+
+
+def marking_last(microbatches: Iterator[Microbatch]) -> Iterator[tuple[Microbatch, bool]]:
+    """Each with whether it is the last: a, b -> (a, False), (b, True). Reads one ahead."""
+    ahead = next(microbatches)
+    for following in microbatches:
+        yield ahead, False
+        ahead = following
+    yield ahead, True
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,3 +30,11 @@ def test_plan():
 def test_start():
     report = json.loads(run_benchmark("start.py", "--repeats", "1", "--json"))
     assert set(report) >= {"--help", "build-shards, 8 records", "inspect", "plan", "verify"}
+
+
+@pytest.mark.slow
+def test_train():
+    """Every contender trains on the same samples: the loss curves agree."""
+    report = json.loads(run_benchmark("train.py", "--records", "60", "--steps", "5", "--json"))
+    assert set(report) == {"ours, packed", "HF Trainer", "ours, unpacked"}
+    assert all(contender["max_loss_difference"] < 1e-3 for contender in report.values())

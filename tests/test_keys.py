@@ -207,7 +207,7 @@ def test_a_sample_has_all_the_media_of_its_record_or_there_is_no_sample(payload,
     [
         "<|image_1|>", "<image 1>", "<image-1>", "<|image|>", "[IMG]", "<IMG_CONTEXT>", "<|vision_start|><|image_pad|><|vision_end|>",
         "<img><IMG_CONTEXT></img>", "<im_start><image><im_end>", "<start_of_image>", "<ImageHere>", "(<image>./</image>)",
-        "<image_placeholder>", "<IMAGE>", "<|imgpad|>",
+        "<image_placeholder>", "<IMAGE>", "<|imgpad|>", "<image/>", "<img />",
     ],
 )  # fmt: skip
 def test_a_foreign_mark_is_a_placeholder_if_that_is_certain_and_never_text(mark):
@@ -218,6 +218,24 @@ def test_a_foreign_mark_is_a_placeholder_if_that_is_certain_and_never_text(mark)
         assert error.value.reason == "placeholder_mismatch"
     with pytest.raises(RejectError):
         chat([{"type": "image"}, {"type": "text", "text": f"See {mark}"}], image="1.jpg")
+
+
+@pytest.mark.parametrize(
+    "mark", ["<|image_start|>", "<|endofimage|>", "<|startofimage|> x", "<|vision_bos|>"]
+)
+def test_a_part_of_a_mark_never_stays_as_text_beside_a_picture(mark):
+    with pytest.raises(RejectError) as error:
+        chat(f"See {mark} now", image="1.jpg")
+    assert error.value.reason == "placeholder_mismatch"
+    assert len(chat("<|individual|> <|television|> <|imagine|>", image="1.jpg").images) == 1
+
+
+@pytest.mark.parametrize("mark", ["<|vid|>", "<|end_video|>", "<|Audio_2|>", "<|begin_of_video|>"])
+@pytest.mark.parametrize("images", [[], ["1.jpg"]])
+def test_marks_of_other_media_are_a_reject(mark, images):
+    with pytest.raises(RejectError) as error:
+        chat(f"See {mark} now", images=images)
+    assert error.value.reason == "unread_media"
 
 
 def test_numbers_of_marks_are_obeyed():
@@ -287,6 +305,7 @@ def test_switches_of_turns_are_obeyed():
         {"train": 2},
         {"mask": True},
         {"trainable": False},
+        {"supervise": False},
     ],
 )
 def test_switches_that_are_not_understood_are_rejects(turn):

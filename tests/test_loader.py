@@ -15,7 +15,6 @@ from tiny_dataset import NUM_QUERY, build_tiny_dataset
 import omnidata
 from omnidata import Dataset
 from omnidata.images.pixels import decode_rgb, resize_rgb
-from omnidata.loader.augment import Augment
 from omnidata.loader.packs import PackLoader
 from omnidata.loader.reader import LoadError
 from omnidata.plan.epoch import EpochPlan
@@ -194,34 +193,6 @@ def test_reading_leaves_the_training_random_state_alone(data):
     before = torch.get_rng_state()
     next(iter(loader(data, num_workers=1)))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_augmentation_depends_on_seed_epoch_and_key_alone(data):
-    def images(**settings) -> dict[str, torch.Tensor]:
-        settings = {"global_batch": 1, "augment": {"crop": 0.3, "brightness": 0.2}} | settings
-        found = {}
-        for microbatch in loader(data, **settings):
-            if len(microbatch.images):
-                found[microbatch.keys, microbatch.epoch] = microbatch.images.clone()
-        return found
-
-    plain, one, again = images(augment=None), images(), images(num_workers=2)
-    assert one.keys() == again.keys()
-    assert all(torch.equal(one[keys], again[keys]) for keys in one)
-    assert sum(torch.equal(one[keys], plain[keys]) for keys in one) == 0
-
-
-def test_augment_changes_with_epoch_and_refuses_nonsense(data):
-    rgb = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
-    change = Augment(crop=0.5)
-    one, other = (change.apply(rgb, seed=0, epoch=epoch, key="a") for epoch in (0, 1))
-    assert one.shape != other.shape and min(one.shape[:2]) >= 15
-    assert np.array_equal(Augment().apply(rgb, seed=0, epoch=0, key="a"), rgb)
-    assert Augment(brightness=0.5).apply(rgb, seed=0, epoch=0, key="a").dtype == np.uint8
-    with pytest.raises(UserError, match=r"augment\.crop"):
-        Augment(crop=1.5)
-    with pytest.raises(UserError, match="mirror"):
-        loader(data, augment={"mirror": True})
 
 
 # --- blends, exclusions, cuts -----------------------------------------------------------------------------
@@ -405,34 +376,3 @@ def test_a_plain_webdataset_pipeline_reads_the_same_samples(data):
     assert [sample["__key__"] for sample in found] == dataset.index["key"].to_pylist()
     assert found[5]["input_ids.npy"].tolist() == dataset[5].input_ids.tolist()
     assert found[5]["1.jpg"] == dataset[5].images[1]
-
-
-def test_colours_rotation_and_flip_change_what_they_say_and_no_more():
-    rng = np.random.default_rng(0)
-    rgb = rng.integers(40, 200, (24, 24, 3), dtype=np.uint8)
-    gray = np.repeat(rgb[..., :1], 3, axis=2)
-    for change in (Augment(saturation=0.9), Augment(hue=0.4)):
-        changed = change.apply(rgb, seed=1, epoch=0, key="a")
-        assert np.abs(changed.astype(int) - rgb).max() > 5
-        assert np.abs(change.apply(gray, seed=1, epoch=0, key="a").astype(int) - gray).max() <= 1
-    with pytest.warns(UserWarning, match="left and right"):
-        flip = Augment(flip=1.0)
-    assert np.array_equal(flip.apply(rgb, seed=0, epoch=0, key="a"), rgb[:, ::-1])
-    turned = Augment(rotation=30.0).apply(rgb, seed=0, epoch=0, key="a")
-    assert turned.shape == rgb.shape and not np.array_equal(turned, rgb)
-    assert np.array_equal(turned, Augment(rotation=30.0).apply(rgb, seed=0, epoch=0, key="a"))
-
-
-@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (50, 50)])
-def test_the_loader_s_centre_is_the_processor_s(shape):
-    from omnidata.images.pixels import fit_rgb
-    from omnimodel import ImageProcessor
-
-    rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    for fit in ("squash", "center_crop"):
-        expected = ImageProcessor(32, fit).resize(rgb).permute(1, 2, 0).numpy()
-        assert np.array_equal(fit_rgb(rgb, 32, fit=fit), expected)
-    side = min(shape)
-    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
-    centre = rgb[top : top + side, left : left + side]
-    assert np.array_equal(fit_rgb(rgb, side, fit="center_crop"), centre)

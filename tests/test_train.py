@@ -22,7 +22,7 @@ from omnimodel import OmniLMMForCausalLM
 from omnimodel.blocks import compile_blocks
 from pipelines.config import load_recipe, parse_recipe
 from pipelines.guard import LossGuard, Watchdog
-from pipelines.train import main, train
+from pipelines.train import main, marking_last, train
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +314,15 @@ def test_a_gpu_without_memory_names_the_pack(tiny_dataset, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"tokens and \d+ images \(samples sample-0.*data.max_tokens.*2 GiB"):
         train(recipe)
     assert gc.isenabled()
+
+
+def test_a_step_is_read_one_microbatch_ahead():
+    taken = []
+
+    def stream():
+        for number in range(4):
+            taken.append(number)
+            yield number
+
+    seen = [(number, is_last, len(taken)) for number, is_last in marking_last(stream())]
+    assert seen == [(0, False, 2), (1, False, 3), (2, False, 4), (3, True, 4)]

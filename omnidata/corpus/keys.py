@@ -114,7 +114,7 @@ _VERDICTS = frozenset(
         ),
         *("chosen_response", "prefer", "preference", "preferred", "better", "winner", "history", "functions"),
         *("margin", "completion", "completions", "responses", "candidates", "loss_weight", "loss_scale"),
-        *("loss_mask", "loss_masks"),
+        *("loss_mask", "loss_masks", "negative", "negative_response", "bad_response", "worse", "loser"),
     )
 )
 
@@ -140,7 +140,18 @@ _SWITCHES = frozenset(
 # Of a turn, in other tools' spellings; those that are obeyed are read before (turns.py).
 _TURN_SWITCHES = frozenset(
     (
-        *("mask", "masked", "is_masked", "supervised", "is_supervised", "trainable", "train_on", "learn"),
+        *(
+            "supervise",
+            "do_supervise",
+            "mask",
+            "masked",
+            "is_masked",
+            "supervised",
+            "is_supervised",
+            "trainable",
+            "train_on",
+            "learn",
+        ),
         *("is_train", "do_train", "no_train", "skip", "ignore", "train_detail", "loss_on", "label"),
     )
 )

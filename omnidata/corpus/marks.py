@@ -31,6 +31,7 @@ _PICTURE = re.compile(
     | <\|(?:image|img)_(?P<bar>\d{1,9})\|>                       # Phi-3-vision
     | <(?:image|img|Image|IMG|IMAGE|picture)[ -](?P<number>\d{1,9})>   # MMMU, mPLUG
     | <(?:Image|IMAGE|ImageHere|image_placeholder|IMG_CONTEXT|image_token|image_soft_token|image_pad)>
+    | <(?:image|img|picture)\s*/>                                # as an empty element
     | \[IMG\](?:(?:\[IMG\]|\[IMG_BREAK\])*\[IMG_END\])?          # Pixtral
     """,
     re.VERBOSE,
@@ -38,12 +39,13 @@ _PICTURE = re.compile(
 _PART_OF_PICTURE = re.compile(
     r"<im_start>|<im_end>|<im_patch>|<\|vision_(?:start|end|pad)\|>|<IMG_CONTEXT>|<image_soft_token>|"
     r"<start_of_image>|<end_of_image>|\[IMG_(?:BREAK|END)\]|<\|image_pad\|>|<fake_token_around_image>|"
-    r"<global-img>|<row_\d+_col_\d+>|<image_\d{10,}>|\\<\s*(?:image|img|picture|photo)\s*\d*\s*\\?>"
+    r"<\|(?:\w*_|(?:start|begin|end)of)?(?:image|img|picture|vision)(?:_\w*|s|pad)?\|>|<global-img>|<row_\d+_col_\d+>|<image_\d{10,}>|\\<\s*(?:image|img|picture|photo)\s*\d*\s*\\?>"
 )
 _OTHER_MEDIA = re.compile(
-    r"<\|?(?P<kind>video|audio|speech|sound|VIDEO|AUDIO)(?:[_ -]?\d{1,9})?"
+    r"<\|?(?P<kind>video|audio|speech|sound)(?:[_ -]?\d{1,9})?"
     r"(?:_pad|_bos|_eos|_soft_token|_token)?\|?>"
-    r"|<vid>.{1,4096}?</vid>|<\|(?:begin|start|end)_of_(?:video|audio)\|>",
+    r"|<vid>.{1,4096}?</vid>|<\|(?:\w*_)?(?:vid|video|audio|speech|sound)(?:_\w*|\d*)\|>",
+    re.IGNORECASE,
 )
 
 

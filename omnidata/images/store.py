@@ -247,24 +247,13 @@ def _read_file(path: str, max_bytes: int) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RejectError("image_missing", f"{path}: not a regular file")
+        if not status.st_size:  # so say the kernel's own files, which may never end
+            raise RejectError("image_missing", f"{path}: the file is empty, or none of a disk")
         _check_size(path, status.st_size, max_bytes)
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            return _read_whole(file, path, status.st_size)
+            return file.read()
     finally:
         os.close(descriptor)
-
-
-def _read_whole(file: Any, path: str, size: int) -> bytes:
-    """The file's bytes; of the kernel's own files, which say that they are empty and are not, none."""
-    try:
-        data = file.read(size + 1)
-    except OSError as error:
-        if size:
-            raise
-        raise RejectError("image_missing", f"{path}: {error.strerror}") from None
-    if size == 0:
-        raise RejectError("image_missing", f"{path}: the file is empty, or none of a disk")
-    return data + file.read() if len(data) < size else data[:size]
 
 
 def _read_remote(url: str, max_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ from faults.disk import Disk
 from faults.table import Row
 from omnidata.builder.settings import RunOptions
 from omnidata.dataset import Dataset
-from omnidata.schema import MANIFEST
+from omnidata.schema import MANIFEST, UserError
 
 INLINE = RunOptions(executor="inline", quiet=True)
 
@@ -101,8 +101,11 @@ def go_on(row: Row, peace: Peace, out: Path, what: str) -> None:
         options = INLINE
     try:
         peace.corpus.build(out, options=options)
-    except Exception as error:  # noqa: BLE001  the table counts it and goes on
-        row.fail("lost", f"{what}: {type(error).__name__}: {error}")
+    except UserError as error:
+        row.fail("lost", f"{what}: refused: {error}")
+    except Exception as error:  # a mistake of ours: it ends the part, and so the table, with its place
+        error.add_note(f"{row.fault}, {row.how}: {what}")
+        raise
     else:
         judge(row, peace, out, digests(out), what)
     shutil.rmtree(out)

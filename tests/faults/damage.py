@@ -88,6 +88,7 @@ def _door(row: Row, enter: Callable[[], Any], what: str) -> Any:
     except UserError as error:
         if "\n" in str(error):
             row.fail("not_found", f"{what}: more than a line")
-    except Exception as error:  # noqa: BLE001  what is no clear line is what this looks for
-        row.fail("not_found", f"{what}: {type(error).__name__}: {str(error)[:200]}")
+    except Exception as error:  # no clear line: it ends the part, and so the table, with its place
+        error.add_note(f"{row.fault}, {row.how}: {what}")
+        raise
     return None

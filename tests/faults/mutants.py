@@ -91,6 +91,20 @@ MUTANTS = (
         "tests/test_faults.py -k lease",
     ),
     Mutant(
+        "the checked address is not dialled",
+        "omnidata/images/web.py",
+        "        *others, last = self.addresses\n",
+        "        *others, last = [(self.host, self.port)]\n",
+        "tests/test_web.py -k dialled",
+    ),
+    Mutant(
+        "local reads are not hashed",
+        "omnidata/loader/reader.py",
+        "            if self._checksum:\n",
+        "            if False:\n",
+        "tests/test_hostile_dataset.py -k flipped_bits_of_a_local",
+    ),
+    Mutant(
         "no bound on what a zip unpacks to",
         "omnidata/images/archives.py",
         ".decompress(data, member.size + 1)",
