@@ -198,14 +198,20 @@ class Checkpoints:
         return self._error is not None
 
     def load(self, path: Path, tensors: dict[str, Any], *, recipe: Recipe) -> dict[str, Any]:
-        """Fill ``tensors`` in place from ``path``; returns what ``save`` was given as ``trainer``."""
+        """Fill ``tensors`` in place from ``path``; returns what ``save`` was given as ``trainer``.
+
+        What the checkpoint does not have leaves ``tensors``: the random numbers of another number of ranks,
+        the running mean of a run that kept none ("ema").
+        """
         refuse_other_recipe(path, recipe)
         self.changes = changed_keys(path, recipe)
         trainer = json.loads((path / TRAINER).read_text())
         if trainer["world_size"] != self.world.size:  # other ranks, other random numbers
             tensors.pop(f"rng-{self.world.rank}")
         reader = CheckpointReader(path)
-        reader.read_metadata()  # refuses what is not ours in one line, before DCP wraps it
+        held = reader.read_metadata().state_dict_metadata  # refuses what is not ours, before DCP wraps it
+        if not any(name.startswith("ema.") for name in held):
+            tensors.pop("ema", None)
         dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         return trainer
 

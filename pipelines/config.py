@@ -106,6 +106,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     clip: float = 1.0  # global gradient norm
+    ema: float | None = None  # decay of the weights' running mean, e.g. 0.999; null: none is kept
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 0
     decay_steps: int = 0  # wsd: length of the final linear decay
@@ -255,6 +256,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
             yield f"{key}: at least {least} is needed, not {value}"
     if optim.clip <= 0:
         yield f"optim.clip: a positive norm is needed, not {optim.clip}; a huge one clips nothing"
+    if optim.ema is not None and not 0 < optim.ema < 1:
+        yield f"optim.ema: a decay between 0 and 1 is needed, not {optim.ema}; null keeps no running mean"
     if (model.path is None) == (model.config is None):
         yield "model: give exactly one of path (start from weights) and config (random weights)"
     if (optim.steps is None) == (optim.epochs is None):

@@ -36,6 +36,7 @@ from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMForCausalLM
 from pipelines.config import Recipe
 from pipelines.data import model_inputs, open_datasets, val_loader
+from pipelines.ema import Ema
 from pipelines.model import BuiltModel
 from pipelines.parallel import World, compute_dtype
 from pipelines.questions import Answer, Question, answer_questions, questions_of, with_swapped_images
@@ -44,12 +45,22 @@ from pipelines.questions import Answer, Question, answer_questions, questions_of
 class Evaluation:
     """The validation data of a recipe, looked at again and again while training."""
 
-    def __init__(self, recipe: Recipe, world: World, built: BuiltModel) -> None:
-        self.recipe, self.world, self.model = recipe, world, built.model
+    def __init__(self, recipe: Recipe, world: World, built: BuiltModel, ema: Ema | None = None) -> None:
+        self.recipe, self.world, self.model, self.ema = recipe, world, built.model, ema
         self._questions: list[Question] | None = None
 
     def run(self) -> dict[str, float]:
-        """Validation figures; none without validation data. A collective of all ranks."""
+        """Validation figures; none without validation data. A collective of all ranks.
+
+        With ``optim.ema`` each is there a second time, of the weights' running mean: ``val_loss_ema``.
+        """
+        figures = self._figures()
+        if self.ema is not None and figures:
+            with self.ema.in_place():
+                figures |= {f"{name}_ema": value for name, value in self._figures().items()}
+        return figures
+
+    def _figures(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         if self.recipe.data.val and self.recipe.eval.num_batches:
             figures["val_loss"] = self.loss()

@@ -3,11 +3,13 @@
     final/config.json  model.safetensors  tokenizer.json …  README.md  recipe.yaml
 
 Adapters are merged into the weights. A bfloat16 run is saved in bfloat16. The folder appears under its name
-when it is whole. Training writes it at its end; from any checkpoint of a run it is made by::
+when it is whole. RUN/final-ema beside it holds the running mean of the weights, if optim.ema
+kept one. Training writes them at its end; from any checkpoint of a run they are made by::
 
     python pipelines/export.py RUN                            # RUN/step-00000400 from the newest checkpoint
     python pipelines/export.py RUN --step best --out model    # the one with the lowest validation loss
     python pipelines/export.py RUN --step 200 --dtype bfloat16
+    python pipelines/export.py RUN --ema                      # RUN/step-00000400-ema: their running mean
     python pipelines/export.py RUN --adapters                 # the adapters alone, as peft keeps them
 """
 
@@ -52,14 +54,19 @@ def export(
     *,
     step: int,
     best: tuple[float, int] | None,
+    is_mean: bool = False,
 ) -> Path:
-    """Write ``RUN/final``; a collective of all ranks, rank 0 writes."""
-    folder = Path(recipe.run.dir) / "final"
+    """Write ``RUN/final``, or ``RUN/final-ema`` if the weights in place are the mean.
+
+    A collective of all ranks, of which rank 0 writes.
+    """
+    folder = Path(recipe.run.dir) / ("final-ema" if is_mean else "final")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     if world.is_main:
         weights = merged(state, recipe.model.lora)
-        write(model, weights, recipe, datasets, folder, dtype=recipe.run.dtype, step=step, best=best)
+        text = card(recipe, datasets, step=step, best=best, is_mean=is_mean)
+        write(model, weights, recipe, datasets, folder, dtype=recipe.run.dtype, text=text)
     world.barrier()
     return folder
 
@@ -72,17 +79,16 @@ def write(
     folder: Path,
     *,
     dtype: str,
-    step: int,
-    best: tuple[float, int] | None,
+    text: str,
 ) -> None:
-    """The folder of a model whose weights, adapters merged, are ``state``."""
+    """The folder of a model whose weights, adapters merged, are ``state``; ``text`` is its card."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.slicing = slicing_config(datasets)  # pictures of questions must be cut like these
     _save_model(model, state, temporary, dtype=DTYPES[dtype])
     _copy_tokenizer(datasets[0], temporary)
     (temporary / "recipe.yaml").write_text(to_yaml(recipe))
-    (temporary / "README.md").write_text(card(recipe, datasets, step=step, best=best))
+    (temporary / "README.md").write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -111,8 +117,15 @@ def _share(config: DatasetConfig) -> str:
     return f"{config.epochs or 1:g} epochs" if config.weight is None else f"weight {config.weight:g}"
 
 
-def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[float, int] | None) -> str:
-    """The model card."""
+def card(
+    recipe: Recipe,
+    datasets: Sequence[Dataset],
+    *,
+    step: int,
+    best: tuple[float, int] | None,
+    is_mean: bool = False,
+) -> str:
+    """The model card; ``is_mean``: of the weights' running mean."""
     configs = [*recipe.data.train, *recipe.data.val]
     rows = [
         f"| {c.path} | {c.split} | {_share(c)} | {len(d):,} | `{d.digest}` |"
@@ -133,6 +146,7 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
             f"# {Path(recipe.run.dir).name}",
             "",
             f"An OmniLMM vision-language model, trained for {step} steps. {validation}",
+            *_which_weights(recipe, is_mean=is_mean),
             "",
             "```python",
             "import omnimodel  # tells transformers of the class",
@@ -157,6 +171,20 @@ def card(recipe: Recipe, datasets: Sequence[Dataset], *, step: int, best: tuple[
             "",
         ]
     )
+
+
+def _which_weights(recipe: Recipe, *, is_mean: bool) -> list[str]:
+    """Lines of the card of a run that kept both."""
+    if not recipe.optim.ema:
+        return []
+    mean = f"the running mean of the weights (`optim.ema: {recipe.optim.ema}`)"
+    command = f"python pipelines/export.py {recipe.run.dir}"
+    if is_mean:
+        return ["", f"These are {mean}; validation loss `val_loss_ema`. `{command}` writes the last weights."]
+    return [
+        "",
+        f"These are the last weights, not {mean}, which is in `final-ema`; `{command} --ema` writes it.",
+    ]
 
 
 # --- from a checkpoint ------------------------------------------------------------------------------------
@@ -189,8 +217,10 @@ def find_checkpoint(run: Path, step: str) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / TRAINER).read_text())
 
 
-def restore(folder: Path, recipe: Recipe, datasets: Sequence[Dataset]) -> OmniLMMForCausalLM:
-    """The model of a checkpoint, in this process's memory, adapters apart."""
+def restore(
+    folder: Path, recipe: Recipe, datasets: Sequence[Dataset], *, is_mean: bool
+) -> OmniLMMForCausalLM:
+    """The model of a checkpoint, in this process's memory, adapters apart; its mean instead if asked."""
     config = model_config(recipe, datasets[0].manifest)
     if recipe.model.path is None:
         model = new_model(config)
@@ -201,9 +231,16 @@ def restore(folder: Path, recipe: Recipe, datasets: Sequence[Dataset]) -> OmniLM
     state = model.state_dict()
     if recipe.model.path is not None:
         state = {name: tensor for name, tensor in state.items() if name in trained}
+    wanted = {"model": state}
+    if is_mean:  # of what was trained; the rest has no mean
+        wanted["ema"] = {name: p.detach() for name, p in model.named_parameters() if name in trained}
+        shared = {tensor.data_ptr() for tensor in wanted["ema"].values()}
+        wanted["model"] = {name: x for name, x in state.items() if x.data_ptr() not in shared}
     reader = CheckpointReader(folder)
-    reader.read_metadata()
-    dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+    held = reader.read_metadata().state_dict_metadata
+    if is_mean and not any(name.startswith("ema.") for name in held):
+        raise UserError(f"checkpoint {folder} has no running mean of the weights: its run had no optim.ema")
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
     return model
 
 
@@ -237,24 +274,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--step", default="last", metavar="best|last|N", help="which checkpoint")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; the run's without it")
+    parser.add_argument("--ema", action="store_true", help="the running mean of the weights (optim.ema)")
     parser.add_argument("--adapters", action="store_true", help="only the adapters, as peft keeps them")
-    parser.add_argument("--out", metavar="DIR", help="RUN/step-N without it")
+    parser.add_argument("--out", metavar="DIR", help="RUN/step-N, RUN/step-N-ema without it")
     options = parser.parse_args(arguments)
     try:
         run = Path(options.run)
         checkpoint, trainer = find_checkpoint(run, options.step)
         recipe = load_recipe(str(checkpoint / RECIPE), [f"run.dir={run}"])
         datasets = open_datasets([*recipe.data.train, *recipe.data.val])
-        model = restore(checkpoint, recipe, datasets)
-        folder = Path(options.out or run / checkpoint.name)
+        model = restore(checkpoint, recipe, datasets, is_mean=options.ema)
+        folder = Path(options.out or run / (checkpoint.name + "-ema" * options.ema))
         if options.adapters:
             export_adapters(model, recipe, folder)
         else:
             state = merged(model.state_dict(), recipe.model.lora)
             dtype = options.dtype or recipe.run.dtype
             best = tuple(trainer["best"]) if trainer["best"] else None
-            step = trainer["step"]
-            write(model, state, recipe, datasets, folder, dtype=dtype, step=step, best=best)
+            text = card(recipe, datasets, step=trainer["step"], best=best, is_mean=options.ema)
+            write(model, state, recipe, datasets, folder, dtype=dtype, text=text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -39,6 +39,7 @@ from pipelines.model import choose_trainable, new_model
 from pipelines.parallel import DTYPES, World
 
 ADAM_BYTES = 8  # two float32 moments
+EMA_BYTES = 4  # a float32 mean of the weights (optim.ema)
 OVERHEAD = {"cpu": 0.0, "cuda": 1.5e9}  # bytes: CUDA context, NCCL and cuBLAS workspaces
 # Of a dataset that is not there yet: an image and this much text a sample, a quarter of it supervised.
 TEXT_TOKENS, SUPERVISED = 96, 0.25
@@ -61,7 +62,7 @@ class Memory:
 
     weights: float
     gradients: float  # those that are there at the peak, and the buffers of their reduction
-    optimizer: float
+    optimizer: float  # Adam's moments, and the running mean of the weights
     activations: float  # kept from forward to backward, and not gone yet at the peak
     passing: float  # what comes and goes on top of that
     overhead: float
@@ -236,7 +237,8 @@ def estimate(
         buffers = (compute + 2 * reduce) * sizes.largest_trainable_unit
     elif compute < 4:
         weights += compute * sizes.trainable  # autocast keeps its casts until the forward ends
-    optimizer = ADAM_BYTES * sizes.trainable / shards
+    kept_bytes = ADAM_BYTES + (EMA_BYTES if recipe.optim.ema else 0)
+    optimizer = kept_bytes * sizes.trainable / shards
     grads = 4 * sizes.trainable / shards
     activations, there = timeline.fullest(4 / shards)
     if microbatches > 1:  # those of the microbatches before are there from the start

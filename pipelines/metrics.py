@@ -189,7 +189,7 @@ def _rounded(line: Mapping[str, Any]) -> dict[str, Any]:
             return value
         if not math.isfinite(value):
             return None  # JSON has no NaN
-        return value if name in ("loss", "grad_norm", "lr", "val_loss") else round(value, 4)
+        return value if name in ("loss", "grad_norm", "lr", "val_loss", "val_loss_ema") else round(value, 4)
 
     return {name: one(name, value) for name, value in line.items()}
 

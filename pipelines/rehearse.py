@@ -38,6 +38,7 @@ from omnimodel import OmniLMMConfig
 from omnimodel.attention import as_on_gpu
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from pipelines.config import Recipe, load_recipe
+from pipelines.ema import Ema
 from pipelines.memory import Shape, shape_of
 from pipelines.model import choose_trainable, new_model
 from pipelines.optim import build_optimizer, clip_gradients
@@ -121,10 +122,12 @@ def play(
         optimizer = build_optimizer(model, recipe.optim)
         for group in optimizer.param_groups:
             group |= {"fused": True, "foreach": None}  # as on a GPU
+        ema = Ema(model, recipe.optim.ema) if recipe.optim.ema else None
         inputs = fake_inputs(config, shape)
         hooks = watch(model, playback)
         with playback:
             playback.assign("parameters", [*model.parameters(), *model.buffers()])
+            playback.assign("average", ema.state_dict().values() if ema else [])
             step(recipe, model, wrapped, optimizer, [inputs], playback)  # makes the moments
             moments = [x for state in optimizer.state.values() for x in state.values()]
             playback.assign("optimizer", [x for x in moments if isinstance(x, torch.Tensor)])

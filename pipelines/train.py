@@ -5,7 +5,8 @@
 
     prepare   recipe -> datasets that fit -> model -> optimizer -> loader -> newest verified checkpoint
     loop      microbatches -> loss -> gradients -> update -> metrics -> evaluation -> checkpoint
-    finish    evaluation, last checkpoint, RUN/final (weights, tokenizer, card), RUN/loss.svg
+    finish    evaluation, last checkpoint, RUN/final (weights, tokenizer, card), with optim.ema also
+              RUN/final-ema, RUN/loss.svg
 
 The loss of a step is the sum over its supervised tokens, of all ranks and microbatches, divided by their
 number, which the loader knows before the step begins. So each microbatch can be divided at once, and how a
@@ -51,6 +52,7 @@ from pipelines.data import (
     tail_of_epoch,
     train_loader,
 )
+from pipelines.ema import Ema
 from pipelines.evaluate import Evaluation
 from pipelines.export import export
 from pipelines.garbage import Garbage
@@ -81,6 +83,7 @@ class Training:
     checkpoints: Checkpoints
     evaluation: Evaluation
     guard: LossGuard
+    ema: Ema | None = None  # the weights' running mean, if optim.ema asks for one
     step: int = 0  # updates done
     best: tuple[float, int] | None = None  # lowest validation loss, and its step
 
@@ -105,6 +108,8 @@ class Training:
         trainer = self.checkpoints.load(path, tensors, recipe=self.recipe)
         refuse_other_origin(path, trainer["origin"], origin_of(self.recipe, self.datasets))
         restore_training_state(self.built.model, self.optimizer, tensors, rank=self.world.rank)
+        if self.ema is not None and "ema" not in tensors:
+            self.ema.restart()  # it was switched on after that checkpoint
         with naming_changes(path, self.recipe):
             self.loader.load_state_dict(trainer["loader"])
         self.guard.load_state_dict(trainer["guard"])
@@ -115,7 +120,10 @@ class Training:
 
     def _tensors(self) -> dict[str, Any]:
         skip_frozen = self.recipe.model.path is not None  # they can be read from there again
-        return training_state(self.built.model, self.optimizer, rank=self.world.rank, skip_frozen=skip_frozen)
+        state = training_state(
+            self.built.model, self.optimizer, rank=self.world.rank, skip_frozen=skip_frozen
+        )
+        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
 
 
 def prepare(recipe: Recipe, world: World) -> Training:
@@ -136,6 +144,7 @@ def prepare(recipe: Recipe, world: World) -> Training:
         checkpoints.refuse_existing()
     built = build_model(recipe, config, world)
     optimizer = build_optimizer(built.model, recipe.optim)
+    ema = Ema(built.model, recipe.optim.ema) if recipe.optim.ema else None
     rows = new_token_ids(manifest) if recipe.model.train_only_new_tokens else []
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -151,8 +160,9 @@ def prepare(recipe: Recipe, world: World) -> Training:
         loader=loader,
         total_steps=total_steps,
         checkpoints=checkpoints,
-        evaluation=Evaluation(recipe, world, built),
+        evaluation=Evaluation(recipe, world, built, ema),
         guard=LossGuard(recipe.guard, run_dir, rank=world.rank),
+        ema=ema,
     )
 
 
@@ -187,6 +197,8 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
             is_finite = math.isfinite(grad_norm)
             if is_finite:
                 t.optimizer.step()
+                if t.ema is not None:
+                    t.ema.update()
             t.optimizer.zero_grad()
             t.step += 1
 
@@ -285,6 +297,9 @@ def finish(t: Training, log: MetricsLog, *, started_at: int) -> None:
         log.say(f"stopped after step {t.step} of {t.total_steps}; the same command goes on from there")
         return
     final = export(t.built.model, t.recipe, t.datasets, t.world, step=t.step, best=t.best)
+    if t.ema is not None:
+        with t.ema.in_place():
+            export(t.built.model, t.recipe, t.datasets, t.world, step=t.step, best=t.best, is_mean=True)
     log.say(f"done: {final}")
     if t.recipe.log.plot and t.world.is_main:
         plot(run_dir)

@@ -1,6 +1,7 @@
 """The planner's figures: against a real run of the same model, torch's own FLOP counter, and the recipes."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_memory_is_within_6_percent_of_what_a_gpu_took(frozen, layers, mode, is_
         parse_recipe(tree), config, Shape(8192, 24, 20, 2400), num_ranks=1, device="cuda", microbatches=1
     )
     assert (planned.total - planned.overhead) / 1e9 == pytest.approx(gigabytes, rel=0.06)
+
+
+def test_a_running_mean_of_the_weights_is_planned_for():
+    shape, plain = Shape(512, 2, 4, 100), recipe()
+    averaged = replace(plain, optim=replace(plain.optim, ema=0.999))
+    without, held = (
+        estimate(each, OmniLMMConfig(**CONFIG), shape, num_ranks=2, device="cuda", microbatches=1).optimizer
+        for each in (plain, averaged)
+    )
+    assert held == 1.5 * without  # 12 bytes a parameter instead of 8
 
 
 def test_gradients_come_as_activations_go():
