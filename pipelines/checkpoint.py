@@ -12,12 +12,14 @@ either all of it or a leftover that the next start removes. ``newest`` recompute
 over a checkpoint that does not match, with a warning: a flipped bit would otherwise load without a word. Such
 a one is renamed ``.damaged-step-…``, so that its step can be written again and pruning does not count it.
 
+Which rank makes which checksum is told in pipelines.checksums. If one rank cannot write, all of them end,
+each with a line that says so.
+
 Weights that are frozen and come from ``model.path`` are not written: resuming reads them from there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -25,8 +27,8 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +50,14 @@ from torch.distributed.checkpoint.state_dict import (
 from omnidata.durable import sync
 from omnidata.schema import UserError
 from pipelines.checkpoint_reader import CheckpointReader
+from pipelines.checksums import CheckpointWriter, complete, verify
 from pipelines.config import CheckpointConfig, Recipe, to_dict
 from pipelines.parallel import World
 
 # DCP says so whenever one process saves, which is what one process means to do.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-TRAINER, RECIPE, SUMS, COMPLETE = "trainer.json", "recipe.yaml", "sha256sums", "COMPLETE"
+TRAINER, RECIPE = "trainer.json", "recipe.yaml"
 
 
 class Checkpoints:
@@ -83,11 +86,14 @@ class Checkpoints:
         self.wait()
         temporary = self.directory / f".tmp-{_name(trainer['step'])}"
         if self.world.is_main:
-            temporary.mkdir()
-            (temporary / TRAINER).write_text(json.dumps(trainer, indent=1))
-            (temporary / RECIPE).write_text(recipe)
-        self.world.barrier()
-        writer = dcp.FileSystemWriter(temporary)
+            try:
+                temporary.mkdir()
+                (temporary / TRAINER).write_text(json.dumps(trainer, indent=1))
+                (temporary / RECIPE).write_text(recipe)
+            except OSError as error:
+                self._give_up(error, temporary, trainer["step"])
+        self._fail_together()
+        writer = CheckpointWriter(temporary)
         future = dcp.async_save(
             tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
         )
@@ -96,18 +102,27 @@ class Checkpoints:
         if not self.config.asynchronous:
             self.wait()
 
+    def wait(self) -> None:
+        """Until the checkpoint being written is complete. A collective: if one rank fails, all of them do."""
+        self._join()
+        self._fail_together()
+
     def fail(self) -> None:
         """A rank could not write its part: raise, on every rank, what this one knows of it."""
-        self.wait()
-        raise UserError("another rank could not write its part of the checkpoint; it says why")
+        self._join()
+        raise self._error or UserError(
+            "another rank could not write its part of the checkpoint; it says why. Those that are "
+            "there are whole: the same command goes on from the newest"
+        )
 
-    def wait(self) -> None:
-        """Until the checkpoint being written is complete; raises what went wrong there."""
+    def _fail_together(self) -> None:
+        if self.world.sum([self.has_failed])[0]:
+            self.fail()
+
+    def _join(self) -> None:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
-        if self._error is not None:
-            raise self._error
 
     def _finish(self, future: Future[Any], temporary: Path, trainer: dict[str, Any]) -> None:
         """In a thread. DCP's future ends on rank 0 after all ranks have written, so rank 0 completes it."""
@@ -120,14 +135,17 @@ class Checkpoints:
                 self._mark.touch()
                 self._prune(trainer["best"])
         except (OSError, CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its space is needed
-            self._error = UserError(
-                f"the checkpoint of step {trainer['step']} could not be written to {self.directory}: "
-                f"{_reason(error)}. Those before it are whole: free some space, start the same command again"
-            )
+            self._give_up(error, temporary, trainer["step"])
         except BaseException as error:
             self._error = error
             raise
+
+    def _give_up(self, error: BaseException, temporary: Path, step: int) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its space is needed
+        self._error = UserError(
+            f"the checkpoint of step {step} could not be written to {self.directory}: "
+            f"{_reason(error)}. Those before it are whole: free some space, start the same command again"
+        )
 
     def _replace(self, temporary: Path, final: Path) -> None:
         if final.exists():  # the same step, saved again with more to tell
@@ -268,51 +286,6 @@ def changed_keys(path: Path, recipe: Recipe) -> list[str]:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-# --- completeness -----------------------------------------------------------------------------------------
-
-
-def complete(folder: Path) -> None:
-    """Write the checksums of all files, make everything durable, then write the completion marker."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = "".join(
-        f"{digest}  {path.relative_to(folder)}\n" for digest, path in zip(_sha256s(files), files, strict=True)
-    )
-    (folder / SUMS).write_text(sums)
-    for path in (*files, folder / SUMS):
-        sync(path)
-    (folder / COMPLETE).write_text(hashlib.sha256(sums.encode()).hexdigest() + "\n")
-    sync(folder / COMPLETE)
-    sync(folder)
-
-
-def verify(folder: Path) -> str | None:
-    """None if ``folder`` is complete and undamaged, else what is wrong with it."""
-    try:
-        sums = (folder / SUMS).read_bytes()
-        marker = (folder / COMPLETE).read_bytes().strip()
-    except OSError as error:  # also a folder in its place, or no permission
-        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
-    if hashlib.sha256(sums).hexdigest().encode() != marker:
-        return f"{SUMS} does not match {COMPLETE}"
-    expected = dict(reversed(line.split("  ", 1)) for line in sums.decode().splitlines())
-    missing = [name for name in expected if not (folder / name).is_file()]
-    if missing:
-        return f"{missing[0]} is missing"
-    for digest, name in zip(_sha256s(folder / name for name in expected), expected, strict=True):
-        if digest != expected[name]:
-            return f"{name} does not have its checksum"
-    return None
-
-
-def _sha256s(paths: Iterable[Path]) -> list[str]:
-    def one(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
-        return list(pool.map(one, paths))
 
 
 # --- what is inside ---------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ from omnidata import Dataset
 from omnidata.durable import Store
 from omnidata.schema import TOKENIZER_DIR, UserError
 from omnimodel import OmniLMMForCausalLM
-from pipelines.checkpoint import RECIPE, TRAINER, verify
+from pipelines.checkpoint import RECIPE, TRAINER
 from pipelines.checkpoint_reader import CheckpointReader
+from pipelines.checksums import verify
 from pipelines.config import DatasetConfig, Recipe, load_recipe, to_yaml
 from pipelines.data import model_config, open_datasets, slicing_config
 from pipelines.lora import is_adapter, merged, peft_config

@@ -18,8 +18,9 @@ from tiny_recipe import losses, tiny_recipe, write_recipe
 from torch.distributed.checkpoint.api import CheckpointException
 
 from omnidata.schema import UserError
-from pipelines.checkpoint import rng_state, set_rng_state, verify
+from pipelines.checkpoint import rng_state, set_rng_state
 from pipelines.checkpoint_reader import CheckpointReader
+from pipelines.checksums import verify
 from pipelines.config import load_recipe
 from pipelines.train import train
 

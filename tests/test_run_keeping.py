@@ -15,7 +15,7 @@ from tiny_recipe import losses, tiny_recipe, write_recipe
 
 from omnidata.loader import PackLoader
 from omnidata.schema import UserError
-from pipelines.checkpoint import verify
+from pipelines.checksums import verify
 from pipelines.config import load_recipe
 from pipelines.train import train
 
