@@ -39,7 +39,14 @@ from pipelines.data import model_inputs, open_datasets, val_loader
 from pipelines.ema import Ema
 from pipelines.model import BuiltModel
 from pipelines.parallel import World, compute_dtype
-from pipelines.questions import Answer, Question, answer_questions, questions_of, with_swapped_images
+from pipelines.questions import (
+    Answer,
+    Question,
+    answer_questions,
+    answer_share,
+    questions_of,
+    with_swapped_images,
+)
 
 
 class Evaluation:
@@ -87,13 +94,12 @@ class Evaluation:
         return self.world.sum([total])[0] / max(1, tokens)
 
     def answers(self) -> dict[str, float]:
-        """Exact match and F1 of generated answers. Sharded ranks answer together, others share the work."""
+        """Exact match and F1 of generated answers, which the ranks share."""
         if self._questions is None:
             self._questions, self._tokenizer = self._read_questions()
         world = self.world
-        mine = self._questions if world.is_sharded else self._questions[world.rank :: world.size]
         with compute_dtype(self.recipe, world):
-            answers = answer_questions(self.model, self._tokenizer, mine)
+            answers = answer_share(self.model, self._tokenizer, self._questions, world)
         exact, f1, count = world.sum(
             [sum(answer.is_exact for answer in answers), sum(answer.f1 for answer in answers), len(answers)]
         )

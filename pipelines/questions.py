@@ -21,6 +21,9 @@ from omnidata import Dataset
 from omnidata.images.pixels import decode_rgb, fit_rgb
 from omnidata.schema import IGNORE_INDEX, UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
+from pipelines.parallel import World
+
+SLACK = 4  # tokens that an answer may be longer than the truth: blanks, or other words for the same thing
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,43 +96,96 @@ def with_swapped_images(questions: Sequence[Question]) -> list[Question]:
     ]
 
 
-@torch.no_grad()
 def answer_questions(
     model: OmniLMMForCausalLM, tokenizer: Any, questions: Sequence[Question], *, batch_size: int = 64
 ) -> list[Answer]:
     """Greedy answers, in the order of the questions.
 
-    Generation stops one token after the longest truth of a batch: an answer that goes on is wrong already.
+    Each answer ends at most SLACK tokens after its truth: one that goes on is wrong already. So it is the
+    same in any batch.
     """
+    order = by_length(questions)
+    answers = _answers(model, tokenizer, [questions[i] for i in order], batch_size=batch_size)
+    in_order = dict(zip(order, answers, strict=True))
+    return [in_order[number] for number in range(len(questions))]
+
+
+def answer_share(
+    model: OmniLMMForCausalLM,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    world: World,
+    *,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """This rank's part of the answers; all ranks' parts together are those of ``answer_questions``.
+
+    Ranks take turns in the order of length, so that at any time all of them work on answers of one length.
+    Ranks that share weights (``world.is_sharded``) meet in every forward: each has as many batches, if need
+    be of a question whose answer nobody wants, and generates for as long as any of them does.
+    """
+    if not questions:
+        return []
+    ordered = [questions[number] for number in by_length(questions)]
+    mine = ordered[world.rank :: world.size]
+    if not world.is_sharded or world.size == 1:
+        return _answers(model, tokenizer, mine, batch_size=batch_size)
+    largest_share = -(-len(ordered) // world.size)
+    num_batches = -(-largest_share // batch_size)
+    missing = num_batches - -(-len(mine) // batch_size)
+    asked = mine + [ordered[-1]] * missing  # shares differ by one question: then all batches before are full
+    answers = _answers(model, tokenizer, asked, batch_size=batch_size, together=True)
+    return answers[: len(mine)]
+
+
+def by_length(questions: Sequence[Question]) -> list[int]:
+    """Numbers of the questions, longest answers first: a batch then waits for nobody's long answer."""
+    lengths = [(len(question.answer), len(question.prompt)) for question in questions]
+    return sorted(range(len(questions)), key=lengths.__getitem__, reverse=True)
+
+
+@torch.no_grad()
+def _answers(
+    model: OmniLMMForCausalLM,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    together: bool = False,
+) -> list[Answer]:
+    """The questions batch by batch, as they come; ``together``: a collective of all ranks."""
     was_training = model.training
     model.eval()
-    answers: dict[int, Answer] = {}
-    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
-    for first in range(0, len(questions), batch_size):
-        numbers = by_length[first : first + batch_size]
-        batch = [questions[number] for number in numbers]
-        for number, question, ids in zip(numbers, batch, _generate(model, batch), strict=True):
-            answers[number] = Answer(question, tokenizer.decode(ids), tokenizer.decode(question.answer))
+    answers: list[Answer] = []
+    # Every length of a cache would be compiled anew, for each block, to be used once.
+    with torch.compiler.set_stance("force_eager"):
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            for question, ids in zip(batch, _generate(model, batch, together=together), strict=True):
+                answers.append(Answer(question, tokenizer.decode(ids), tokenizer.decode(question.answer)))
     model.train(was_training)
-    return [answers[number] for number in range(len(questions))]
+    return answers
 
 
-def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question]) -> list[list[int]]:
-    """New ids for each question, cut at the end token."""
+def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question], *, together: bool) -> list[list[int]]:
+    """New ids for each question, cut at the end token or after what its truth allows."""
     config = model.config
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     input_ids, mask = left_padded([question.prompt for question in batch], pad=pad)
     images = [pixels(image, config) for question in batch for image in question.images]
+    limits = [len(question.answer) + SLACK for question in batch]
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),
         pixel_values=torch.stack(images).to(model.device) if images else None,
-        max_new_tokens=max(len(question.answer) for question in batch) + 1,
+        max_new_tokens=max(limits),
         do_sample=False,
         eos_token_id=config.end_token_ids,
         pad_token_id=pad,
+        synced_gpus=together,
     )
-    return [until(row, config.end_token_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+    rows = output[:, input_ids.shape[1] :].tolist()
+    return [until(row[:limit], config.end_token_ids) for row, limit in zip(rows, limits, strict=True)]
 
 
 def left_padded(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:

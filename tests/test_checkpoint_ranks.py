@@ -126,9 +126,7 @@ def test_one_rank_that_cannot_write_ends_all_before_the_next_checkpoint(tiny_dat
     for error, said in zip(errors, words, strict=True):
         assert error.startswith("error: ") and said in error and "Traceback" not in error, errors
         assert "start the same command again" in error or "the same command goes on" in error
-    assert (
-        EVERY <= len(losses(tmp_path / "run")) < 2 * EVERY
-    )  # by the vote of a step
+    assert EVERY <= len(losses(tmp_path / "run")) < 2 * EVERY  # by the vote of a step
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     if plant is no_room_on_rank_1:
         assert run_ranks(recipe, nothing)[0] == [0, 0]
