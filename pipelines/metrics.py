@@ -90,14 +90,16 @@ def memory_gb(device: torch.device) -> float:
 class MetricsLog:
     """metrics.jsonl, the terminal, TensorBoard and a tracker; silent on all ranks but the first."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, world: World, *, step: int, total_steps: int) -> None:
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, world: World, *, step: int, evaluated: int, total_steps: int
+    ) -> None:
         self.recipe, self.world, self.total_steps = recipe, world, total_steps
         self._window: list[dict[str, Any]] = []
         self._file: TextIO | None = None
         self._sinks: list[Any] = []
         if world.is_main:
             path = run_dir / "metrics.jsonl"
-            forget_after(path, step)
+            forget_after(path, step, evaluated)
             self._file = path.open("a", buffering=1)
             self._sinks = list(_open_sinks(recipe, run_dir, step))
 
@@ -138,18 +140,25 @@ class MetricsLog:
                 sink.close()
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run is about to repeat, so that every step has one line."""
+def forget_after(path: Path, step: int, evaluated: int) -> None:
+    """Drop the lines that a resumed run is about to repeat, so that each is there once.
+
+    They are those of steps after ``step``, and of evaluations after the step ``evaluated``.
+    """
     if not path.exists():
         return
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    kept = [line for line in whole if _is_final(json.loads(line), step, evaluated)]
     if whole and not kept:  # killed before its first checkpoint: its lines stay to be seen
         os.replace(path, path.with_suffix(f".before-{time.time_ns()}.jsonl"))
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+
+
+def _is_final(line: Mapping[str, Any], step: int, evaluated: int) -> bool:
+    return line["step"] <= (step if "loss" in line else evaluated)
 
 
 def progress(window: list[dict[str, Any]], total_steps: int) -> str:

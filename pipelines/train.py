@@ -70,7 +70,7 @@ from pipelines.run_lock import RunLock
 
 @dataclass
 class Training:
-    """Everything that the loop uses. Only ``step`` and ``best`` change."""
+    """Everything that the loop uses. Only ``step``, ``evaluated`` and ``best`` change."""
 
     recipe: Recipe
     world: World
@@ -85,6 +85,7 @@ class Training:
     guard: LossGuard
     ema: Ema | None = None  # the weights' running mean, if optim.ema asks for one
     step: int = 0  # updates done
+    evaluated: int = 0  # the step of the last evaluation
     best: tuple[float, int] | None = None  # lowest validation loss, and its step
 
     def save(self) -> None:
@@ -94,6 +95,7 @@ class Training:
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
             "best": self.best,
+            "evaluated": self.evaluated,
             "world_size": self.world.size,
             "origin": origin_of(self.recipe, self.datasets),
         }
@@ -113,7 +115,7 @@ class Training:
         with naming_changes(path, self.recipe):
             self.loader.load_state_dict(trainer["loader"])
         self.guard.load_state_dict(trainer["guard"])
-        self.step, self.best = trainer["step"], trainer["best"]
+        self.step, self.best, self.evaluated = trainer["step"], trainer["best"], trainer["evaluated"]
         if self.recipe.optim.epochs:  # with another global_batch the data ends after other steps
             self.total_steps = self.step + self.loader.steps_left()
         return True
@@ -221,14 +223,11 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
             garbage.step_finished(t.step)
 
             # (5) save, look at the validation data, and keep what is best
-            if t.step < last_step:
+            if t.step < last_step and not is_stopped:
                 if is_due(t.step, recipe.checkpoint.every):
                     with watchdog.around("checkpoint"):
                         t.save()
-                if is_due(t.step, recipe.eval.every):
-                    with watchdog.around("evaluation"):
-                        if evaluate(t, log):
-                            t.save()
+                evaluate_if_due(t, log, watchdog)
 
 
 def grouped(loader: PackLoader) -> Iterator[Iterator[Microbatch]]:
@@ -271,8 +270,17 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def evaluate_if_due(t: Training, log: MetricsLog, watchdog: Watchdog) -> None:
+    """Once after each ``eval.every`` steps; after a restart, if the checkpoint was written before it."""
+    if is_due(t.step, t.recipe.eval.every) and t.evaluated != t.step:
+        with watchdog.around("evaluation"):
+            if evaluate(t, log):
+                t.save()
+
+
 def evaluate(t: Training, log: MetricsLog) -> bool:
     """Validation figures into the log; whether this is the lowest loss so far and worth keeping."""
+    t.evaluated = t.step
     figures = t.evaluation.run()
     if not figures:
         return False
@@ -288,7 +296,7 @@ def evaluate(t: Training, log: MetricsLog) -> bool:
 def finish(t: Training, log: MetricsLog, *, started_at: int) -> None:
     """After the loop: save, and if all steps are done, evaluate and export."""
     run_dir, done = Path(t.recipe.run.dir), t.step >= t.total_steps
-    if done:
+    if done and t.evaluated != t.step:
         evaluate(t, log)
     if t.step > started_at:
         t.save()
@@ -325,11 +333,15 @@ def train(recipe: Recipe) -> None:
         t = prepare(recipe, world)
         resumed = t.resume()
         run_dir, started_at = Path(recipe.run.dir), t.step
-        log = MetricsLog(recipe, run_dir, world, step=t.step, total_steps=t.total_steps)
+        log = MetricsLog(
+            recipe, run_dir, world, step=t.step, evaluated=t.evaluated, total_steps=t.total_steps
+        )
         announce(t, log, resumed=resumed)
         watchdog = Watchdog(recipe.guard, run_dir, rank=world.rank)
         try:
             with StopSignal() as stop:
+                if resumed and t.step < t.total_steps:
+                    evaluate_if_due(t, log, watchdog)
                 loop(t, log, watchdog, stop)
                 with watchdog.around("last evaluation, checkpoint and export"):
                     finish(t, log, started_at=started_at)

@@ -19,8 +19,10 @@ from omnidata.durable import LockedError, Store, locked
 from omnidata.images.archives import open_archive
 from omnidata.schema import RejectError
 
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("training", "checkpoints")]
 
-@pytest.mark.parametrize("part", ["power", "kills", "damage", "mutants"])
+
+@pytest.mark.parametrize("part", ["power", "kills", "damage", "mutants", *SLOW])
 def test_a_few_of_each_fault(part):
     for row in rows_of(part, short=True):
         assert row.ok, row.failures

@@ -1,6 +1,7 @@
 """Signals at any moment, checkpoints that are damaged, resumes under other settings: one or several ranks."""
 
 import importlib.machinery
+import json
 import os
 import shutil
 import signal
@@ -257,6 +258,19 @@ def test_viewers_show_each_step_once_after_a_restart(tiny_dataset, tmp_path):
     train(load_recipe(recipe, ["run.stop_after=6"]))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_evaluation_is_made_once_also_if_the_run_stopped_before_it(tiny_dataset, tmp_path):
+    """At step 4 both are due, and the pause comes between; the finished run is started a third time."""
+    data = {"train": [{"path": str(tiny_dataset)}], "val": [{"path": str(tiny_dataset), "split": "val"}]}
+    figures = []
+    for name, stops in (("whole", []), ("run", ["run.stop_after=4"])):
+        recipe = recipe_for(tiny_dataset, tmp_path / name, data=data, eval={"every": 2, "num_batches": 2})
+        for overrides in (stops, [], []):
+            train(load_recipe(recipe, overrides))
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        figures.append([(line["step"], line["val_loss"]) for line in lines if "val_loss" in line])
+    assert figures[0] == figures[1] and [step for step, _ in figures[0]] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -7,6 +7,9 @@
     building.py       what both share: a small build, stopped in a child and gone on with here
     damage.py         a shard, index and manifest that are cut, flipped, missing or exchanged
     mutants.py        the code made wrong on purpose: do the tests see it?
+    training.py       a sample of kills and stops of training, in worlds of 1 to 3 ranks
+    trials.py         the long form of it: `make trials`
+    checkpoints.py    every file of a checkpoint damaged in every way, three restarts after each
 
 Another part is a module with ``rows(folder, short) -> Iterator[Row]`` and a name in ``table.PARTS``.
 """

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-PARTS = ("power", "kills", "damage", "mutants")
+PARTS = ("power", "kills", "damage", "mutants", "training", "checkpoints")
 COLUMNS = ("fault", "how", "tried", "lost", "doubled", "not_found", "seconds")
 
 
@@ -72,7 +72,7 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     """Run the parts, two at a time; print the table; 1 if anything did not hold."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
-    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}; trials")
     parser.add_argument("--short", action="store_true", help="a few of each")
     parser.add_argument("--json", action="store_true", help="one part's rows as JSON lines; for the runner")
     args = parser.parse_args()
@@ -96,7 +96,7 @@ def _in_processes(parts: list[str], short: bool) -> tuple[list[dict], bool]:
 
     def run(part: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "faults", part, "--json", *(["--short"] if short else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1200)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=3600)
         print(f"{part}: {'done' if done.returncode == 0 else 'FAILED'}", file=sys.stderr, flush=True)
         return done
 
