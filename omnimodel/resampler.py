@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from omnimodel.positions import ResizedOnce
+
 
 class Resampler(nn.Module):
     """``Resampler(8, 4096, 32, kv_dim=1792)``: ``[B, N, 1792] -> [B, 64, 4096]``."""
@@ -32,6 +34,7 @@ class Resampler(nn.Module):
         self.num_heads = num_heads
         # A buffer, not a parameter as in the original: saved under the same name, but nothing can train it.
         self.register_buffer("pos_embed", sincos_table(grid_size, embed_dim))
+        self._resized_once = ResizedOnce()
         self.query = nn.Parameter(torch.empty(grid_size**2, embed_dim))
         self.proj = nn.Parameter(torch.empty(embed_dim, embed_dim))
         needs_proj = kv_dim is not None and kv_dim != embed_dim
@@ -70,7 +73,7 @@ class Resampler(nn.Module):
             raise ValueError(f"a grid of {grid[0]}x{grid[1]} patches does not fit {x_BND.shape[1]} features")
         kv_BNE = self.ln_kv(self.kv_proj(x_BND))
         q_QE = self.ln_q(self.query) + self.pos_embed.to(kv_BNE.dtype)
-        k_BNE = kv_BNE + resize_table(self.pos_embed, grid).to(kv_BNE.dtype)
+        k_BNE = kv_BNE + self._resized_once.get(self.pos_embed, grid, resize_table).to(kv_BNE.dtype)
         y_BQE = self._attend(q_QE, k_BNE, kv_BNE, attn_mask)
         return self.ln_post(y_BQE) @ self.proj
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from omnimodel.positions import resized_positions
 from omnimodel.resampler import sincos_table
 
 # CLIP's statistics of the training images, as the original uses; other towers were trained with others.
@@ -80,9 +81,10 @@ def dropped_names(names: list[str], tower: nn.Module) -> list[str]:
 
 def patch_features(tower: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """``[N, 3, H, W]`` normalised images -> ``[N, rows * columns, D]`` and ``(rows, columns)``."""
-    features_BND = tower(images)
-    grid = tower.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-    return features_BND[:, tower.num_prefix_tokens :], tuple(grid)
+    grid = tuple(tower.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+    with resized_positions(tower, grid):
+        features_BND = tower(images)
+    return features_BND[:, tower.num_prefix_tokens :], grid
 
 
 def statistics_of(name: str) -> tuple[list[float], list[float]]:

@@ -23,7 +23,7 @@ from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, Manifest, 
 from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMConfig
 from pipelines.config import DatasetConfig, Recipe
-from pipelines.parallel import World
+from pipelines.parallel import World, to_device
 
 IMAGE_TOKEN_FIELDS = {"im_patch_token": IM_PATCH, "im_start_token": IM_START, "im_end_token": IM_END}
 SENTENCE_TOKEN_FIELDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad"}
@@ -264,17 +264,13 @@ def _shared_settings(recipe: Recipe, world: World, image_size: int) -> dict[str,
 
 def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the model's forward; the copies to a GPU do not wait."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
     return {
-        "input_ids": move(microbatch.input_ids)[None],
-        "position_ids": move(microbatch.position_ids)[None],
-        "shift_labels": move(microbatch.labels)[None],
-        "cu_seqlens": move(microbatch.cu_seqlens),
+        "input_ids": to_device(microbatch.input_ids, device)[None],
+        "position_ids": to_device(microbatch.position_ids, device)[None],
+        "shift_labels": to_device(microbatch.labels, device)[None],
+        "cu_seqlens": to_device(microbatch.cu_seqlens, device),
         "max_seqlen": microbatch.max_seqlen,
-        "pixel_values": move(microbatch.images) if len(microbatch.images) else None,
+        "pixel_values": to_device(microbatch.images, device) if len(microbatch.images) else None,
         "num_supervised_tokens": microbatch.num_supervised_tokens,
         "num_supervised_rows": num_supervised(microbatch),
     }

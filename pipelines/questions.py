@@ -21,7 +21,7 @@ from omnidata import Dataset
 from omnidata.images.pixels import decode_rgb, fit_rgb
 from omnidata.schema import IGNORE_INDEX, UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
-from pipelines.parallel import World
+from pipelines.parallel import World, to_device
 
 SLACK = 4  # tokens that an answer may be longer than the truth: blanks, or other words for the same thing
 
@@ -175,9 +175,9 @@ def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question], *, together:
     images = [pixels(image, config) for question in batch for image in question.images]
     limits = [len(question.answer) + SLACK for question in batch]
     output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        pixel_values=torch.stack(images).to(model.device) if images else None,
+        input_ids=to_device(input_ids, model.device),
+        attention_mask=to_device(mask, model.device),
+        pixel_values=to_device(torch.stack(images), model.device) if images else None,
         max_new_tokens=max(limits),
         do_sample=False,
         eos_token_id=config.end_token_ids,

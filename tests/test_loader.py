@@ -15,6 +15,7 @@ from tiny_dataset import NUM_QUERY, build_tiny_dataset
 import omnidata
 from omnidata import Dataset
 from omnidata.images.pixels import decode_rgb, resize_rgb
+from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.packs import PackLoader
 from omnidata.loader.reader import LoadError
 from omnidata.plan.epoch import EpochPlan
@@ -376,3 +377,18 @@ def test_a_plain_webdataset_pipeline_reads_the_same_samples(data):
     assert [sample["__key__"] for sample in found] == dataset.index["key"].to_pylist()
     assert found[5]["input_ids.npy"].tolist() == dataset[5].input_ids.tolist()
     assert found[5]["1.jpg"] == dataset[5].images[1]
+
+
+def test_all_that_goes_to_a_gpu_lies_in_page_locked_memory(tiny_dataset, monkeypatch):
+    """Whether CUDA locks it only a GPU can tell; here, that nothing is left out."""
+    locked = []
+
+    def lock(tensor):
+        locked.append(tensor.clone())
+        return locked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    microbatch = next(iter(PackLoader(tiny_dataset, global_batch=1, max_tokens=400, pin_memory=True)))
+    tensors = [value for name in Microbatch.__slots__ if torch.is_tensor(value := getattr(microbatch, name))]
+    addresses = {tensor.data_ptr() for tensor in locked}
+    assert len(tensors) == 6 and all(tensor.data_ptr() in addresses for tensor in tensors)

@@ -98,23 +98,29 @@ def lay_out(
 def expand(
     parts: Parts, *, num_supervised_tokens: int, step: int, epoch: int, pin_memory: bool = False
 ) -> Microbatch:
-    """The microbatch that ``parts`` stand for; with ``pin_memory`` its images in page-locked memory."""
+    """The microbatch that ``parts`` stand for; with ``pin_memory`` all of it in page-locked memory.
+
+    A copy to a GPU from any other memory makes the host wait, if it is larger than 64 KiB.
+    """
     import torch
+
+    def host(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if pin_memory else tensor
 
     cu_seqlens = np.concatenate(([0], np.cumsum(parts.lengths)))
     starts = np.repeat(cu_seqlens[:-1], parts.lengths)
     images = parts.images
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last: no transposition on the CPU
-        images = images.pin_memory() if pin_memory else images
+        images = host(images).permute(0, 3, 1, 2)  # channels last: no transposition on the CPU
     return Microbatch(
-        input_ids=torch.from_numpy(parts.input_ids.astype(np.int64)),
-        labels=torch.from_numpy(parts.labels.astype(np.int64)),
-        position_ids=torch.from_numpy(np.arange(len(starts)) - starts),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        input_ids=host(parts.input_ids.astype(np.int64)),
+        labels=host(parts.labels.astype(np.int64)),
+        position_ids=host(np.arange(len(starts)) - starts),
+        cu_seqlens=host(cu_seqlens.astype(np.int32)),
         max_seqlen=int(parts.lengths.max()),
         images=images,
-        image_positions=torch.from_numpy(parts.image_positions),
+        image_positions=host(parts.image_positions),
         num_supervised_tokens=num_supervised_tokens,
         keys=parts.keys,
         step=step,
