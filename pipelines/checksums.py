@@ -38,8 +38,8 @@ class CheckpointWriter(dcp.FileSystemWriter):
 class _HashingFiles(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with super().create_stream(path, mode) as file:
-            hashed = _HashedFile(file)
+        with super().create_stream(path, mode) as file, ThreadPoolExecutor(1) as pool:
+            hashed = _HashedFile(file, pool)
             yield cast(io.IOBase, hashed)
         path = Path(path)
         if path.suffix == _DATA:  # the table of contents is rank 0's
@@ -48,16 +48,18 @@ class _HashingFiles(FileSystem):
 
 
 class _HashedFile:
-    """A file that is only appended to."""
+    """A file that is only appended to, and hashed while it is written."""
 
-    def __init__(self, file: io.IOBase) -> None:
-        self.digest = hashlib.sha256()
+    def __init__(self, file: io.IOBase, pool: ThreadPoolExecutor) -> None:
+        self.digest, self._pool = hashlib.sha256(), pool
         self._file: Any = file
         self.tell, self.flush, self.fileno, self.close = file.tell, file.flush, file.fileno, file.close
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
+        hashing = self._pool.submit(self.digest.update, data)
+        written = self._file.write(data)
+        hashing.result()
+        return written
 
 
 def complete(folder: Path) -> None:

@@ -168,6 +168,7 @@ class GuardConfig:
     first_step_timeout: float = 1800.0  # seconds; compilation and first collectives are slow
     evaluation_timeout: float = 3600.0  # of one evaluation, save or export
     step_timeout: float = 600.0  # seconds without a finished step until the rank dumps its stacks and exits
+    plan_memory: bool = False  # before the start, trace a microbatch and refuse what will not fit; seconds
 
 
 @dataclass(frozen=True, kw_only=True)

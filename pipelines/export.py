@@ -31,7 +31,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from omnidata import Dataset
 from omnidata.durable import Store
@@ -62,14 +63,32 @@ def export(
     A collective of all ranks, of which rank 0 writes.
     """
     folder = Path(recipe.run.dir) / ("final-ema" if is_mean else "final")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    # Adapters are merged in the dtype that they were trained in.
+    dtype = None if recipe.model.lora else DTYPES[recipe.run.dtype]
+    state = gathered(get_model_state_dict(model), dtype, keep=world.is_main)
     if world.is_main:
         weights = merged(state, recipe.model.lora)
         text = card(recipe, datasets, step=step, best=best, is_mean=is_mean)
         write(model, weights, recipe, datasets, folder, dtype=recipe.run.dtype, text=text)
     world.barrier()
     return folder
+
+
+def gathered(
+    state: dict[str, torch.Tensor], dtype: torch.dtype | None, *, keep: bool
+) -> dict[str, torch.Tensor]:
+    """Whole tensors in host memory, on the rank that wants to ``keep`` them.
+
+    Shards are cast before they are sent: one tensor at a time is whole in another dtype than it is saved in.
+    """
+    whole = {}
+    for name, tensor in state.items():
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = tensor.cpu()
+    return whole
 
 
 def write(

@@ -188,6 +188,9 @@ class Timeline:
         )
 
 
+NOTHING = Timeline(0, 0, ((0, 0),))  # of a model that was not traced
+
+
 @dataclass(frozen=True)
 class Traced:
     """A recipe's model after one microbatch without numbers: the same for any number of GPUs."""
@@ -211,14 +214,14 @@ class Traced:
 def estimate(
     recipe: Recipe,
     config: OmniLMMConfig,
-    shape: Shape,
+    shape: Shape | None,
     *,
     num_ranks: int,
     device: str,
     microbatches: int,
     traced: Traced | None = None,
 ) -> Memory:
-    """Peak memory of one device while it trains on microbatches of ``shape``."""
+    """Peak memory of one device while it trains on microbatches of ``shape``, which ``traced`` may know."""
     traced = traced or Traced.of(recipe, config, shape)
     sizes, timeline = _Sizes.of(traced.model), traced.timeline
     strategy, compute = recipe.parallel.strategy, DTYPES[recipe.run.dtype].itemsize
@@ -261,24 +264,31 @@ def estimate(
 
 
 def check_fits(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset, world: World) -> str:
-    """The estimate in a line; UserError where the device cannot hold it.
+    """What is needed and there, in a line; UserError if the device cannot hold it.
 
-    The estimate of a GPU may be off by some percent, so only what is clearly too large is refused.
+    Without ``guard.plan_memory`` only what can be counted in a moment: weights, gradients and moments. The
+    estimate of a GPU may be off by some percent, so only what is clearly too large is refused.
     """
-    microbatches = math.ceil(recipe.data.global_batch / world.size)
-    needed = estimate(
+    is_planned = recipe.guard.plan_memory
+    shape = shape_of(recipe, config, dataset) if is_planned else None
+    counted = Traced(planned_model(recipe, config), NOTHING) if shape is None else None
+    memory = estimate(
         recipe,
         config,
-        shape_of(recipe, config, dataset),
+        shape,
         num_ranks=world.size,
         device=world.device.type,
-        microbatches=microbatches,
-    ).total
+        microbatches=math.ceil(recipe.data.global_batch / world.size),
+        traced=counted,
+    )
+    needed = memory.total
     if world.device.type == "cuda":
         there = torch.cuda.mem_get_info(world.device)[1]
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
-    line = f"memory: about {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB"
+    what = "about" if is_planned else "weights, gradients and moments take"
+    line = f"memory: {what} {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB"
+    line += "" if is_planned else ", activations more (guard.plan_memory=true counts them)"
     if needed > 1.1 * there:
         raise UserError(
             f"{line} a rank: it would not fit. Lower data.max_tokens or data.max_images, set "

@@ -43,7 +43,10 @@ def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltMod
     elif recipe.model.path is not None:
         model = OmniLMMForCausalLM.from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
     else:
-        model = new_model(config)
+        with world.device:  # a GPU draws billions of numbers in a moment
+            model = new_model(config)
+        if world.device.type == "cuda":
+            model.reset_buffers()  # computed on the CPU, as when weights are loaded
     model.train()
     choose_trainable(model, recipe)
     flop_count = count_flops(model)

@@ -8,10 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_recipe import ROOT, tiny_recipe, write_recipe
+from torch.distributed.tensor import DTensor
 
 from pipelines import export
 from pipelines.checkpoint import TRAINER
 from pipelines.config import load_recipe
+from pipelines.data import model_config, open_datasets
+from pipelines.model import build_model
+from pipelines.parallel import start
 from pipelines.train import train
 
 
@@ -100,3 +104,23 @@ def test_adapters_alone_are_what_peft_opens(run, tiny_dataset, tmp_path):
             opened(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5, rtol=1e-4
         )
         assert not torch.allclose(before, merged(input_ids=ids).logits, atol=1e-4)
+
+
+def test_shards_are_cast_before_they_are_gathered(tiny_dataset, tmp_path, monkeypatch):
+    """A 12B's weights would else stand in host memory in float32 and in bfloat16 at once."""
+    gathered = []
+    whole = DTensor.full_tensor
+
+    def full_tensor(self, **options):
+        gathered.append(self.dtype)
+        return whole(self, **options)
+
+    tree = tiny_recipe(tiny_dataset, tmp_path / "run", run={"dtype": "bfloat16"})
+    recipe = load_recipe(write_recipe(tmp_path / "run.yaml", tree))
+    datasets = open_datasets(recipe.data.train)
+    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
+    with start(recipe) as world:
+        built = build_model(recipe, model_config(recipe, datasets[0].manifest), world)
+        export.export(built.model, recipe, datasets, world, step=0, best=None)
+    assert set(gathered) == {torch.bfloat16} and len(gathered) > 50
+    assert {x.dtype for x in weights(tmp_path / "run" / "final").values()} == {torch.bfloat16}

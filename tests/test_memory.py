@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
+from pipelines import memory
 from pipelines.config import load_recipe, parse_recipe
 from pipelines.flops import count_flops
 from pipelines.measure import Calibration, measure, random_inputs
@@ -159,6 +160,17 @@ def test_what_cannot_fit_is_refused_before_it_is_tried():
     world = World(0, 1, torch.device("cpu"), "single")
     with pytest.raises(UserError, match="would not fit"):
         check_fits(recipe(), OmniLMMConfig(**huge), None, world)
+
+
+def test_a_microbatch_is_traced_only_when_asked(monkeypatch):
+    traced, config = [], OmniLMMConfig(**CONFIG)
+    real = memory.trace
+    monkeypatch.setattr(memory, "trace", lambda *args: traced.append(args) or real(*args))
+    world, plain = World(0, 1, torch.device("cpu"), "single"), recipe()
+    line = check_fits(plain, config, None, world)
+    assert not traced and "weights, gradients and moments take 0.1 GB" in line and "plan_memory" in line
+    line = check_fits(replace(plain, guard=replace(plain.guard, plan_memory=True)), config, None, world)
+    assert len(traced) == 1 and line.startswith("memory: about 0.")
 
 
 @pytest.mark.parametrize("name", ["align", "sft", "full", "lora"])

@@ -12,7 +12,7 @@ from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig
 from pipelines.config import load_recipe, parse_recipe
 from pipelines.model import build_model
-from pipelines.parallel import start
+from pipelines.parallel import World, start
 from pipelines.train import train as train_here
 
 # Sums of float32 in another order; the loss is about 5.
@@ -152,6 +152,18 @@ def test_large_weights_outside_of_blocks_are_units_of_their_own(tiny_dataset, tm
         model = build_model(recipe, OmniLMMConfig(**MODEL, vocab_size=99), world).model
         assert isinstance(model.model.embed_tokens, FSDPModule) and isinstance(model.lm_head, FSDPModule)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_random_weights_are_drawn_on_the_device(tiny_dataset, tmp_path):
+    """On a GPU in a moment. Here the device is one without memory: the CPU has drawn nothing."""
+    recipe = parse_recipe(tiny_recipe(tiny_dataset, tmp_path))
+    model = build_model(
+        recipe, OmniLMMConfig(**MODEL, vocab_size=99), World(0, 1, torch.device("meta"), "single")
+    ).model
+    assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"meta"}
+    drawn = torch.get_rng_state()
+    torch.manual_seed(recipe.run.seed)
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_deterministic_reaches_torch(tiny_dataset, tmp_path):
