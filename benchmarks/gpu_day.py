@@ -148,6 +148,7 @@ def resume(toy: bool) -> Figures:
             path = recipe(f"{kind}{name}", SMALL, toy=toy, steps=steps)
             every = {"every": 4 if name == "killed" else 0}
             change(path, {"run": run, "data": {"num_workers": 1 if toy else 3}, "checkpoint": every})
+            change(path, {"optim": {"ema": 0.99}})  # saved and resumed, too
             group[kind] = (path, start(path, ranks=1, **threads))
     for path, process in victims.values():
         until_step(path, process, due)
