@@ -300,15 +300,14 @@ def finish(t: Training, log: MetricsLog, *, started_at: int) -> None:
         evaluate(t, log)
     if t.step > started_at:
         t.save()
+    t.checkpoints.wait()  # whole before anything else takes room on the disk and in memory
     if not done:
-        t.checkpoints.wait()
         log.say(f"stopped after step {t.step} of {t.total_steps}; the same command goes on from there")
         return
     final = export(t.built.model, t.recipe, t.datasets, t.world, step=t.step, best=t.best)
     if t.ema is not None:
         with t.ema.in_place():
             export(t.built.model, t.recipe, t.datasets, t.world, step=t.step, best=t.best, is_mean=True)
-    t.checkpoints.wait()  # written while the folders were
     log.say(f"done: {final}")
     if t.recipe.log.plot and t.world.is_main:
         plot(run_dir)
