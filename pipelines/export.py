@@ -151,21 +151,12 @@ def card(
         f"| {c.path} | {c.split} | {_share(c)} | {len(d):,} | `{d.digest}` |"
         for c, d in zip(configs, datasets, strict=True)
     ]
-    validation = "No validation data."
-    if best:
-        validation = f"Lowest validation loss {best[0]:.4f}, after step {best[1]}"
-        command = f"python pipelines/export.py {recipe.run.dir} --step best"
-        validation += (
-            "."
-            if best[1] == step
-            else f"; these weights are those of step {step}. `{command}` writes those of step {best[1]}, if "
-            "its checkpoint was kept."
-        )
     return "\n".join(
         [
             f"# {Path(recipe.run.dir).name}",
             "",
-            f"An OmniLMM vision-language model, trained for {step} steps. {validation}",
+            f"An OmniLMM vision-language model, trained for {step} steps. "
+            + _validation(recipe, step=step, best=best, is_mean=is_mean),
             *_which_weights(recipe, is_mean=is_mean),
             "",
             "```python",
@@ -193,6 +184,22 @@ def card(
     )
 
 
+def _validation(recipe: Recipe, *, step: int, best: tuple[float, int] | None, is_mean: bool) -> str:
+    """Which loss is whose: ``best`` is of the weights themselves, at the step at which it was lowest."""
+    if best is None:
+        return "No validation data."
+    told = f"Lowest validation loss {best[0]:.4f}, after step {best[1]}"
+    command = f"python pipelines/export.py {recipe.run.dir} --step best"
+    if is_mean:
+        return f"{told}, of the weights themselves; the mean's are `val_loss_ema` in `metrics.jsonl`."
+    if best[1] == step:
+        return f"{told}."
+    return (
+        f"{told}; these weights are those of step {step}. `{command}` writes those of step {best[1]}, if its "
+        "checkpoint was kept."
+    )
+
+
 def _which_weights(recipe: Recipe, *, is_mean: bool) -> list[str]:
     """Lines of the card of a run that kept both."""
     if not recipe.optim.ema:
@@ -200,10 +207,10 @@ def _which_weights(recipe: Recipe, *, is_mean: bool) -> list[str]:
     mean = f"the running mean of the weights (`optim.ema: {recipe.optim.ema}`)"
     command = f"python pipelines/export.py {recipe.run.dir}"
     if is_mean:
-        return ["", f"These are {mean}; validation loss `val_loss_ema`. `{command}` writes the last weights."]
+        return ["", f"These are {mean}. `{command}` writes the weights themselves."]
     return [
         "",
-        f"These are the last weights, not {mean}, which is in `final-ema`; `{command} --ema` writes it.",
+        f"These are the weights themselves, not {mean}; `{command} --ema` writes that.",
     ]
 
 

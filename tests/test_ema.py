@@ -81,8 +81,9 @@ def test_final_folders_hold_what_their_cards_say(run, tmp_path):
         ours, theirs = weights(tmp_path / folder), weights(run / folder)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert (tmp_path / folder / "README.md").read_text() == (run / folder / "README.md").read_text()
-    assert "These are the last weights" in (run / "final" / "README.md").read_text()
-    assert "These are the running mean" in (run / "final-ema" / "README.md").read_text()
+    assert "These are the weights themselves" in (run / "final" / "README.md").read_text()
+    card = (run / "final-ema" / "README.md").read_text()
+    assert "These are the running mean" in card and "of the weights themselves" in card
 
 
 def test_the_mean_is_evaluated_beside_the_weights(run, tiny_dataset):
