@@ -12,7 +12,7 @@ help:
 	@echo "make test         set up and run the test suite"
 	@echo "make slow         run the tests that take longer than about ten seconds each"
 	@echo "make faults       kill, cut the power, fill the disk, break the code: prints a table of what was lost (nothing)"
-	@echo "make trials       kill and stop training runs 70 times, in 1 to 3 ranks (about 6 minutes)"
+	@echo "make trials       kill and stop training runs 82 times, in 1 to 3 ranks (about 8 minutes)"
 	@echo "make test-newest  run the test suite with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make lock         the same, then write those versions to constraints.txt for the commands above"
 	@echo "make lint         mend and format the code"
