@@ -62,6 +62,7 @@ class DataConfig:
     oversize: Literal["refuse", "cut", "leave_out"] = "refuse"  # what to do with samples that fit no pack
     global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
     num_workers: int = 1  # of the loader, a rank
+    worker_timeout: float = 300.0  # seconds without a microbatch until its worker is named and replaced
     on_error: Literal["raise", "skip"] = "raise"  # an unreadable sample: stop, or leave it out and count it
     checksum: bool = True  # hash what is read from a local disk, too; remote reads are always hashed
     remote: Remote = field(default_factory=Remote)  # datasets at a URL: concurrency, attempts, cache_dir, …
@@ -193,6 +194,7 @@ LEAST = {
     "data.max_images": 0,
     "data.global_batch": 1,
     "data.num_workers": 0,
+    "data.worker_timeout": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
     "optim.warmup_steps": 0,

@@ -229,6 +229,7 @@ def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader
         [asdict(config) for config in recipe.data.train],
         num_epochs=recipe.optim.epochs,
         num_workers=recipe.data.num_workers,
+        worker_timeout=recipe.data.worker_timeout,
         tail=recipe.data.tail,
         augment=recipe.data.augment,
         **_shared_settings(recipe, world, image_size),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,12 @@ import pytest
 import torch
 from tiny_dataset import build_tiny_dataset
 
+from omnidata.loader import workers
 from omnidata.loader.assembler import Assembler
 from omnidata.loader.buffers import Borrower, Lender
 from omnidata.loader.packs import PackLoader
 from omnidata.loader.reader import LoadError
+from omnidata.schema import UserError
 
 SETTINGS = {"global_batch": 2, "max_tokens": 450, "window_samples": 60, "image_size": 24}
 
@@ -139,9 +144,112 @@ def test_an_error_in_a_worker_is_raised_in_the_training_process(data, monkeypatc
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Assembler, "assemble", broken)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
+    with pytest.raises(ZeroDivisionError, match="a bug") as raised:
         list(loader(data, num_workers=2))
+    assert re.search(
+        r"in a loader worker: number \d \(pid \d+\), reading sample-", raised.value.__notes__[-1]
+    )
     assert not worker_pids()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("where", ["omnidata.loader.reader.parse", "omnidata.images.pixels.decode_resized"])
+def test_what_runs_out_of_memory_names_the_sample_and_leaves_none_out(data, monkeypatch, where, num_workers):
+    def too_much(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(where, too_much)
+    with pytest.raises(
+        LoadError, match=r"^out of memory at sample sample-\d+ of .*/shards/train-\d+\.tar at"
+    ):
+        list(loader(data, num_workers=num_workers, on_error="skip"))
+    assert not worker_pids()
+
+
+def test_an_error_of_a_sample_that_is_not_its_damage_names_it(data, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("omnidata.images.pixels.decode_resized", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug") as raised:
+        list(loader(data))
+    assert raised.value.__notes__[0].startswith("at sample sample-")
+
+
+# --- no answer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_stopped_worker_changes_nothing_and_nobody_waits_beyond_the_timeout(data, undisturbed, num_workers):
+    found, longest, last = [], 0.0, time.monotonic()
+    with pytest.warns(RuntimeWarning, match=r"no answer in 0\.5 s.*number \d \(pid \d+\), reading sample-"):
+        for number, microbatch in enumerate(loader(data, num_workers=num_workers, worker_timeout=0.5)):
+            found.append(contents(microbatch))
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            if number in (5, 20):
+                os.kill(worker_pids()[0], signal.SIGSTOP)
+    assert found == undisturbed and longest < 5
+    assert not worker_pids()
+
+
+@pytest.mark.parametrize("stop_at", ["in_its_answer", "before_it_reads"])
+def test_a_worker_stopped_within_a_message_changes_nothing(data, undisturbed, monkeypatch, stop_at):
+    """Half an answer is in the socket, or the socket is full of what the worker does not read."""
+    parent, sent = os.getpid(), Connection._send
+    marker = Path(data, f"stopped-{stop_at}")
+
+    def stopping(self, buffer, *rest):
+        if os.getpid() != parent and not marker.exists():
+            marker.touch()
+            sent(self, buffer[: len(buffer) // 2])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return sent(self, buffer, *rest)
+
+    def stopped(*arguments):
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return read_tasks(*arguments)
+
+    def shrink(connection):
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    read_tasks, limit = workers._read_tasks, workers._limit_waits
+    settings = {"num_workers": 1, "worker_timeout": 0.5}
+    if stop_at == "in_its_answer":
+        monkeypatch.setattr(Connection, "_send", stopping)
+    else:
+        monkeypatch.setattr(workers, "_read_tasks", stopped)
+        monkeypatch.setattr(workers, "_limit_waits", lambda end, seconds: (limit(end, seconds), shrink(end)))
+        settings["prefetch"] = 1000  # more than the socket holds
+    with pytest.warns(RuntimeWarning, match=r"no answer in 0\.5 s"):
+        found = [contents(microbatch) for microbatch in loader(data, **settings)]
+    assert marker.exists() and found == undisturbed
+
+
+def test_workers_that_never_answer_stop_the_run_and_are_named(data, monkeypatch):
+    monkeypatch.setattr(Assembler, "assemble", lambda *_: time.sleep(60))
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(LoadError, match=r"no answer in 0\.3 s.*reading sample-.*raise worker_timeout"),
+    ):
+        list(loader(data, num_workers=2, worker_timeout=0.3))
+    assert not worker_pids()
+
+
+def test_a_trainer_that_is_long_away_takes_no_worker_for_stuck(data, undisturbed, recwarn):
+    found = []
+    for microbatch in loader(data, num_workers=2, worker_timeout=0.2):
+        found.append(contents(microbatch))
+        if len(found) == 3:
+            time.sleep(1)  # an evaluation
+    assert found == undisturbed and not [one for one in recwarn if one.category is RuntimeWarning]
+
+
+def test_a_timeout_must_be_positive(data):
+    with pytest.raises(UserError, match="worker_timeout 0"):
+        loader(data, worker_timeout=0)
 
 
 # --- signals and ends -------------------------------------------------------------------------------------

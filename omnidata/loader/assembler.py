@@ -14,7 +14,7 @@ import numpy as np
 
 from omnidata.loader.augment import Augment
 from omnidata.loader.microbatch import Parts, lay_out
-from omnidata.loader.reader import Document, LoadError, SampleReader
+from omnidata.loader.reader import LESS_MEMORY, Document, LoadError, OutOfMemoryError, SampleReader
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample
 
 OnError = Literal["raise", "skip"]
@@ -63,8 +63,17 @@ class Assembler:
             memory: uint8, at least ``num_bytes(work)``, where decoded images go; None: ordinary memory.
 
         Returns:
-            The microbatch, or (``on_error="raise"``) why there is none.
+            The microbatch, or why there is none: without memory, and with ``on_error="raise"``.
         """
+        try:
+            return self._assembled(work, memory)
+        except OutOfMemoryError as error:
+            return error
+        except MemoryError:
+            keys = ", ".join(document.place.key for document in work.documents)
+            return OutOfMemoryError(f"out of memory at the microbatch of {keys}; {LESS_MEMORY}")
+
+    def _assembled(self, work: Work, memory: np.ndarray | None) -> Parts | LoadError:
         read = list(zip(work.documents, self._reader.read(work.documents), strict=True))
         images = self._decoded(work, read, memory) if self._images.decode else None
         kept = [sample for _, sample in read if isinstance(sample, Sample)]
@@ -101,12 +110,13 @@ class Assembler:
         for position, (document, sample) in enumerate(read):
             if isinstance(sample, LoadError):
                 continue
-            try:
-                for number, data in enumerate(sample.images):
-                    self._decode(data, work.epoch, document, number, out=rows[row + number])
-                row += len(sample.images)
-            except RejectError as error:
-                read[position] = document, self._reader.error(document, error.detail)
+            with self._reader.naming(document):
+                try:
+                    for number, data in enumerate(sample.images):
+                        self._decode(data, work.epoch, document, number, out=rows[row + number])
+                    row += len(sample.images)
+                except RejectError as error:
+                    read[position] = document, self._reader.error(document, error.detail)
         return rows[:row]
 
     def _decode(self, data: bytes, epoch: int, document: Document, number: int, *, out: np.ndarray) -> None:

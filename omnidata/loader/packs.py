@@ -22,7 +22,7 @@ from omnidata.loader.augment import Augment
 from omnidata.loader.microbatch import Microbatch, Parts, expand
 from omnidata.loader.reader import Document, LoadError, SampleReader
 from omnidata.loader.remote import Remote
-from omnidata.loader.workers import Workers
+from omnidata.loader.workers import TIMEOUT, Workers
 from omnidata.plan.catalog import Place, Places
 from omnidata.plan.epoch import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
 from omnidata.plan.oversize import Oversize
@@ -63,6 +63,8 @@ class PackLoader:
         tail: an epoch's last packs, too few for a step, are a step with empty microbatches (pad) or dropped.
         image_size: pixels per side of the square that images become; None: the manifest's.
         on_error: an unreadable sample stops the run, or is left out and counted.
+        worker_timeout: seconds of waiting for one microbatch until the worker that has it in hand is named,
+            killed and replaced.
     """
 
     def __init__(
@@ -89,10 +91,13 @@ class PackLoader:
         checksum: bool = True,
         remote: Remote | Mapping[str, Any] | None = None,
         prefetch: int = 4,
+        worker_timeout: float = TIMEOUT,
         pin_memory: bool = False,
     ) -> None:
         if not 0 <= rank < world_size or global_batch < 1 or packs_per_microbatch < 1:
             raise UserError(f"rank {rank} of {world_size}, {global_batch} packs a step: not a valid split")
+        if not worker_timeout > 0:
+            raise UserError(f"worker_timeout {worker_timeout}: must be more than 0 seconds")
         self.plan = EpochPlan(
             data,
             seed=seed,
@@ -105,7 +110,8 @@ class PackLoader:
         self.num_epochs, self.packs_per_microbatch = num_epochs, packs_per_microbatch
         self.microbatches_per_step = -(-global_batch // (world_size * packs_per_microbatch))
         self._steps = {"global_batch": global_batch, "image_cost": image_cost, "tail": tail}
-        self._num_workers, self._prefetch, self._pin_memory = num_workers, prefetch, pin_memory
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._of_workers = {"num_workers": num_workers, "prefetch": prefetch, "timeout": worker_timeout}
         self._state = State()
         datasets = [source.catalog.dataset for source in self.plan.sources]
         manifest = datasets[0].manifest
@@ -190,7 +196,7 @@ class PackLoader:
         if not self._num_workers:
             yield from map(self._assembler.assemble, works)
             return
-        with Workers(self._assembler, num_workers=self._num_workers, prefetch=self._prefetch) as workers:
+        with Workers(self._assembler, **self._of_workers) as workers:
             yield from workers.map(works)
 
     def _works(self) -> Iterator[tuple[Work, Sent]]:

@@ -13,7 +13,8 @@ import functools
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -33,6 +34,13 @@ MAX_OPEN_SHARDS = 128  # files that one process keeps open
 
 class LoadError(UserError):
     """A sample cannot be read: says which, where and why."""
+
+
+class OutOfMemoryError(LoadError):
+    """The machine's fault, not the sample's: it stops the run whatever ``on_error`` says."""
+
+
+LESS_MEMORY = "use fewer workers, a smaller prefetch or smaller packs"
 
 
 class Document(NamedTuple):
@@ -67,7 +75,7 @@ class LocalShards:
     def _read_one(self, place: Place) -> bytes | Exception:
         try:
             return os.pread(self._open(place.shard), place.nbytes, place.offset)
-        except (OSError, UserError) as error:
+        except (OSError, UserError, MemoryError) as error:
             return error
 
     def _open(self, shard: str) -> int:
@@ -111,7 +119,11 @@ class SampleReader:
             places = [documents[i].place for i in mine]
             for i, raw in zip(mine, self._shards[number].read(places), strict=True):
                 raws[i] = raw
-        return [self._sample(document, raw) for document, raw in zip(documents, raws, strict=True)]
+        samples = []
+        for document, raw in zip(documents, raws, strict=True):
+            with self.naming(document):
+                samples.append(self._sample(document, raw))
+        return samples
 
     def _sample(self, document: Document, raw: bytes | Exception) -> Sample | LoadError:
         try:
@@ -126,11 +138,29 @@ class SampleReader:
 
     def error(self, document: Document, reason: str) -> LoadError:
         """What to tell the user about a document that cannot be used."""
-        place = document.place
         return LoadError(
-            f"cannot read sample {place.key} of {self._names[document.dataset]}/{place.shard} at byte "
-            f"{place.offset}: {reason}. Run `omnidata verify --deep`, or go on with on_error=skip"
+            f"cannot read {self._describe(document)}: {reason}. Run `omnidata verify --deep`, or go on with "
+            "on_error=skip"
         )
+
+    @contextmanager
+    def naming(self, document: Document) -> Iterator[None]:
+        """Errors that are none of the sample's, such as a lack of memory, tell at which one they came.
+
+        Raises:
+            OutOfMemoryError: instead of a MemoryError.
+        """
+        try:
+            yield
+        except MemoryError as error:
+            raise OutOfMemoryError(f"out of memory at {self._describe(document)}; {LESS_MEMORY}") from error
+        except Exception as error:
+            error.add_note(f"at {self._describe(document)}")
+            raise
+
+    def _describe(self, document: Document) -> str:
+        place = document.place
+        return f"sample {place.key} of {self._names[document.dataset]}/{place.shard} at byte {place.offset}"
 
 
 def parse(raw: bytes, place: Place) -> Sample:

@@ -67,7 +67,7 @@ class RemoteShards:
                 time.sleep(self._remote.backoff * 2 ** (attempt - 1))
             try:
                 return self._attempt(name, place)
-            except FileNotFoundError as error:  # trying again will not make it appear
+            except (FileNotFoundError, MemoryError) as error:  # trying again will not make it appear
                 return error
             except _transient() as error:
                 failure = error

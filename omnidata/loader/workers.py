@@ -7,6 +7,7 @@
 Every worker has a socket of its own and shares nothing with the others, so one that is killed (no memory
 left, a crash inside a decoder) takes nothing with it. What it had in hand goes to a fresh one: works are pure
 functions, the same microbatches come out in the same order. Workers that die again and again stop the run.
+One that does not answer in time (stopped, or a disk that hangs) is killed, and so is one more that died.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import multiprocessing.connection
 import os
 import queue
 import signal
+import socket
+import struct
 import threading
+import time
 import traceback
 import warnings
 from collections import deque
@@ -31,13 +35,16 @@ import numpy as np
 
 from omnidata.loader.buffers import Borrower, Buffer, Lender, Loan
 from omnidata.loader.microbatch import Parts
-from omnidata.loader.reader import LoadError
+from omnidata.loader.reader import LESS_MEMORY, LoadError
 
 if TYPE_CHECKING:
     from omnidata.loader.assembler import Assembler, Work
 
 MAX_DEATHS = 3  # of workers, in one iteration, before it gives up
+TIMEOUT = 300.0  # seconds that the training process waits for a worker
 _PARENT_CHECK = 2.0  # seconds between a worker's looks whether its training process still lives
+_LOOK = 1.0  # seconds: at most what one look at the workers counts of their timeout
+_END = 5.0  # seconds that a killed worker may take to end; while a disk hangs it does not
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a scheduler's, to a whole job
 
 
@@ -52,12 +59,24 @@ class _Task:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
+    number: int
     process: Any
     connection: Connection
     replaces: bool = False  # one that died
     answered: bool = False  # anything yet
+    waited: float = 0.0  # seconds that the training process has waited since its last answer
+    stuck: bool = False  # it did not answer in time, and was killed
     lender: Lender = field(default_factory=Lender)
     tasks: deque[_Task] = field(default_factory=deque)  # a worker answers in this order
+
+    def __str__(self) -> str:
+        keys = [document.place.key for task in list(self.tasks)[:1] for document in task.work.documents]
+        return f"number {self.number} (pid {self.process.pid}), reading {', '.join(keys) or 'nothing'}"
+
+    def kill_as_stuck(self) -> None:
+        """The next look at the workers replaces it."""
+        self.stuck = True
+        self.process.kill()
 
 
 class Workers:
@@ -66,17 +85,21 @@ class Workers:
     Args:
         assembler: copied into every worker by the fork.
         prefetch: works in hand for each worker.
+        timeout: seconds of waiting for one answer until its worker is killed and replaced.
     """
 
-    def __init__(self, assembler: Assembler, *, num_workers: int, prefetch: int) -> None:
+    def __init__(
+        self, assembler: Assembler, *, num_workers: int, prefetch: int, timeout: float = TIMEOUT
+    ) -> None:
         self._assembler, self._ahead = assembler, num_workers * max(prefetch, 1)
+        self._timeout = timeout
         self._workers: list[_Worker] = []
         self._answers: dict[int, Parts | LoadError] = {}  # those that came before their turn
         self._num_deaths = 0
         # Also at exit, before multiprocessing waits for children: these would not end by themselves.
         self._stop = util.Finalize(self, _kill, args=(self._workers,), exitpriority=10)
-        for _ in range(num_workers):
-            self._workers.append(self._start())
+        for number in range(num_workers):
+            self._workers.append(self._start(number))
 
     def __enter__(self) -> Workers:
         return self
@@ -101,8 +124,9 @@ class Workers:
 
     # --- one worker ---------------------------------------------------------------------------------------
 
-    def _start(self, *, replaces: bool = False) -> _Worker:
+    def _start(self, number: int, *, replaces: bool = False) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
+        _limit_waits(ours, self._timeout)
         process = multiprocessing.get_context("fork").Process(
             target=_serve,
             args=(theirs, ours, self._assembler, os.getpid()),
@@ -112,9 +136,11 @@ class Workers:
         with _signals_blocked():
             process.start()
         theirs.close()
-        return _Worker(process, ours, replaces)
+        return _Worker(number, process, ours, replaces)
 
     def _hand_out(self, task: _Task, worker: _Worker) -> None:
+        if not worker.tasks:
+            worker.waited = 0.0
         worker.tasks.append(task)
         num_bytes, loan, descriptor = self._assembler.num_bytes(task.work), None, None
         task.buffer = None
@@ -124,6 +150,8 @@ class Workers:
             worker.connection.send((task.work, loan))
             if descriptor is not None:
                 reduction.send_handle(worker.connection, descriptor, worker.process.pid)
+        except BlockingIOError:  # it has read nothing for as long as the timeout
+            worker.kill_as_stuck()
         except OSError:
             pass  # it died; _receive notices, with what it was last working on
         finally:
@@ -132,42 +160,75 @@ class Workers:
 
     def _receive(self) -> None:
         """Wait for an answer, or for the end of a worker."""
+        for worker in [worker for worker in self._workers if worker.stuck]:
+            self._replace(worker)
         waiting = {worker.connection: worker for worker in self._workers}
-        for connection in multiprocessing.connection.wait(list(waiting)):
-            worker = waiting[connection]  # type: ignore[index]
-            try:
-                answer = worker.connection.recv()
-            except (EOFError, OSError):
-                self._replace(worker)
-                continue
-            if isinstance(answer, Exception) and not isinstance(answer, LoadError):
-                raise answer
-            worker.answered = True
-            task = worker.tasks.popleft()
-            self._answers[task.index] = _received(answer, task.buffer, worker.lender)
+        start = time.monotonic()
+        ready = multiprocessing.connection.wait(list(waiting), min(_LOOK, self._timeout))
+        for connection in ready:
+            self._receive_from(waiting[connection])  # type: ignore[index]
+        # A job that was stopped as a whole, and goes on, was not waiting all that time.
+        waited = min(time.monotonic() - start, _LOOK)
+        for worker in self._workers:
+            if worker.tasks and worker.connection not in ready:
+                worker.waited += waited
+                if worker.waited >= self._timeout:
+                    worker.kill_as_stuck()
+
+    def _receive_from(self, worker: _Worker) -> None:
+        try:
+            answer = worker.connection.recv()
+        except BlockingIOError:  # stopped in the middle of an answer
+            worker.kill_as_stuck()
+            return
+        except (EOFError, OSError):
+            self._replace(worker)
+            return
+        if isinstance(answer, MemoryError):
+            raise LoadError(f"a loader worker ran out of memory: {worker}; {LESS_MEMORY}")
+        if isinstance(answer, Exception) and not isinstance(answer, LoadError):
+            answer.add_note(f"in a loader worker: {worker}")
+            raise answer
+        worker.answered, worker.waited = True, 0.0
+        task = worker.tasks.popleft()
+        self._answers[task.index] = _received(answer, task.buffer, worker.lender)
 
     def _replace(self, dead: _Worker) -> None:
         """Start another worker in its place, and hand its tasks to that one."""
-        dead.process.join()
+        dead.process.join(_END)
         dead.connection.close()
         self._num_deaths += 1
-        keys = [document.place.key for task in list(dead.tasks)[:1] for document in task.work.documents]
-        died = (
-            f"a loader worker died ({_ending(dead.process.exitcode)}), reading {', '.join(keys) or 'nothing'}"
-        )
+        ending = _ending(dead.process.exitcode)
+        if dead.stuck:
+            ending = f"no answer in {self._timeout:g} s, the timeout; {ending}"
+        died = f"a loader worker died ({ending}): {dead}"
         if self._num_deaths > MAX_DEATHS or (dead.replaces and not dead.answered):
-            raise LoadError(
-                f"{died}, and another one before it. If the machine ran out of memory, use fewer workers or "
-                "a smaller prefetch; if a sample makes them crash, num_workers=0 shows where"
-            )
+            raise LoadError(f"{died}, and another one before it. {_ADVICE}")
         warnings.warn(f"{died}; a new one goes on in its place", RuntimeWarning, stacklevel=2)
-        new = self._start(replaces=True)
+        new = self._start(dead.number, replaces=True)
         self._workers[self._workers.index(dead)] = new
         for task in dead.tasks:
             self._hand_out(task, new)
 
 
-def _ending(exitcode: int) -> str:
+_ADVICE = (
+    f"If the machine ran out of memory, {LESS_MEMORY}; if a sample makes them crash, num_workers=0 shows "
+    "where; if a slow disk or store needs longer to answer, raise worker_timeout"
+)
+
+
+def _limit_waits(connection: Connection, seconds: float) -> None:
+    """No read or write within a message waits longer: the other end may have been stopped there."""
+    whole = int(seconds)
+    limit = struct.pack("@ll", whole, max(int((seconds - whole) * 1e6), 0 if whole else 1))
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _ending(exitcode: int | None) -> str:
+    if exitcode is None:
+        return f"killed, but not ended after {_END:g} s: a disk or network file system hangs"
     return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"
 
 
@@ -175,7 +236,7 @@ def _kill(workers: list[_Worker]) -> None:
     """They hold nothing that needs an orderly end."""
     for worker in workers:
         worker.process.kill()
-        worker.process.join()
+        worker.process.join(_END)
         worker.connection.close()
 
 
