@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from omnidata.files import check_regular
 from omnidata.schema import UserError
@@ -284,9 +284,8 @@ def _flock(store: Store, path: str, shared: bool, wait: bool) -> Iterator[None]:
     import fcntl
 
     final = store.full(path)
-    make_folder(Path(final).parent)
     while True:
-        file = open(final, "a+")  # noqa: SIM115  closed below; closing it releases the lock
+        file = _open_lock(final)  # closed below; closing it releases the lock
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -295,10 +294,10 @@ def _flock(store: Store, path: str, shared: bool, wait: bool) -> Iterator[None]:
             file.close()
             raise LockedError(_busy(store, holder)) from None
         # The holder before us may have removed the finished build's folder between our open and our lock.
-        if os.path.exists(final) and os.fstat(file.fileno()).st_ino == os.stat(final).st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == os.stat(final).st_ino:
+                break
         file.close()
-        make_folder(Path(final).parent)
     try:
         if not shared:
             file.truncate(0)
@@ -307,6 +306,16 @@ def _flock(store: Store, path: str, shared: bool, wait: bool) -> Iterator[None]:
         yield
     finally:
         file.close()
+
+
+def _open_lock(final: str, attempts: int = 100) -> IO[str]:
+    """The lock's file; its folder may be removed at any moment by the holder before us."""
+    for _ in range(attempts - 1):
+        with contextlib.suppress(FileNotFoundError):
+            make_folder(Path(final).parent)
+            return open(final, "a+")
+    make_folder(Path(final).parent)
+    return open(final, "a+")
 
 
 LEASE_SECONDS = 300.0

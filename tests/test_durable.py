@@ -1,6 +1,7 @@
 """Durable files: whole or not there, one builder at a time."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -152,3 +153,23 @@ def test_removing_the_folder_of_a_lock_does_not_let_two_in(tmp_path):
         store.remove(durable.SCRATCH)
         with locked(store, "build"), pytest.raises(LockedError), locked(store, "build"):
             pass
+
+
+@pytest.mark.parametrize("when", ["open", "stat"])
+def test_the_folder_of_a_lock_may_vanish_at_any_moment(tmp_path, monkeypatch, when):
+    """Its holder removes it when all is complete: before we open the lock's file, or once we hold it."""
+    store, times = Store(tmp_path), []
+
+    def vanish(*_, **__):
+        if len(times) < 3:
+            times.append(when)
+            store.remove(durable.SCRATCH)
+
+    make_folder, flock = durable.make_folder, fcntl.flock
+    if when == "open":
+        monkeypatch.setattr(durable, "make_folder", lambda path: (make_folder(path), vanish()))
+    else:
+        monkeypatch.setattr(fcntl, "flock", lambda *arguments: (flock(*arguments), vanish()))
+    with locked(store, "build"), pytest.raises(LockedError), locked(store, "build"):
+        pass
+    assert len(times) == 3

@@ -22,7 +22,7 @@ from omnidata.schema import RejectError
 SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("training", "checkpoints")]
 
 
-@pytest.mark.parametrize("part", ["power", "kills", "damage", "mutants", *SLOW])
+@pytest.mark.parametrize("part", ["power", "kills", "damage", "mutants", "together", "workers", *SLOW])
 def test_a_few_of_each_fault(part):
     for row in rows_of(part, short=True):
         assert row.ok, row.failures

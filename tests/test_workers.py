@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -164,6 +165,17 @@ def test_what_runs_out_of_memory_names_the_sample_and_leaves_none_out(data, monk
     ):
         list(loader(data, num_workers=num_workers, on_error="skip"))
     assert not worker_pids()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_a_worker_without_memory_for_a_buffer_is_one_clear_line(data, monkeypatch, error, capfd):
+    def too_much(*_):
+        raise error
+
+    monkeypatch.setattr(Borrower, "memory", too_much)
+    with pytest.raises(LoadError, match=r"ran out of memory: number \d \(pid \d+\), reading sample-.*fewer"):
+        list(loader(data, num_workers=2))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_error_of_a_sample_that_is_not_its_damage_names_it(data, monkeypatch):

@@ -12,6 +12,7 @@ One that does not answer in time (stopped, or a disk that hangs) is killed, and 
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -184,7 +185,7 @@ class Workers:
         except (EOFError, OSError):
             self._replace(worker)
             return
-        if isinstance(answer, MemoryError):
+        if _is_lack_of_memory(answer):
             raise LoadError(f"a loader worker ran out of memory: {worker}; {LESS_MEMORY}")
         if isinstance(answer, Exception) and not isinstance(answer, LoadError):
             answer.add_note(f"in a loader worker: {worker}")
@@ -224,6 +225,11 @@ def _limit_waits(connection: Connection, seconds: float) -> None:
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _is_lack_of_memory(error: Any) -> bool:
+    """Python's own, or the kernel's word where a buffer was to be mapped."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def _ending(exitcode: int | None) -> str:
@@ -272,6 +278,8 @@ def _serve(connection: Connection, others_end: Connection, assembler: Assembler,
             answer = _sendable(assembler.assemble(work, memory), memory)
         except Exception as error:
             connection.send(error)
+            if _is_lack_of_memory(error):  # the training process has a line for it
+                os._exit(1)
             raise
         connection.send(answer)
 
