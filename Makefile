@@ -6,7 +6,7 @@ LOCK ?= constraints.txt
 NEWEST := .venv-newest/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test faults trials slow test-newest lock lint clean
+.PHONY: help demo test faults trials slow test-newest lock audit lint clean
 help:
 	@echo "make demo         set up, build shards from real photos, inspect, train a tiny model on the CPU, answer questions"
 	@echo "make test         set up and run the test suite"
@@ -15,6 +15,7 @@ help:
 	@echo "make trials       kill and stop training runs 82 times, in 1 to 3 ranks (about 8 minutes)"
 	@echo "make test-newest  run the test suite with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make lock         the same, then write those versions to constraints.txt for the commands above"
+	@echo "make audit        ask for known holes in the versions of constraints.txt; needs the network"
 	@echo "make lint         mend and format the code"
 	@echo "make clean        remove what building and testing leave; data/ and runs/ stay"
 
@@ -48,6 +49,11 @@ lock: test-newest
 	@( echo "# What \`make demo\` and \`make test\` install; written by \`make lock\`. The ranges are in pyproject.toml."; \
 	   $(NEWEST)/python -m pip --disable-pip-version-check freeze --exclude-editable \
 	   | grep -E '^[A-Za-z0-9._-]+==' | grep -vE '^(nvidia|cuda|triton)' | sed 's/+.*//' ) > constraints.txt
+
+audit:
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python $(PIP_INSTALL) pip-audit
+	@.venv-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 demo: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash pipelines/demo/demo.sh

@@ -317,7 +317,9 @@ class _Lazy(torch.utils.data.Dataset):
 
         self._folder, self._decode = folder, decode
         self._records = [json.loads(line) for line in (folder / RECORDS).open()]
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder / "corpus" / "tokenizer"))
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            str(folder / "corpus" / "tokenizer"), trust_remote_code=False
+        )
 
     def __len__(self) -> int:
         return len(self._records)

@@ -36,7 +36,7 @@ def tokenizer_at(path: str) -> Any:
     """The tokenizer, loaded once a process."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
     return tokenizer
 

@@ -64,7 +64,7 @@ def assemble(
     """Write the stage-1 start to ``out`` and return a report of what came from where."""
     _refuse_filled(out)
     tower_name, tower_file = _vision_source(vision_source, vision_name)
-    mistral = AutoConfig.from_pretrained(llm)
+    mistral = AutoConfig.from_pretrained(llm, trust_remote_code=False)  # nor ask whether to run its code
     if mistral.model_type != "mistral":
         raise ValueError(f"{llm} holds a {mistral.model_type} model; OmniLMM is built on Mistral")
     token_ids = _new_token_ids(tokenizer, mistral.vocab_size)

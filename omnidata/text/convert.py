@@ -93,7 +93,8 @@ def _from_other_files(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # False, not left out: transformers would ask the terminal whether to run the folder's code.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
