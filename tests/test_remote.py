@@ -123,6 +123,24 @@ def test_after_the_last_attempt_the_sample_is_named(local, url):
     assert max(Unsteady.attempts.values()) == 3
 
 
+def test_an_error_of_the_clouds_own_client_is_tried_again_and_named(local, url):
+    """aiohttp's, botocore's, azure's ... are no OSError."""
+
+    class PayloadError(Exception):
+        pass
+
+    def fail(raw, attempt):
+        if attempt <= num_failures:
+            raise PayloadError("response payload is not completed")
+
+    Unsteady.reset(fail)
+    num_failures = 2
+    assert contents(url) == contents(str(local))
+    num_failures = 100
+    with pytest.raises(LoadError, match=r"sample-\d+ of .*PayloadError: response payload is not completed"):
+        contents(url, remote={"attempts": 2, "backoff": 0.001})
+
+
 def test_a_missing_shard_is_not_asked_for_again(local, url):
     fsspec.filesystem("unsteady").rm("/data/shards/train-00001.tar")
     with pytest.raises(LoadError, match=r"train-00001\.tar.*FileNotFoundError"):

@@ -8,7 +8,6 @@ What has been hashed right is handed on; after the last attempt the reason is.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +68,7 @@ class RemoteShards:
                 return self._attempt(name, place)
             except (FileNotFoundError, MemoryError) as error:  # trying again will not make it appear
                 return error
-            except _transient() as error:
+            except (OSError, EOFError, CorruptSampleError) as error:  # another attempt may cure it
                 failure = error
         return failure
 
@@ -82,16 +81,15 @@ class RemoteShards:
             except CorruptSampleError:  # the copy is damaged: fetch it again
                 self._cache.discard(name)
         filesystem, root, _ = self._connect()
-        raw = filesystem.cat_file(
-            f"{root}/{place.shard}", start=place.offset, end=place.offset + place.nbytes
-        )
+        try:
+            raw = filesystem.cat_file(
+                f"{root}/{place.shard}", start=place.offset, end=place.offset + place.nbytes
+            )
+        except (OSError, EOFError, MemoryError):
+            raise
+        except Exception as error:  # each cloud's client has errors of its own, which are no OSError
+            raise OSError(f"{type(error).__name__}: {error}") from error
         check_content(parse(raw, place), place)
         if self._cache:
             self._cache.put(name, raw)
         return raw
-
-
-def _transient() -> tuple[type[Exception], ...]:
-    """What another attempt may cure. aiohttp's errors are no OSErrors; they exist only if it is in use."""
-    aiohttp = sys.modules.get("aiohttp")
-    return (OSError, TimeoutError, EOFError, CorruptSampleError, *([aiohttp.ClientError] if aiohttp else []))
