@@ -304,3 +304,17 @@ def test_a_signal_becomes_a_clear_message(small, tmp_path, monkeypatch, number):
     monkeypatch.undo()
     assert corpus.build(tmp_path / "data", options=INLINE).shards_built == 2, "of 3"
     assert digests(tmp_path / "data") == want
+
+
+def test_an_error_of_a_clouds_own_client_ends_a_build_in_one_clear_line(small, tmp_path, monkeypatch):
+    """Those of botocore, aiohttp ... are no OSError."""
+    from botocore.exceptions import FlexibleChecksumError
+
+    def wrong(*_, **__):
+        raise FlexibleChecksumError(error_msg="Expected checksum a did not\nmatch calculated checksum: b")
+
+    monkeypatch.setattr(durable.Store, "write_bytes", wrong)
+    with pytest.raises(
+        UserError, match=r"^the object store failed: FlexibleChecksumError: .* did not match .*again\.$"
+    ):
+        small[0].build(tmp_path / "data", options=RunOptions(executor="inline", quiet=True))

@@ -46,6 +46,8 @@ from omnidata.manifest import manifest_from_json
 from omnidata.ray_executor import RayExecutor
 from omnidata.schema import MANIFEST, TOKENIZER_DIR, UserError
 
+# Libraries under fsspec whose errors are no OSError: a short body, a wrong checksum, no answer.
+CLIENTS = ("aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
 EARLY_RECORDS, EARLY_SHARE = 1000, 0.05  # seen before --max-rejects, as a share, is applied to a part
 
 
@@ -62,7 +64,7 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
     """
     store = Store(out)
     check_folder(store, options)
-    with _interrupts(), _full_disk(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
+    with _interrupts(), _one_clear_line(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
         files, identity, tokenizer = open_inputs(settings, folder)
         with hold_locks(store, options):
             plan = resume_plan(store, identity, options)
@@ -307,8 +309,8 @@ def _interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_disk(store: Store) -> Iterator[None]:
-    """An error of the file system that trying again cannot mend becomes one clear line."""
+def _one_clear_line(store: Store) -> Iterator[None]:
+    """For errors of the file system that trying again cannot mend, and for those of an object store."""
     try:
         yield
     except OSError as error:
@@ -317,4 +319,11 @@ def _full_disk(store: Store) -> Iterator[None]:
         raise UserError(
             f"cannot write to {store.url}: {error}. What is built is kept: "
             "mend that (free some space?) and run the same command again."
+        ) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in CLIENTS:
+            raise
+        raise UserError(
+            f"the object store failed: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "What is built is kept: run the same command again."
         ) from error
