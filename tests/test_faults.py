@@ -19,7 +19,7 @@ from omnidata.durable import LockedError, Store, locked
 from omnidata.images.archives import open_archive
 from omnidata.schema import RejectError
 
-SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("training", "checkpoints")]
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("training", "checkpoints", "objects")]
 
 
 @pytest.mark.parametrize("part", ["power", "kills", "damage", "mutants", "together", "workers", *SLOW])

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-PARTS = ("power", "kills", "damage", "mutants", "training", "checkpoints", "together", "workers")
+PARTS = ("power", "kills", "damage", "mutants", "training", "checkpoints", "together", "workers", "objects")
 COLUMNS = ("fault", "how", "tried", "lost", "doubled", "not_found", "seconds")
 
 
