@@ -43,7 +43,8 @@ from omnidata.schema import (
     UserError,
 )
 from omnidata.text.chat_template import ChatTemplate, Shape
-from omnidata.text.encoder import IMAGE_GUARD, Encoder
+from omnidata.text.closings import Closings
+from omnidata.text.encoder import IMAGE_GUARD, Encoder, refuse_surrogates
 from omnidata.text.spans import interleave, token_range
 from omnidata.text.token_roles import content_tokens_of
 from omnidata.text.tokenizer import template_text
@@ -91,7 +92,8 @@ class Renderer:
 
     ``default_system`` is put in front of a conversation that has no system turn: None for none, "auto" for
     OmniLMM's where the tokenizer is OmniLMM's. ``slice_tokens`` stand around the tiles of pictures that are
-    cut (ImagePart.grid); the tokenizer must have them.
+    cut (ImagePart.grid); the tokenizer must have them. ``date`` (YYYY-MM-DD) is today's for the templates
+    that print it.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Renderer:
         *,
         default_system: str | None = "auto",
         slice_tokens: Sequence[str] | None = None,
+        date: str | None = None,
     ) -> None:
         text = template_text(tokenizer)
         if not text:
@@ -113,17 +116,24 @@ class Renderer:
         self.tokenizer = tokenizer
         self.num_query = num_query
         self.max_length = max_length
-        self._template = ChatTemplate(text, tokenizer.special_tokens_map)
+        self._template = self._open_template(text, date)
         self.content_tokens = self._find_content_tokens(content_tokens)  # that the tokenizer has
         self._encoder = Encoder(tokenizer, content_tokens=(*content_tokens, *self.content_tokens))
+        self._closings = Closings(self._template, self._encoder)
         self._slice_guards = None if slice_tokens is None else self._encoder.require(slice_tokens)
-        self.is_omnilmm = self._encoder.image_ids is not None and self._prints_zephyr()
+        self.is_omnilmm = self._is_omnilmm()
         self.default_system = (
             (DEFAULT_SYSTEM if self.is_omnilmm else None) if default_system == "auto" else default_system
         )
         self._bos = self._find_bos()
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
         self.end_of_turn = self._find_end_of_turn()  # ids of the tokens that close an assistant's turn
+
+    def _open_template(self, text: str, date: str | None) -> ChatTemplate:
+        return ChatTemplate(text, self.tokenizer.special_tokens_map, date=date)
+
+    def _is_omnilmm(self) -> bool:
+        return self._encoder.image_ids is not None and self._prints_zephyr()
 
     # --- what users call ----------------------------------------------------------------------------------
 
@@ -180,18 +190,9 @@ class Renderer:
                 header = shape.pieces[i]
                 if header not in slacks:
                     slacks[header] = self._slack(roles[:i], header)
-                turns.append(_Turn(i, self._closing(pieces[i + 1]), slacks[header]))
+                closing = self._closings.length(pieces[i + 1], is_last=i + 1 == len(roles))
+                turns.append(_Turn(i, closing, slacks[header]))
         return _Plan(shape, tuple(pieces), tuple(turns))
-
-    def _closing(self, piece: str) -> int:
-        """Length of ``</s>`` (and blanks before it) at the start of the piece that follows a reply."""
-        match = self._encoder.control_guard.search(piece)
-        if match is None or piece[: match.start()].strip():
-            raise RejectError(
-                "mask_unproven",
-                "the chat template prints no control token right after the assistant's content",
-            )
-        return match.end()
 
     def _slack(self, roles: tuple[str, ...], header: str) -> int:
         """Blanks that the template prints between the generation prompt and the content.
@@ -240,13 +241,7 @@ class Renderer:
         text = "".join(
             [part.text if isinstance(part, TextPart) else self._picture(part) for part in message.parts]
         )
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # JSON of other tools may hold half of a surrogate pair
-                raise RejectError(
-                    "bad_content", f"character {error.start} of a message is no Unicode text"
-                ) from error
+        refuse_surrogates(text)
         return text
 
     def _picture(self, part: ImagePart) -> str:
@@ -267,21 +262,37 @@ class Renderer:
 
     def _finish(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
-        length = len(ids) + draft.num_images * (self.num_query + 1)
+        length = self._length(draft, encoding)
         if self.max_length is not None and length > self.max_length:
             return self._truncate(conversation, draft, encoding, length)
         labels = np.full_like(ids, IGNORE_INDEX)
         for span in draft.spans:
             first, end = token_range(encoding, span)
             labels[first:end] = ids[first:end]
+        starts: tuple[int, ...] = ()
         if draft.num_images:
             self._ignore_tiles(ids, labels)
             ids, labels = self._widen(ids, labels)
+            starts = tuple(np.flatnonzero(ids == self._encoder.image_ids[0]).tolist())
         if not (labels != IGNORE_INDEX).any():
             raise RejectError(
                 "no_supervision", "no assistant turn is supervised, so there is nothing to learn"
             )
-        return Rendered(ids, labels, num_images=draft.num_images)
+        return Rendered(
+            *(ids, labels),
+            num_images=draft.num_images,
+            image_starts=starts,
+            image_tokens=(self.num_query + 2,) * len(starts),
+            notes=self._notes(draft),
+        )
+
+    def _notes(self, draft: Any) -> tuple[str, ...]:
+        return self._closings.notes(draft.text, [end for _, end in draft.ends])
+
+    def _length(self, draft: _Draft, encoding: Any, stop: int | None = None) -> int:
+        """Tokens of the sample, or of what stands before token ``stop`` of the encoding, images widened."""
+        ids = np.array(encoding.ids[:stop])
+        return len(ids) + int(np.count_nonzero(ids == self._encoder.image_id)) * (self.num_query + 1)
 
     def _ignore_tiles(self, ids: np.ndarray, labels: np.ndarray) -> None:
         """A reply that shows a cut picture learns nothing from ``<slice>`` to ``</slice>``."""
@@ -318,7 +329,7 @@ class Renderer:
             shorter = replace(conversation, messages=conversation.messages[:keep])
             draft = self._draft(shorter)
             [encoding] = self._encoder.encode_batch([draft.text])
-            if len(encoding) + draft.num_images * (self.num_query + 1) <= self.max_length:
+            if self._length(draft, encoding) <= self.max_length:
                 return replace(self._finish(shorter, draft, encoding), num_truncated_messages=total - keep)
         raise RejectError(
             "too_long",
@@ -330,15 +341,12 @@ class Renderer:
         shift = sum(message.role == "system" for message in conversation.messages[:1]) - sum(
             message.role == "system" for message in self._with_system(conversation.messages)[:1]
         )
-        images = np.flatnonzero(np.array(encoding.ids) == self._encoder.image_id)
         for message, end in reversed(draft.ends):
             token = encoding.char_to_token(end - 1)
             keep = message + 1 + shift
             if token is None or not 0 < keep < len(conversation.messages):
                 continue
-            num_images = int(np.searchsorted(images, token))
-            about = token + 1 + num_images * (self.num_query + 1)
-            if about <= self.max_length + SURE:
+            if self._length(draft, encoding, token + 1) <= self.max_length + SURE:
                 yield keep
 
     # --- facts for the manifest -----------------------------------------------------------------------------
@@ -358,7 +366,7 @@ class Renderer:
                 continue
             for turn in plan.turns:
                 closing = plan.pieces[turn.message + 1][: turn.closing]
-                guards[self._encoder.control_guard.findall(closing)[-1]] = None
+                guards |= dict.fromkeys(self._encoder.control_guard.findall(closing)[-1:])
         return tuple(self._encoder.ids(list(guards)))
 
     def spelled(self, conversation: Conversation) -> list[str]:

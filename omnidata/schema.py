@@ -8,13 +8,15 @@ here and from nowhere else. A dataset is a directory (or an fsspec URL)::
     index.parquet                 one row a sample (INDEX_COLUMNS), one row group a shard
     rejects.parquet               one row a refused record (REJECT_COLUMNS)
     tokenizer/                    the exact tokenizer that was used
+    processor/                    the model's processor and configuration, where the profile is a processor's
     .nv-meta/                     .info.json, split.yaml, dataset.yaml (Megatron-Energon)
     README.md                     dataset card
     manifest.json                 written last: its existence means that the dataset is complete
 
 One sample is a run of consecutive tar members that share a key::
 
-    KEY.input_ids.npy   int32 [L]   each image is <im_start> + <im_patch> x num_query + <im_end>
+    KEY.input_ids.npy   int32 [L]   each image is its run of tokens, by the manifest's profile; OmniLMM's:
+                                    <im_start> + <im_patch> x num_query + <im_end>
     KEY.labels.npy      int32 [L]   UNSHIFTED: the token id where supervised, else IGNORE_INDEX
     KEY.jpg, KEY.1.png  the images, in placeholder order, after the arrays
 
@@ -41,6 +43,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 REJECTS = "rejects.parquet"
 TOKENIZER_DIR = "tokenizer"
+PROCESSOR_DIR = "processor"
 SHARDS_DIR = "shards"
 CARD = "README.md"
 NV_META = ".nv-meta"
@@ -146,6 +149,7 @@ class Conversation:
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...] = ()  # image parts refer to them by position, each exactly once, in order
     unread_keys: tuple[str, ...] = ()  # keys of the record that hold something and that nothing reads
+    image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each, once they are read
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +160,10 @@ class Rendered:
     labels: Any
     num_truncated_messages: int = 0  # turns cut from the end to fit max_length
     num_images: int = 0  # image blocks: of the conversation's first pictures; those of cut turns are gone
+    image_starts: tuple[int, ...] = ()  # position in the ids of each image's first token
+    image_tokens: tuple[int, ...] = ()  # tokens of each image's run
+    image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors; empty: the profile's constant
+    notes: tuple[str, ...] = ()  # what the report should tell besides
 
     @property
     def num_supervised(self) -> int:
@@ -227,6 +235,7 @@ REASONS: dict[str, str] = {
     "image_format": "not a JPEG, PNG, WebP, GIF, BMP or TIFF, by its first bytes",
     "image_corrupt": "the image does not decode",
     "image_too_large": "over the limit of bytes or pixels",
+    "image_shape": "the model's processor refuses pictures of these sizes",
     "image_forbidden": "a URL that --allow-http does not permit, or a path that leads out of the image root",
     # rendering
     "template_refused": "the chat template raises an error on the conversation (say, on a system turn)",
@@ -260,6 +269,9 @@ INDEX_COLUMNS: tuple[Column, ...] = (
     Column("n_supervised", "int32", "labels that are not IGNORE_INDEX"),
     Column("n_images", "int32", "images = image blocks"),
     Column("image_sizes", "list<list<int32>>", "[width, height] of each stored image, pixels"),
+    Column("image_starts", "list<int32>", "position in the ids of each image's first token"),
+    Column("image_tokens", "list<int32>", "tokens of each image's run"),
+    Column("image_pixels", "list<int64>", "values of each image's pixel tensors: what the tower is given"),
     Column(
         "slices", "list<list<int32>>", "[columns, rows] of each picture's tiles, [0, 0]: whole", default=()
     ),
@@ -306,9 +318,8 @@ class Manifest:
     end_of_turn: list[int]  # ids that end an assistant's turn: generation stops at them
     content_tokens: dict[str, int]  # added tokens that content may spell -> samples whose replies do
     vocab_size: int  # len(tokenizer)
-    num_query: int  # <im_patch> tokens an image
+    profile: dict[str, Any]  # what the model makes of pictures: omnidata.profiles
     image_policy: str  # keep | shrink
-    image_size: int  # pixels; the shorter side under "shrink"
     resize_backend: str  # what decoded and resized, with version
     inputs: list[dict[str, Any]]  # one an input file: source, format, num_bytes, digest, num_records
     num_records: int  # samples + rejects = records
@@ -324,6 +335,21 @@ class Manifest:
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     notes: dict[str, int]  # what else there is to tell, in words -> samples
     shards: list[ShardInfo] = field(default_factory=list)
+
+    @property
+    def is_omnilmm(self) -> bool:
+        """Whether pictures are OmniLMM's squares; else a processor's (its name is in ``profile``)."""
+        return self.profile["name"] == "omnilmm"
+
+    @property
+    def num_query(self) -> int:
+        """OmniLMM's <im_patch> tokens an image."""
+        return self.profile["num_query"]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of OmniLMM's square, and of the shorter side under "shrink"."""
+        return self.profile["image_size"]
 
 
 class UserError(Exception):

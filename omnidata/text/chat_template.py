@@ -18,8 +18,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date as Date
 from functools import lru_cache
 from typing import Any
 
@@ -82,9 +83,11 @@ def _strip(text: str, strip: tuple[bool, bool]) -> str:
 class ChatTemplate:
     """A compiled chat template with the tokenizer's special tokens bound to it."""
 
-    def __init__(self, text: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, text: str, special_tokens: dict[str, str], *, date: str | None = None) -> None:
         self.text = text
-        self._special_tokens = special_tokens  # {"eos_token": "</s>", ...}, as transformers passes them
+        self._variables: dict[str, Any] = dict(special_tokens)  # {"eos_token": "</s>", …}, as transformers'
+        if date is not None:
+            self._variables["strftime_now"] = _calendar(date)
         try:
             self.is_opaque = contents_are_opaque(_environment().parse(text))
             self._template = _environment().from_string(text)
@@ -94,6 +97,14 @@ class ChatTemplate:
         self._parts_roles = self._find_parts_roles()
         self.is_opaque = self.is_opaque and not self._parts_roles
         self.shape = lru_cache(maxsize=4096)(self._shape)
+
+    def pieces_after_replies(self) -> tuple[str, str]:
+        """What is printed after a reply between two exchanges, and after the last one."""
+        try:
+            pieces = self.shape(("user", "assistant") * 2, False).pieces
+        except RejectError:
+            return "", ""
+        return pieces[2], pieces[4]
 
     def _find_parts_roles(self) -> frozenset[str]:
         """Roles whose contents the template wants as lists of parts; strings wherever it prints those."""
@@ -153,10 +164,12 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 tools=None,
                 documents=None,
-                **self._special_tokens,
+                **self._variables,
             )
             return "".join(_bounded(pieces, messages))
         except jinja2.TemplateError as error:
+            if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
+                raise UserError(NO_DATE) from error
             raise RejectError(
                 "template_refused", f"the chat template refuses the messages: {error}"
             ) from error
@@ -166,11 +179,13 @@ class ChatTemplate:
             ) from error
 
     def _shape(self, roles: tuple[str, ...], generation_prompt: bool = False) -> Shape:
-        marks = [f"{_MARK}{i}\ue001" for i in range(len(roles))]
-        bare = _split(self._print(roles, marks, generation_prompt), marks)
-        padded = _split(
-            self._print(roles, [f"{_LEFT}{mark}{_RIGHT}" for mark in marks], generation_prompt), marks
-        )
+        return self.shape_of(len(roles), lambda contents: self._print(roles, contents, generation_prompt))
+
+    def shape_of(self, num_contents: int, printed: Callable[[Sequence[str]], str]) -> Shape:
+        """The shape around so many contents, of what ``printed`` gives for them."""
+        marks = [f"{_MARK}{i}\ue001" for i in range(num_contents)]
+        bare = _split(printed(marks), marks)
+        padded = _split(printed([f"{_LEFT}{mark}{_RIGHT}" for mark in marks]), marks)
         pieces = [_without_marks(piece) for piece in bare]
         strips = _find_strips(pieces, [_without_marks(piece) for piece in padded])
         return Shape(tuple(pieces), strips, self._marked(bare))
@@ -186,6 +201,21 @@ class ChatTemplate:
             depth += piece.count(GENERATION_START) - piece.count(GENERATION_END)
             marked.append(depth > 0)
         return tuple(marked)
+
+
+NO_DATE = (
+    "the chat template prints today's date; say which one with --date YYYY-MM-DD, so that the same records "
+    "give the same bytes next week"
+)
+
+
+def _calendar(date: str) -> Callable[[str], str]:
+    """``strftime_now`` of a fixed day."""
+    try:
+        day = Date.fromisoformat(date)
+    except ValueError:
+        raise UserError(f"--date {date!r}: write YYYY-MM-DD") from None
+    return day.strftime
 
 
 MAX_PRINTED = 1 << 20  # characters that a template may print around its contents …

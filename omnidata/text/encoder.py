@@ -22,7 +22,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, UserError
+from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, RejectError, UserError
 from omnidata.text.chat_template import NONCE
 from omnidata.text.words import Words
 
@@ -88,6 +88,17 @@ class Encoder:
     def _check_ids(self, backend: Any) -> None:
         for token, guard in self.guards.items():
             assert self._backend.token_to_id(guard) == backend.token_to_id(token), token
+
+
+def refuse_surrogates(text: str) -> None:
+    """RejectError for half of a surrogate pair, which JSON of other tools may hold."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RejectError(
+                "bad_content", f"character {error.start} of a message is no Unicode text"
+            ) from error
 
 
 def _refuse_image_tokens(content_tokens: Sequence[str]) -> None:

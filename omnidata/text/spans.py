@@ -31,4 +31,6 @@ def token_range(encoding: Any, span: tuple[int, int, int]) -> tuple[int, int]:
             "the tokenizer joins the start of a reply with the template's text before it; "
             "remove the blanks or line ends that the reply starts with",
         )
+    if encoding.token_to_chars(last)[1] > end:
+        raise RejectError("mask_unproven", "the tokenizer joins the end of a reply with the text after it")
     return first, last + 1
