@@ -46,7 +46,7 @@ def test_the_table_has_a_line_for_each_row():
 
 def test_every_setting_decides_whether_a_build_goes_on(tmp_path):
     settings = write_corpus(tmp_path / "c", num_llava=1, num_chat=1, bad=False).settings
-    empty = {"tokenizer": {}, "versions": {}, "inputs": []}
+    empty = {"tokenizer": {}, "profile": {}, "versions": {}, "inputs": []}
     before = settings.to_json()
     for field in fields(BuildSettings):
         now = before | {field.name: "something else"}

@@ -1,8 +1,8 @@
 """Assembler: documents -> Parts. What a worker process does; it holds no index, no order and no state.
 
-SampleReader.read        one ranged read a sample
-decode, (augment), resize   each image straight into its place, which may be memory that processes share
-lay_out                  ids and labels end to end
+SampleReader.read            one ranged read a sample
+Squares | ProcessorPixels    decode, (augment), then a square, or the model's own processor
+lay_out                      ids and labels end to end
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from omnidata.loader.augment import Augment
 from omnidata.loader.microbatch import Parts, lay_out
+from omnidata.loader.processor_pixels import ProcessorPixels
 from omnidata.loader.reader import LESS_MEMORY, Document, LoadError, OutOfMemoryError, SampleReader
+from omnidata.loader.squares import Squares
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample
 
 OnError = Literal["raise", "skip"]
+Reads = list[tuple[Document, Sample | LoadError]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,38 +31,39 @@ class Work:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSettings:
-    """What becomes of the images."""
-
-    size: int  # pixels per side of the square that they become
-    fit: str = "squash"  # squash | center_crop
-    decode: bool = True  # False hands on the encoded bytes
-    augment: Augment | None = None
-    seed: int = 0  # of the augmentation
-
-
 class Assembler:
-    """Reads and lays out microbatches, in a worker or in the training process."""
+    """Reads and lays out microbatches, in a worker or in the training process.
+
+    Args:
+        reader: of the samples.
+        images: what becomes of the pictures; None hands on the encoded bytes.
+        on_error: see PackLoader.
+        im_start: id that opens an image block; None: a processor's dataset.
+    """
 
     def __init__(
-        self, reader: SampleReader, *, images: ImageSettings, on_error: OnError, im_start: int
+        self,
+        reader: SampleReader,
+        *,
+        images: Squares | ProcessorPixels | None,
+        on_error: OnError,
+        im_start: int | None,
     ) -> None:
         self._reader, self._images = reader, images
         self._on_error, self._im_start = on_error, im_start
 
     def num_bytes(self, work: Work) -> int:
-        """Room that the images of ``work`` take at most."""
-        if not self._images.decode:
+        """Room to lend for the images of ``work``."""
+        if self._images is None:
             return sum(document.place.nbytes for document in work.documents if document.num_images)
-        return sum(document.num_images for document in work.documents) * self._images.size**2 * 3
+        return self._images.num_bytes(work)
 
     def assemble(self, work: Work, memory: np.ndarray | None = None) -> Parts | LoadError:
         """Read and lay out one microbatch.
 
         Args:
             work: what to read.
-            memory: uint8, at least ``num_bytes(work)``, where decoded images go; None: ordinary memory.
+            memory: uint8, at least ``num_bytes(work)``, where squares are decoded to; None: ordinary memory.
 
         Returns:
             The microbatch, or why there is none: without memory, and with ``on_error="raise"``.
@@ -75,18 +78,29 @@ class Assembler:
 
     def _assembled(self, work: Work, memory: np.ndarray | None) -> Parts | LoadError:
         read = list(zip(work.documents, self._reader.read(work.documents), strict=True))
-        images = self._decoded(work, read, memory) if self._images.decode else None
+        squares, pictures = None, []
+        if isinstance(self._images, Squares):
+            squares = self._squares(work, read, memory)
+        elif self._images is not None:
+            pictures = self._pictures(work, read)
         kept = [sample for _, sample in read if isinstance(sample, Sample)]
         failed = [sample for _, sample in read if isinstance(sample, LoadError)]
         if failed and self._on_error == "raise":
             return failed[0]
-        if images is None:
-            images = tuple([image for sample in kept for image in sample.images])
-        parts = lay_out(kept, images, im_start=self._im_start, num_skipped=len(failed))
-        return parts if failed else self._checked(parts, work)
+        if isinstance(self._images, ProcessorPixels):
+            parts = self._with_processor(kept, pictures, num_skipped=len(failed))
+        else:
+            images = squares
+            if images is None:
+                images = tuple([image for sample in kept for image in sample.images])
+            parts = lay_out(kept, images, im_start=self._im_start, num_skipped=len(failed))
+        if isinstance(parts, LoadError) or failed:
+            return parts
+        return self._checked(parts, work, sum(len(sample.images) for sample in kept))
 
-    def _checked(self, parts: Parts, work: Work) -> Parts | LoadError:
-        found = int(np.count_nonzero(parts.labels != IGNORE_INDEX)), len(parts.image_positions)
+    def _checked(self, parts: Parts, work: Work, num_images: int) -> Parts | LoadError:
+        blocks = num_images if self._im_start is None else len(parts.image_positions)
+        found = int(np.count_nonzero(parts.labels != IGNORE_INDEX)), blocks
         planned = work.num_supervised, sum(document.num_images for document in work.documents)
         if found == planned:
             return parts
@@ -97,39 +111,49 @@ class Assembler:
 
     # --- images -------------------------------------------------------------------------------------------
 
-    def _decoded(
-        self, work: Work, read: list[tuple[Document, Sample | LoadError]], memory: np.ndarray | None
-    ) -> np.ndarray:
+    def _squares(self, work: Work, read: Reads, memory: np.ndarray | None) -> np.ndarray:
         """uint8 ``[N, S, S, 3]``: every image goes straight into its place.
 
         A sample with an image that does not decode becomes a LoadError in ``read``.
         """
-        size, num_bytes = self._images.size, self.num_bytes(work)
-        memory = np.empty(num_bytes, np.uint8) if memory is None else memory[:num_bytes]
-        rows, row = memory.reshape(-1, size, size, 3), 0
+        rows, row = self._images.rows(work, memory), 0
         for position, (document, sample) in enumerate(read):
             if isinstance(sample, LoadError):
                 continue
             with self._reader.naming(document):
                 try:
-                    for number, data in enumerate(sample.images):
-                        self._decode(data, work.epoch, document, number, out=rows[row + number])
+                    self._images.fill(rows[row:], sample, document, epoch=work.epoch)
                     row += len(sample.images)
                 except RejectError as error:
                     read[position] = document, self._reader.error(document, error.detail)
         return rows[:row]
 
-    def _decode(self, data: bytes, epoch: int, document: Document, number: int, *, out: np.ndarray) -> None:
-        from omnidata.images.pixels import decode_resized, decode_rgb, fit_rgb
+    def _pictures(self, work: Work, read: Reads) -> list[list]:
+        """The decoded pictures of each sample that is there; as above."""
+        pictures = []
+        for position, (document, sample) in enumerate(read):
+            if isinstance(sample, LoadError):
+                continue
+            with self._reader.naming(document):
+                try:
+                    pictures.append(self._images.decode(sample, document, epoch=work.epoch))
+                except RejectError as error:
+                    read[position] = document, self._reader.error(document, error.detail)
+        return pictures
 
-        size, augment, fit = self._images.size, self._images.augment, self._images.fit
-        if augment is None and fit == "squash":
-            decode_resized(data, size, size, out=out)
-            return
-        if augment is None:
-            fit_rgb(decode_rgb(data), size, fit=fit, out=out)
-            return
-        # A dataset that an epoch passes twice counts on: the two passes differ.
-        seed, key = self._images.seed + (document.passes << 32), document.place.key
-        rgb = augment.apply(decode_rgb(data), seed=seed, epoch=epoch, key=key, number=number)
-        fit_rgb(rgb, size, fit=fit, out=out)
+    def _with_processor(
+        self, samples: list[Sample], pictures: list[list], *, num_skipped: int
+    ) -> Parts | LoadError:
+        keys = ", ".join(sample.key for sample in samples)
+        try:
+            tensors = self._images.tensors(pictures)
+            position_ids = self._images.position_ids(samples, tensors)
+        except (ValueError, RuntimeError, IndexError) as error:  # what processors raise on pictures
+            return LoadError(f"the processor fails on the pictures of the samples {keys}: {error}")
+        return lay_out(
+            samples,
+            tensors,
+            image_token_ids=self._images.profile.image_token_ids,
+            position_ids=position_ids,
+            num_skipped=num_skipped,
+        )

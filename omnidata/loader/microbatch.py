@@ -37,16 +37,19 @@ class Microbatch:
 
     input_ids: torch.Tensor  # int64 [T]
     labels: torch.Tensor  # int64 [T], ALREADY SHIFTED within each document; IGNORE_INDEX at its last token
-    position_ids: torch.Tensor  # int64 [T], restart at every document
+    position_ids: torch.Tensor  # int64 [T], restart at every document; M-RoPE: [4, T], row 0 as that
     cu_seqlens: torch.Tensor  # int32 [D+1], first token of each document, then T
     max_seqlen: int  # tokens of the longest document
-    images: torch.Tensor | tuple[bytes, ...]  # uint8 [N, 3, S, S] RGB; encoded bytes if decode_images=False
-    image_positions: torch.Tensor  # int64 [N], where in input_ids each image's first placeholder stands
+    # uint8 [N, 3, S, S] RGB; a processor's tensors by name ({} without pictures); encoded bytes if
+    # decode_images=False
+    images: torch.Tensor | dict[str, torch.Tensor] | tuple[bytes, ...]
+    image_positions: torch.Tensor  # int64 [N], OmniLMM's: where each image's first <im_patch> stands
     num_supervised_tokens: int  # of the WHOLE GLOBAL STEP, all ranks and microbatches: the loss denominator
     keys: tuple[str, ...]  # samples, in order; () when empty
     step: int  # counted from the start of training, over epochs
     epoch: int
     num_skipped: int = 0  # unreadable samples left out under on_error="skip"
+    token_type_ids: torch.Tensor | None = None  # int64 [T], a processor's: 1 at its image tokens, else 0
 
     @property
     def num_tokens(self) -> int:
@@ -62,16 +65,20 @@ class Parts:
     labels: np.ndarray  # int32 [T], shifted
     lengths: np.ndarray  # int64 [D]
     image_positions: np.ndarray  # int64 [N]
-    images: np.ndarray | tuple[bytes, ...]  # uint8 [N, S, S, 3], or as stored
+    images: np.ndarray | dict[str, np.ndarray] | tuple[bytes, ...]  # uint8 [N, S, S, 3], tensors, as stored
     keys: tuple[str, ...]
     num_skipped: int
+    position_ids: np.ndarray | None = None  # int64 [4, T]; None: they follow from the lengths
+    token_types: np.ndarray | None = None  # bool [T]
 
 
 def lay_out(
     samples: Sequence[Sample],
-    images: np.ndarray | tuple[bytes, ...],
+    images: np.ndarray | dict[str, np.ndarray] | tuple[bytes, ...],
     *,
-    im_start: int,
+    im_start: int | None = None,
+    image_token_ids: Sequence[int] | None = None,
+    position_ids: np.ndarray | None = None,
     num_skipped: int = 0,
 ) -> Parts:
     """Lay samples end to end and shift their labels.
@@ -79,7 +86,9 @@ def lay_out(
     Args:
         samples: at most the tokens that the model takes at once.
         images: all their images, in order.
-        im_start: id that opens an image block.
+        im_start: id that opens an image block; None: a processor's dataset.
+        image_token_ids: ids that are marked as a picture's, of a processor.
+        position_ids: int64 ``[4, T]``, if they are not 1-D.
     """
     ids = [sample.input_ids for sample in samples] or [np.zeros(1, np.int32)]
     lengths = np.array([len(document) for document in ids])
@@ -90,9 +99,11 @@ def lay_out(
         labels[start : stop - 1] = sample.labels[1:]
         start = stop
     input_ids = np.concatenate(ids)
-    positions = np.flatnonzero(input_ids == im_start) + 1 if samples else np.zeros(0, np.int64)
+    has_blocks = samples and im_start is not None
+    positions = np.flatnonzero(input_ids == im_start) + 1 if has_blocks else np.zeros(0, np.int64)
     keys = tuple(sample.key for sample in samples)
-    return Parts(input_ids, labels, lengths, positions, images, keys, num_skipped)
+    types = None if image_token_ids is None else np.isin(input_ids, image_token_ids)
+    return Parts(input_ids, labels, lengths, positions, images, keys, num_skipped, position_ids, types)
 
 
 def expand(
@@ -113,10 +124,14 @@ def expand(
     images = parts.images
     if isinstance(images, np.ndarray):
         images = host(images).permute(0, 3, 1, 2)  # channels last: no transposition on the CPU
+    elif isinstance(images, dict):
+        images = {name: host(array) for name, array in images.items()}
+    positions = np.arange(len(starts)) - starts if parts.position_ids is None else parts.position_ids
+    types = None if parts.token_types is None else host(parts.token_types.astype(np.int64))
     return Microbatch(
         input_ids=host(parts.input_ids.astype(np.int64)),
         labels=host(parts.labels.astype(np.int64)),
-        position_ids=host(np.arange(len(starts)) - starts),
+        position_ids=host(positions),
         cu_seqlens=host(cu_seqlens.astype(np.int32)),
         max_seqlen=int(parts.lengths.max()),
         images=images,
@@ -126,4 +141,5 @@ def expand(
         step=step,
         epoch=epoch,
         num_skipped=parts.num_skipped,
+        token_type_ids=types,
     )

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from omnidata.loader.assembler import Assembler, ImageSettings, OnError, Work
+from omnidata.loader.assembler import Assembler, OnError, Work
 from omnidata.loader.augment import Augment
 from omnidata.loader.microbatch import Microbatch, Parts, expand
+from omnidata.loader.pixel_source import normalisation_of, open_pixels
 from omnidata.loader.reader import Document, LoadError, SampleReader
 from omnidata.loader.remote import Remote
+from omnidata.loader.squares import Squares
 from omnidata.loader.workers import TIMEOUT, Workers
 from omnidata.plan.catalog import Place, Places
 from omnidata.plan.epoch import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
@@ -62,6 +64,7 @@ class PackLoader:
         image_cost: tokens that one image weighs when work is dealt to ranks.
         tail: an epoch's last packs, too few for a step, are a step with empty microbatches (pad) or dropped.
         image_size: pixels per side of the square that images become; None: the manifest's.
+        raw_pixels: a processor's tensors as bytes, to be normalised on the device by ``normalise``.
         on_error: an unreadable sample stops the run, or is left out and counted.
         worker_timeout: seconds of waiting for one microbatch until the worker that has it in hand is named,
             killed and replaced.
@@ -86,6 +89,7 @@ class PackLoader:
         window_samples: int = WINDOW_SAMPLES,
         image_size: int | None = None,
         decode_images: bool = True,
+        raw_pixels: bool = False,
         augment: Augment | Mapping[str, float] | None = None,
         on_error: OnError = "raise",
         checksum: bool = True,
@@ -115,17 +119,18 @@ class PackLoader:
         self._state = State()
         datasets = [source.catalog.dataset for source in self.plan.sources]
         manifest = datasets[0].manifest
+        changes = {"augment": _as(Augment, augment) if augment else None, "seed": seed}
+        if manifest.is_omnilmm:
+            fit = manifest.settings.get("image_fit", "squash")
+            images: Any = Squares(image_size or manifest.image_size, fit, **changes)
+        else:
+            images = open_pixels(datasets, raw=raw_pixels, **changes)
+        self._images, self._raw = images, raw_pixels and not manifest.is_omnilmm
         self._assembler = Assembler(
             SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),
-            images=ImageSettings(
-                size=image_size or manifest.image_size,
-                fit=manifest.settings.get("image_fit", "squash"),
-                decode=decode_images,
-                augment=_as(Augment, augment) if augment else None,
-                seed=seed,
-            ),
+            images=images if decode_images else None,
             on_error=on_error,
-            im_start=manifest.special_tokens[IM_START],
+            im_start=manifest.special_tokens[IM_START] if manifest.is_omnilmm else None,
         )
 
     # --- state --------------------------------------------------------------------------------------------
@@ -166,6 +171,13 @@ class PackLoader:
                 )
             total += -(-packs // self.global_batch) if pad else packs // self.global_batch
         return total
+
+    @property
+    def normalise(self) -> Any:
+        """Makes a processor's ``raw_pixels`` its own tensors, where they are: ``normalise(mb.images)``."""
+        if not self._raw:
+            return dict
+        return normalisation_of(self._images.profile)
 
     # --- iteration ----------------------------------------------------------------------------------------
 
@@ -264,7 +276,12 @@ class _PlacesOfWindows:
                 places[position] = place
         numbers = (pack.lengths.tokens, pack.lengths.images, pack.passes)
         columns = [pack.dataset.tolist(), places, *(column.tolist() for column in numbers)]
-        return [Document(*values) for values in zip(*columns, strict=True)]
+        pixels: list[tuple[int, ...]] = [()] * len(places)
+        for dataset, found in of_dataset.items():
+            mine = np.flatnonzero(pack.dataset == dataset)
+            for position, each in zip(mine.tolist(), found.pixels(pack.lengths.rows[mine]), strict=True):
+                pixels[position] = each[: int(pack.lengths.images[position])]
+        return [Document(*values) for values in zip(*columns, pixels, strict=True)]
 
     def _of_window(self, window: Window) -> dict[int, Places]:
         if window.number not in self._places:

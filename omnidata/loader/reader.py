@@ -51,6 +51,7 @@ class Document(NamedTuple):
     num_tokens: int  # fewer than the sample has where the plan cut it
     num_images: int
     passes: int  # times that the dataset had been exhausted before
+    image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors, of a processor's dataset
 
 
 class Shards(Protocol):

@@ -36,6 +36,7 @@ import numpy as np
 
 from omnidata.loader.buffers import Borrower, Buffer, Lender, Loan
 from omnidata.loader.microbatch import Parts
+from omnidata.loader.processor_pixels import Layout, pack_tensors, unpack_tensors
 from omnidata.loader.reader import LESS_MEMORY, LoadError
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ class _Task:
     index: int  # in the order of the works
     work: Work
     buffer: Buffer | None = None  # None: no images
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """An answer's images lie in the buffer, as named tensors."""
+
+    layout: Layout
 
 
 @dataclass(slots=True, eq=False)
@@ -308,6 +316,9 @@ def _sendable(parts: Parts | LoadError, memory: np.ndarray | None) -> Any:
         return parts
     if isinstance(parts.images, np.ndarray):  # decoded in place
         return replace(parts, images=()), parts.images.shape
+    if isinstance(parts.images, dict):
+        layout = None if memory is None else pack_tensors(parts.images, memory)
+        return (parts, None) if layout is None else (replace(parts, images={}), Tensors(layout))
     stop = 0
     for data in parts.images:
         start, stop = stop, stop + len(data)
@@ -322,6 +333,13 @@ def _received(answer: Any, buffer: Buffer | None, lender: Lender) -> Parts | Loa
             lender.take_back(buffer)
         return answer
     parts, found = answer
+    if found is None:  # sent whole: no picture, or more than was foreseen
+        if buffer:
+            lender.take_back(buffer)
+        return parts
+    if isinstance(found, Tensors):
+        flat = lender.array(buffer, (len(buffer.memory),))
+        return replace(parts, images=unpack_tensors(found.layout, flat))
     if buffer is None:
         images = () if isinstance(found, list) else np.empty(found, np.uint8)
     elif isinstance(found, list):

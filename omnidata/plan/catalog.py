@@ -22,7 +22,7 @@ import numpy as np
 
 from omnidata.index import check_types, codes, index_schema, numbers, open_parquet, reading_table
 from omnidata.plan.oversize import cut_length
-from omnidata.schema import IM_START, INDEX, UserError
+from omnidata.schema import INDEX, UserError
 from omnidata.shards import BLOCK, read_sample
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from omnidata.dataset import Dataset
 
+IMAGE_PIXELS = 3 * 448**2  # values of the picture whose cost is 1
 LENGTHS = ("n_tokens", "n_supervised", "n_images")
 PLACES = ("shard", "offset", "nbytes", "key", "content_hash")
 
@@ -43,6 +44,11 @@ class Lengths:
     tokens: np.ndarray
     supervised: np.ndarray
     images: np.ndarray
+    pixels: np.ndarray | None = None  # values of the images' pixel tensors; None: IMAGE_PIXELS for each
+
+    def __post_init__(self) -> None:
+        if self.pixels is None:
+            object.__setattr__(self, "pixels", self.images * IMAGE_PIXELS)
 
     def take(self, positions: np.ndarray) -> Lengths:
         """The samples at ``positions``, in that order."""
@@ -152,9 +158,12 @@ class IndexCatalog:
     def read(self, shards: Sequence[int]) -> Lengths:
         """The lengths of the samples of these shards, in index order."""
         shards = np.sort(np.asarray(shards, np.int64))
-        table = self._table(shards, LENGTHS)
+        # OmniLMM's pictures are all alike, so what one costs is the image_cost itself.
+        has_sizes = not self.dataset.manifest.is_omnilmm
+        table = self._table(shards, (*LENGTHS, "image_pixels") if has_sizes else LENGTHS)
         columns = [numbers(table, name).astype(np.int64) for name in LENGTHS]
-        lengths = Lengths(self._rows(shards), *columns)
+        pixels = _row_sums(table["image_pixels"]) if has_sizes else None
+        lengths = Lengths(self._rows(shards), *columns, pixels)
         _check_lengths(lengths, self.name)
         if not len(self._excluded):
             return lengths
@@ -177,13 +186,27 @@ class IndexCatalog:
         """Tokens, supervised tokens and images to keep of an oversize sample; None: nothing."""
         [place] = self.locate(np.array([row])).find(np.array([row]))
         sample = read_sample(self.dataset.read_range(place.shard, place.offset, place.nbytes))
-        starts = np.flatnonzero(sample.input_ids == self.dataset.manifest.special_tokens[IM_START])
-        return cut_length(sample.labels, starts, max_tokens=max_tokens, max_images=max_images)
+        starts = self._image_starts(row)
+        kept = cut_length(sample.labels, starts, max_tokens=max_tokens, max_images=max_images)
+        if kept is not None and kept[2] < len(starts) and not self._runs_stand_alone:
+            return None  # with fewer pictures the processor would write other runs
+        return kept
+
+    @property
+    def _runs_stand_alone(self) -> bool:
+        return self.dataset.manifest.profile.get("runs_stand_alone", True)
+
+    def _image_starts(self, row: int) -> np.ndarray:
+        """Where in the ids of a sample its images begin."""
+        shard = int(np.searchsorted(self._first_rows, row, side="right") - 1)
+        starts = self._table([shard], ["image_starts"])["image_starts"]
+        return np.array(starts[row - int(self._first_rows[shard])].as_py(), np.int64)
 
     def locate(self, rows: np.ndarray) -> Places:
         """Where the bytes of these rows are (and of the others of their shards)."""
         shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1)
-        table = self._table(shards, PLACES)
+        has_sizes = not self.dataset.manifest.is_omnilmm
+        table = self._table(shards, (*PLACES, "image_pixels") if has_sizes else PLACES)
         self._check_places(table)
         return Places(self._rows(shards), table)
 
@@ -215,6 +238,13 @@ def _check_lengths(lengths: Lengths, name: str) -> None:
         )
 
 
+def _row_sums(column: pa.ChunkedArray) -> np.ndarray:
+    """int64: the sum of each row's list."""
+    lists = column.combine_chunks()
+    values = np.concatenate(([0], np.cumsum(lists.values.to_numpy(zero_copy_only=False))))
+    return np.diff(values[lists.offsets.to_numpy()]).astype(np.int64)
+
+
 class Place(NamedTuple):  # one a sample goes to a worker: tuples are pickled ten times faster than classes
     """Where one sample is."""
 
@@ -233,6 +263,14 @@ class Places:
         self._shard_names, self._shards = codes(table, "shard")
         self._offsets, self._nbytes = (numbers(table, name) for name in ("offset", "nbytes"))
         self._keys, self._hashes = (_Strings(table[name]) for name in ("key", "content_hash"))
+        self._pixels = table["image_pixels"] if "image_pixels" in table.column_names else None
+
+    def pixels(self, rows: np.ndarray) -> list[tuple[int, ...]]:
+        """Values of each image's pixel tensors, of a processor's dataset; else nothing."""
+        if self._pixels is None:
+            return [()] * len(rows)
+        at = np.searchsorted(self._rows, rows)
+        return [tuple(values) for values in self._pixels.take(at).to_pylist()]
 
     def find(self, rows: np.ndarray) -> list[Place]:
         """The place of each row."""

@@ -24,14 +24,15 @@ import numpy as np
 
 from omnidata.plan import packing
 from omnidata.plan.blend import Blend, Draw, Source, quotas
-from omnidata.plan.catalog import Lengths
+from omnidata.plan.catalog import IMAGE_PIXELS, Lengths
 from omnidata.plan.order import permutation
 from omnidata.plan.oversize import Oversize
 from omnidata.plan.sources import open_sources
 from omnidata.schema import UserError
 
 WINDOW_SAMPLES = 1 << 17  # samples shuffled and packed together; about 12 MB of plan
-IMAGE_COST = 221.0  # tokens that one image weighs: OmniLMM-12B with a frozen tower (663 with a trained one)
+# Tokens that one image weighs (a processor's: 448² pixels): OmniLMM-12B with a frozen tower; 663 trained.
+IMAGE_COST = 221.0
 _PACK_ORDER = 0x9ACC  # keeps the order of packs unrelated to the order of samples
 
 Tail = Literal["drop", "pad"]
@@ -60,6 +61,11 @@ class Pack:
     def num_images(self) -> int:
         """Images."""
         return int(self.lengths.images.sum())
+
+    @property
+    def image_load(self) -> float:
+        """What the tower is given, in pictures of 448² pixels; OmniLMM: the number of images."""
+        return float(self.lengths.pixels.sum()) / IMAGE_PIXELS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,7 +250,9 @@ class EpochPlan:
         lengths = draw.lengths.copy()
         for position in over.tolist():
             kept = self._cut(int(draw.dataset[position]), int(lengths.rows[position]))
+            share = kept[2] / max(1, lengths.images[position])
             lengths.tokens[position], lengths.supervised[position], lengths.images[position] = kept
+            lengths.pixels[position] = round(lengths.pixels[position] * share)
         fitted = replace(draw, lengths=lengths).take(np.flatnonzero(lengths.tokens))
         num_left_out = len(lengths.tokens) - len(fitted.dataset)
         return fitted, len(over) - num_left_out, num_left_out
@@ -308,7 +316,7 @@ class EpochPlan:
 
 
 def _step(number: int, packs: list[Pack], world_size: int, image_cost: float, after: Position) -> Step:
-    costs = np.array([pack.num_tokens + image_cost * pack.num_images for pack in packs])
+    costs = np.array([pack.num_tokens + image_cost * pack.image_load for pack in packs])
     ranks = tuple(map(tuple, deal(costs, world_size)))
     return Step(number, tuple(packs), ranks, after)
 

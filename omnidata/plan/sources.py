@@ -69,12 +69,20 @@ def read_keys(path: str) -> list[str]:
 def _check_compatible(catalogs: list[IndexCatalog]) -> None:
     """Refuse to mix datasets whose ids mean different things."""
     for catalog in catalogs[1:]:
-        for name in ("tokenizer_fingerprint", "special_tokens", "num_query"):
+        for name in ("tokenizer_fingerprint", "special_tokens", "profile"):
             first, other = (getattr(c.dataset.manifest, name) for c in (catalogs[0], catalog))
+            if name == "profile":
+                first, other = (_of_ids(profile) for profile in (first, other))
             if name == "special_tokens":  # one that cuts pictures also names the tokens around the tiles
                 first, other = ({k: x[k] for k in first.keys() & other.keys()} for x in (first, other))
             if first != other:
                 raise UserError(
                     f"{catalogs[0].name} and {catalog.name} differ in {name} ({first} and {other}): "
-                    "build them with the same tokenizer and --num-query"
+                    "build them with the same --model, or the same tokenizer and --num-query"
                 )
+
+
+def _of_ids(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a profile decides the ids and the pixels: not OmniLMM's size of stored pictures."""
+    left_out = ("image_size", "transformers", "fingerprint")
+    return {name: value for name, value in profile.items() if name not in left_out}

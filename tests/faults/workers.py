@@ -17,8 +17,8 @@ from tiny_dataset import build_tiny_dataset
 
 from faults.table import Row
 from omnidata.loader import PackLoader
-from omnidata.loader.assembler import Assembler
 from omnidata.loader.reader import LoadError
+from omnidata.loader.squares import Squares
 
 TIMEOUT = 0.5  # seconds
 SLACK = 5.0  # seconds that a new worker may take until it answers, on a machine with much to do
@@ -92,24 +92,24 @@ def without_memory(data: Path, how: str, limit: Callable[[], None], times: int) 
 
 
 class _changed:
-    """Assembler.assemble, which meets ``limit`` after a few microbatches of a worker."""
+    """Squares.fill, which meets ``limit`` after a few microbatches of a worker."""
 
     def __init__(self, limit: Callable[[], None], after: int) -> None:
         self._limit, self._left, self._parent = limit, after % 4, os.getpid()
 
     def __enter__(self) -> None:
-        self._before = before = Assembler._decode
+        self._before = before = Squares.fill
 
-        def decode(assembler: Assembler, *arguments: Any, **named: Any) -> None:
+        def fill(squares: Squares, *arguments: Any, **named: Any) -> None:
             self._left -= 1
             if self._left < 0 and os.getpid() != self._parent:
                 self._limit()
-            before(assembler, *arguments, **named)
+            before(squares, *arguments, **named)
 
-        Assembler._decode = decode
+        Squares.fill = fill
 
     def __exit__(self, *_: object) -> None:
-        Assembler._decode = self._before
+        Squares.fill = self._before
 
 
 def _raise() -> None:

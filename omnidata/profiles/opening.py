@@ -1,0 +1,40 @@
+"""The profile of a dataset that is built: its processor, as it lies in the dataset's own folder."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from omnidata.durable import Store
+from omnidata.profiles import OMNILMM
+from omnidata.profiles.folder import load_processor
+from omnidata.profiles.processor import ProcessorProfile
+from omnidata.schema import PROCESSOR_DIR, Manifest
+
+
+def processor_folder(url: str) -> str:
+    """The dataset's ``processor/`` as a local folder: itself, or a copy of a remote one."""
+    return _local_copy(url)
+
+
+def open_profile(url: str, manifest: Manifest) -> ProcessorProfile | None:
+    """The processor's profile; None: the dataset is OmniLMM's, which has no processor. Loaded once a process.
+
+    Raises:
+        UserError: the processor cannot be loaded.
+    """
+    if manifest.profile["name"] == OMNILMM:
+        return None
+    return _open(processor_folder(url), json.dumps(manifest.profile["arguments"]))
+
+
+@lru_cache(maxsize=4)
+def _local_copy(url: str) -> str:
+    return Store(url).local_copy(PROCESSOR_DIR)
+
+
+@lru_cache(maxsize=4)
+def _open(folder: str, arguments: str) -> ProcessorProfile:
+    values: dict[str, Any] = json.loads(arguments)
+    return ProcessorProfile(load_processor(folder), values)
