@@ -32,6 +32,7 @@ from tiny_dataset import build_tiny_dataset
 from omnidata.dataset import Dataset
 from omnidata.index import index_schema, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
+from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.schema import INDEX, MANIFEST, ShardInfo, shard_name
 from omnidata.verify.tables import check_index
 
@@ -57,8 +58,7 @@ def generate(root: Path, num_samples: int) -> Path:
     totals = {name: int(np.sum(table[name].to_numpy(), dtype=np.int64)) for name in table.column_names}
     manifest = dataclasses.replace(
         manifest,
-        num_query=NUM_QUERY,
-        image_size=448,
+        profile=OmniLMMProfile(NUM_QUERY, 448).to_json(),
         num_records=num_samples + 3,
         num_samples=num_samples,
         num_tokens=totals["n_tokens"],
@@ -93,6 +93,9 @@ def _tables(rng: np.random.Generator, num_samples: int, shards: list[ShardInfo])
             "n_supervised": np.maximum(1, text // 3),
             "n_images": images,
             "image_sizes": [rng.integers(448, 1024, (n, 2)).tolist() for n in images],
+            "image_starts": [[i * (NUM_QUERY + 2) for i in range(n)] for n in images],
+            "image_tokens": [[NUM_QUERY + 2] * n for n in images],
+            "image_pixels": [[3 * 448**2] * n for n in images],
             "id": ids,
             "source": [f"part-{number % 7}.jsonl"] * count,
             "locator": [f"line {i}" for i in range(count)],

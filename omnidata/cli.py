@@ -60,18 +60,24 @@ def _read_config(context: click.Context, parameter: click.Parameter, file: str |
 @cli.command("build-shards")
 @click.argument("source", nargs=-1)
 @click.option("--out", metavar="DIR", help="Dataset folder or URL to write.")
-@click.option("--tokenizer", metavar="DIR_OR_ID", help="Hugging Face tokenizer with a chat template.")
+@click.option("--model", metavar="DIR_OR_ID", default="", help="Any vision-language model of transformers.")
+@click.option(
+    "--tokenizer", metavar="DIR_OR_ID", default="", help="OmniLMM: a tokenizer with a chat template."
+)
+@click.option(
+    "--processor-arg", multiple=True, metavar="NAME=VALUE", help="As max_pixels=1003520; repeatable."
+)
+@click.option("--date", metavar="YYYY-MM-DD", help="Today's, for chat templates that print it.")
 @click.option("--image-root", metavar="DIR", help="Folder, zip or tar that image paths are relative to.")
 @click.option("--format", default="auto", show_default=True, help="auto, llava, messages, parquet, tsv, …")
 @click.option("--num-query", default=64, show_default=True, help="<im_patch> tokens per image.")
-@click.option("--max-length", default=2048, show_default=True, help="Tokens per sample.")
+@click.option("--max-length", type=int, help="Tokens per sample.  [default: 2048; with --model 16384]")
 @click.option("--image-size", default=448, show_default=True, help="Pixels of the shorter side (shrink).")
 @click.option(
     "--image-policy",
     type=click.Choice(["keep", "shrink"]),
-    default="shrink",
-    show_default=True,
-    help="Store the original bytes, or bring large pictures down to --image-size.",
+    help="Store the original bytes, or bring large pictures down: to --image-size, or as far as the "
+    "processor's answer stays the same.  [default: shrink; with --model keep]",
 )
 @click.option(
     "--image-fit",
@@ -173,7 +179,10 @@ def build_shards(**flags: Any) -> int:
     """
     from omnidata.builder.settings import options_of, settings_of
 
-    missing = [name for name in ("source", "tokenizer", "out") if not flags[name] and not flags["dry_run"]]
+    flags["slice_tokens"] = tuple(flags["slice_tokens"])
+    given = flags | {"model or --tokenizer": flags["model"] or flags["tokenizer"]}
+    wanted = ("source", "model or --tokenizer", "out")
+    missing = [name for name in wanted if not given[name] and not flags["dry_run"]]
     if missing:
         raise click.UsageError(f"Missing {', '.join('--' * (name != 'source') + name for name in missing)}.")
     settings, options = settings_of(flags), options_of(flags)

@@ -29,6 +29,8 @@ def _arrow_schema(columns: Sequence[Column]) -> pa.Schema:
         "string": pa.string(),
         "int32": pa.int32(),
         "int64": pa.int64(),
+        "list<int32>": pa.list_(pa.int32()),
+        "list<int64>": pa.list_(pa.int64()),
         "list<list<int32>>": pa.list_(pa.list_(pa.int32())),
     }
     return pa.schema([pa.field(column.name, types[column.type], nullable=False) for column in columns])

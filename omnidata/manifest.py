@@ -68,6 +68,8 @@ def check_agreement(manifest: Manifest, *, where: str) -> None:
             what = f"the shards of split {split!r} hold {found[split]} samples, the manifest says "
             what += f"{manifest.splits.get(split, 0)}"
             raise UserError(f"{where}: {what}: the dataset is damaged, run `omnidata verify`")
+    if not manifest.is_omnilmm:
+        return
     if missing := [name for name in IMAGE_TOKENS if name not in manifest.special_tokens]:
         raise UserError(f"{where}: special_tokens lacks {missing[0]}: the dataset is damaged, build it again")
 
@@ -77,6 +79,7 @@ def _problems(data: dict[str, Any]) -> Iterator[str]:
     for field in fields(Manifest):
         if field.name != "shards" and not _is(data[field.name], str(field.type)):
             yield f"{field.name} is {_short(data[field.name])}, not a {field.type} in range"
+    yield from _profile_problems(data["profile"])
     if not isinstance(data["shards"], list):
         yield f"shards is {_short(data['shards'])}, not a list"
         return
@@ -94,6 +97,28 @@ def _problems(data: dict[str, Any]) -> Iterator[str]:
         elif shard["path"] in seen:
             yield f"{shard['path']} is listed twice"
         seen.add(str(shard["path"]))
+
+
+OMNILMM_KEYS = {"num_query": "int", "image_size": "int"}
+PROCESSOR_KEYS = {
+    "processor": "str",
+    "arguments": "dict[str, Any]",
+    "image_token": "str",
+    "image_token_ids": "list[int]",
+    "fingerprint": "dict[str, Any]",
+}
+
+
+def _profile_problems(profile: Any) -> Iterator[str]:
+    """In what the profile is none of omnidata.profiles."""
+    kinds = {"omnilmm": OMNILMM_KEYS, "processor": PROCESSOR_KEYS}
+    name = profile.get("name") if isinstance(profile, dict) else None
+    if not isinstance(name, str) or name not in kinds:
+        yield f"profile is {_short(profile)}, not one of {', '.join(kinds)}"
+        return
+    for key, kind in kinds[name].items():
+        if not _is(profile.get(key), kind):
+            yield f"{key} of the profile is {_short(profile.get(key))}, not a {kind} in range"
 
 
 def _is(value: Any, kind: str) -> bool:

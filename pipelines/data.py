@@ -37,6 +37,12 @@ def open_datasets(configs: Sequence[DatasetConfig]) -> list[Dataset]:
             datasets.append(Dataset(config.path, config.split))
         except UserError as error:
             problems.append(str(error))
+    problems += [
+        f"{dataset.path} was built for {dataset.manifest.profile['processor']} (--model); train.py trains "
+        "OmniLMM. Take its packs with omnidata.loader.PackLoader, or build with --tokenizer"
+        for dataset in datasets
+        if not dataset.manifest.is_omnilmm
+    ]
     if problems:
         raise UserError("\n  ".join(dict.fromkeys(problems)))
     return datasets

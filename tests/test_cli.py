@@ -140,7 +140,7 @@ def test_mistakes(corpus, tmp_path, capsys, change, code, message):
 
 def test_what_is_missing_is_named(capsys):
     assert cli.run(["build-shards", "x.json"]) == 2
-    assert "--tokenizer, --out" in capsys.readouterr().err
+    assert "--model or --tokenizer, --out" in capsys.readouterr().err
     assert cli.run(["build-shards", "--out", "x", "--tokenizer", "y"]) == 2
     assert "source" in capsys.readouterr().err
 

@@ -23,14 +23,15 @@ from omnidata.shards import CorruptSampleError
 
 
 def a_row(**changes):
-    empty = {"string": "", "int32": 0, "int64": 0, "list<list<int32>>": []}
-    return {column.name: empty[column.type] for column in INDEX_COLUMNS} | changes
+    empty = {"string": "", "int32": 0, "int64": 0}
+    return {column.name: empty.get(column.type, []) for column in INDEX_COLUMNS} | changes
 
 
 def a_manifest(**changes):
     empty = {"int": 0, "str": "", "list": [], "dict": {}}
     values = {field.name: empty[field.type.partition("[")[0]] for field in dataclasses.fields(Manifest)}
     values |= {"schema_version": SCHEMA_VERSION, "splits": {"train": 0}}
+    values["profile"] = {"name": "omnilmm", "num_query": 4, "image_size": 32}
     values["special_tokens"] = {name: i for i, name in enumerate(IMAGE_TOKENS)}
     return Manifest(**(values | changes))
 
@@ -80,8 +81,11 @@ def test_manifest_round_trip_and_strictness():
     ]:
         with pytest.raises(UserError, match=message):
             manifest_from_json(json.dumps(data | change).encode(), where="m")
-    del data["num_query"]
-    with pytest.raises(UserError, match="num_query"):
+    for profile in ({"name": "omnilmm", "num_query": 4}, {"name": "other"}, {"name": "processor"}, None):
+        with pytest.raises(UserError, match="profile"):
+            manifest_from_json(json.dumps(data | {"profile": profile}).encode(), where="m")
+    del data["profile"]
+    with pytest.raises(UserError, match="profile"):
         manifest_from_json(json.dumps(data).encode(), where="m")
     with pytest.raises(UserError, match="not valid JSON"):
         manifest_from_json(raw[: len(raw) // 2], where="m")

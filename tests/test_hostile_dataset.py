@@ -48,7 +48,7 @@ VALUES = {
     "a null": lambda m: m.update(num_samples=None),
     "a negative count": lambda m: m.update(num_tokens=-1),
     "a huge count": lambda m: m["shards"][0].update(num_bytes=10**30),
-    "a true": lambda m: m.update(num_query=True),
+    "a true": lambda m: m["profile"].update(num_query=True),
     "a string": lambda m: m["splits"].update(train="8"),
     "no list": lambda m: m.update(shards={}),
     "a shard that is none": lambda m: m["shards"].append(None),

@@ -121,7 +121,7 @@ def test_frozen_parts_cost_what_the_gradient_needs(frozen, tower, language):
 
 def test_hours_follow_from_flops_and_assumptions():
     assume = Assumptions(gpu="a100", num_gpus=8, mfu=0.5, frozen=())
-    cost = epoch_cost(np.array([400, 400]), num_images=1, image_size=448, assume=assume)
+    cost = epoch_cost(np.array([400, 400]), pixels=np.array([3 * 448**2]), assume=assume)
     assert cost.flops == pytest.approx(3 * (9.25e12 + 2 * 5.63e12), rel=1e-3)
     assert cost.hours == pytest.approx(cost.flops / (8 * GPUS["a100"] * 0.5) / 3600)
     for wrong in ({"model": "gpt"}, {"gpu": "abacus"}, {"mfu": 0.0}, {"mfu": 1.5}, {"frozen": ("lm",)}):

@@ -20,9 +20,11 @@ import numpy as np
 from omnidata.builder.interop import energon_files
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
 from omnidata.manifest import manifest_to_json
+from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.schema import (
     CONTENT_TOKENS,
     IGNORE_INDEX,
+    IM_START,
     IMAGE_TOKENS,
     INDEX,
     MANIFEST,
@@ -165,7 +167,9 @@ def _write_one_shard(root: Path, name: str, split: str, numbered: list[tuple[int
     with path.open("wb") as file:
         spans = write_shard(file, (sample for _, sample in numbered))
     Path(f"{path}.idx").write_bytes(idx_bytes(spans))
-    rows = [_row(i, sample, span, name, split) for (i, sample), span in zip(numbered, spans, strict=True)]
+    start = load_tokenizer(root / TOKENIZER_DIR).convert_tokens_to_ids(IM_START)
+    pairs = zip(numbered, spans, strict=True)
+    rows = [_row(i, sample, span, name, split) | _runs(sample, start) for (i, sample), span in pairs]
     raw = path.read_bytes()
     info = ShardInfo(
         path=name,
@@ -176,6 +180,14 @@ def _write_one_shard(root: Path, name: str, split: str, numbered: list[tuple[int
         sha256=hashlib.sha256(raw).hexdigest(),
     )
     return info, rows
+
+
+def _runs(sample: Sample, start: int) -> dict[str, Any]:
+    return {
+        "image_starts": np.flatnonzero(sample.input_ids == start).tolist(),
+        "image_tokens": [NUM_QUERY + 2] * len(sample.images),
+        "image_pixels": [3 * 32**2] * len(sample.images),
+    }
 
 
 def _row(i: int, sample: Sample, span: tuple[int, int], shard: str, split: str) -> dict[str, Any]:
@@ -234,9 +246,8 @@ def _manifest(root: Path, shards: list[ShardInfo], rows: list[dict[str, Any]]) -
         chat_template_fingerprint=template_fingerprint(loaded),
         special_tokens=special_token_ids(loaded),
         vocab_size=len(loaded),
-        num_query=NUM_QUERY,
+        profile=OmniLMMProfile(NUM_QUERY, 32).to_json(),
         image_policy="keep",
-        image_size=32,
         resize_backend="none",
         inputs=[
             {"source": source, "format": "llava", "num_bytes": 1, "digest": "0", "num_records": n}

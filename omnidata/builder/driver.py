@@ -1,7 +1,7 @@
 """Build: from raw corpora to a complete dataset, resumable at every step.
 
     (1) check_folder   is --out ours to write to?                                   durable
-    (2) open_inputs    what the user named must exist: sources, tokenizer           corpus, tokenizer
+    (2) open_inputs    what the user named must exist: sources, tokenizer or model  corpus, profiles
     (3) hold_locks     nobody else may build here                                   durable
     (4) prepare        the plan in .build/plan.json if it is ours, else a new one   build_plan
     (5) build_shards   every shard that is not done yet, on any executor            worker, executors
@@ -44,7 +44,8 @@ from omnidata.executors import (
 )
 from omnidata.manifest import manifest_from_json
 from omnidata.ray_executor import RayExecutor
-from omnidata.schema import MANIFEST, TOKENIZER_DIR, UserError
+from omnidata.render import Renderer
+from omnidata.schema import MANIFEST, PROCESSOR_DIR, TOKENIZER_DIR, UserError
 
 # Libraries under fsspec whose errors are no OSError: a short body, a wrong checksum, no answer.
 CLIENTS = ("aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
@@ -65,16 +66,16 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
     store = Store(out)
     check_folder(store, options)
     with _interrupts(), _one_clear_line(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
-        files, identity, tokenizer = open_inputs(settings, folder)
+        files, identity, renderer = open_inputs(settings, folder)
         with hold_locks(store, options):
             plan = resume_plan(store, identity, options)
             if store.exists(MANIFEST):
                 return _built_before(store, identity)
-            job = Job(out, settings, files, f"{store.url}/{TOKENIZER_DIR}")
+            job = Job(out, settings, files, store.url)
             with open_executor(job, options) as executor:
                 try:
                     plan = plan or prepare(store, job, identity, executor, folder)
-                    return _Run(store, job, plan, options, executor, tokenizer).run()
+                    return _Run(store, job, plan, options, executor, renderer).run()
                 except FileNotFoundError:
                     if options.task is None or not store.exists(MANIFEST):
                         raise
@@ -101,15 +102,14 @@ def resume_plan(store: Store, identity: dict[str, Any], options: RunOptions) -> 
     return None
 
 
-def prepare(
-    store: Store, job: Job, identity: dict[str, Any], executor: Executor, tokenizer_folder: str
-) -> BuildPlan:
+def prepare(store: Store, job: Job, identity: dict[str, Any], executor: Executor, folder: str) -> BuildPlan:
     """Make the plan and keep it; where several tasks start together, one does and the others wait."""
     with locked(store, "plan", wait=True):
         if (plan := read_plan(store)) is not None:
             return plan
         clear(store)
-        store.write_folder(TOKENIZER_DIR, tokenizer_folder)
+        for name in (TOKENIZER_DIR, PROCESSOR_DIR):
+            store.write_folder(name, f"{folder}/{name}")
         run = functools.partial(run_tasks, executor)
         plan = make_plan(identity, job.settings, len(job.files), run)
         write_plan(store, plan)
@@ -141,6 +141,8 @@ def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     """Where the build's tasks run."""
     function = functools.partial(work, job)
     preload = (*PRELOAD, "torch") if job.settings.max_slices else PRELOAD
+    if job.settings.model:
+        preload = (*PRELOAD, "torch", "transformers.models.auto.processing_auto")
     private = Store(job.out).is_private or any(
         "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
     )
@@ -169,10 +171,16 @@ class _Run:
     """One run over a plan: builds what is missing, completes the dataset when nothing is."""
 
     def __init__(
-        self, store: Store, job: Job, plan: BuildPlan, options: RunOptions, executor: Executor, tokenizer: Any
+        self,
+        store: Store,
+        job: Job,
+        plan: BuildPlan,
+        options: RunOptions,
+        executor: Executor,
+        renderer: Renderer,
     ) -> None:
         self.store, self.job, self.plan, self.options = store, job, plan, options
-        self.executor, self.tokenizer = executor, tokenizer
+        self.executor, self.renderer = executor, renderer
         self.tasks = cut_shards(plan.stretches, job.settings, duplicates=plan.duplicates)
         self.results: dict[ShardTask, ShardResult] = {}
         self.built: list[ShardTask] = []  # by this run
@@ -263,7 +271,7 @@ class _Run:
                 run = functools.partial(run_tasks, self.executor)
                 self.results.update(drop_repeats(self.store, self.done, run))
             rejects = first_rejects(self.store, self.done)
-            manifest = complete(self.store, self.job.settings, self.plan, self.done, self.tokenizer)
+            manifest = complete(self.store, self.job.settings, self.plan, self.done, self.renderer)
         return report_of(manifest, first_rejects=rejects, **self._facts(progress))
 
     def _facts(self, progress: Progress) -> dict[str, Any]:

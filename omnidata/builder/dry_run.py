@@ -24,7 +24,6 @@ from omnidata.builder.worker import Job, build_shard
 from omnidata.dataset import Dataset
 from omnidata.durable import Store
 from omnidata.executors import run_tasks
-from omnidata.schema import TOKENIZER_DIR
 
 if TYPE_CHECKING:
     from omnidata.inspect.samples import SampleView
@@ -75,8 +74,8 @@ def dry_run(settings: BuildSettings, options: RunOptions) -> DryRunReport:
     from omnidata.inspect.samples import read_views  # a later stage: this looks at what it built
 
     with tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
-        files, identity, tokenizer = open_inputs(settings, f"{folder}/{TOKENIZER_DIR}")
-        job = Job(folder, settings, files, f"{folder}/{TOKENIZER_DIR}")
+        files, identity, renderer = open_inputs(settings, folder)
+        job = Job(folder, settings, files, folder)
         with open_executor(job, options) as executor:
             run = functools.partial(run_tasks, executor)
             plan = make_plan(identity, settings, len(files), run, weigh=True)
@@ -88,7 +87,7 @@ def dry_run(settings: BuildSettings, options: RunOptions) -> DryRunReport:
         views = []
         if result.num_samples:
             part = BuildPlan(identity, tuple(piece.stretch for piece in task.pieces), ())
-            complete(store, tried.settings, part, pairs, tokenizer)
+            complete(store, tried.settings, part, pairs, renderer)
             step = max(1, result.num_samples // NUM_SAMPLES)
             views = list(read_views(Dataset(folder), range(0, result.num_samples, step)[:NUM_SAMPLES]))
         counts = [sum(stretch.counts[at] for stretch in plan.stretches) for at in range(len(settings.splits))]

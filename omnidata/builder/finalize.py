@@ -20,13 +20,13 @@ from omnidata.builder.layout import ShardTask
 from omnidata.builder.plan import BuildPlan
 from omnidata.builder.report import examples
 from omnidata.builder.settings import BuildSettings
-from omnidata.builder.stages import renderer_of
 from omnidata.builder.worker import ShardResult, part_path, rejects_path, total_counts
 from omnidata.builder.workspace import leave
 from omnidata.durable import Store
 from omnidata.images.pixels import backend
 from omnidata.index import index_schema, read_table, reject_schema, write_tables
 from omnidata.manifest import manifest_to_json
+from omnidata.render import Renderer
 from omnidata.schema import CARD, INDEX, MANIFEST, REJECTS, SCHEMA_VERSION, Manifest, UserError
 from omnidata.text.tokenizer import fingerprint, special_token_ids, template_fingerprint
 
@@ -34,14 +34,14 @@ Results = Sequence[tuple[ShardTask, ShardResult]]  # in the order of the shards
 
 
 def complete(
-    store: Store, settings: BuildSettings, plan: BuildPlan, results: Results, tokenizer: Any
+    store: Store, settings: BuildSettings, plan: BuildPlan, results: Results, renderer: Renderer
 ) -> Manifest:
     """Write everything that the shards do not hold.
 
     Raises:
         UserError: not one sample was built.
     """
-    manifest = make_manifest(settings, plan, results, tokenizer)
+    manifest = make_manifest(settings, plan, results, renderer)
     if not manifest.num_samples:
         raise UserError(
             f"none of the {manifest.num_records:,} records became a sample: {manifest.rejects}. Mostly the "
@@ -67,7 +67,7 @@ def _tables(store: Store, results: Results, schema: pa.Schema, path_of: Any) -> 
                 yield read_table(file, schema)
 
 
-def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, tokenizer: Any) -> Manifest:
+def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, renderer: Renderer) -> Manifest:
     """Totals of all shards, and what they were made from."""
     shards = [result.info for _, result in results if result.info]
     rejects, splits = Counter[str](), Counter[str]()
@@ -76,7 +76,7 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
     for shard in shards:
         splits[shard.split] += shard.num_samples
     num_samples, num_rejects = sum(splits.values()), sum(rejects.values())
-    counts, renderer = total_counts(result for _, result in results), renderer_of(settings, tokenizer)
+    counts, tokenizer = total_counts(result for _, result in results), renderer.tokenizer
     assert num_samples + num_rejects == plan.num_records, "samples + rejects = records"
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -87,9 +87,8 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, to
         special_tokens=special_token_ids(tokenizer, settings.slice_tokens if settings.max_slices else ()),
         end_of_turn=list(renderer.end_of_turn),
         vocab_size=len(tokenizer),
-        num_query=settings.num_query,
+        profile=plan.identity["profile"],
         image_policy=settings.image_policy,
-        image_size=settings.image_size,
         resize_backend=backend(),
         inputs=[
             entry | {"num_records": plan.records_of_file(number)}

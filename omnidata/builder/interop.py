@@ -58,12 +58,12 @@ Each shard is a plain WebDataset tar. A sample is
 
 | member | content |
 |---|---|
-| `KEY.input_ids.npy` | int32 `[L]`; an image is `<im_start>` + {num_query} × `<im_patch>` + `<im_end>` |
+| `KEY.input_ids.npy` | int32 `[L]`; an image is {run} |
 | `KEY.labels.npy` | int32 `[L]`, unshifted: the token id where it is supervised, else -100 |
 | `KEY.jpg` (`.png`, `.webp`), `KEY.1.jpg`, … | the images, in the order of their blocks |
 {slices}
-`tokenizer/` is the tokenizer that made the ids. `index.parquet` has a row a sample with its byte range;
-`manifest.json` says what the dataset was built from. The code below is run from this folder.
+`tokenizer/` is the tokenizer that made the ids{processor}. `index.parquet` has a row a sample with its byte
+range; `manifest.json` says what the dataset was built from. The code below is run from this folder.
 
 ## omnidata
 
@@ -149,6 +149,12 @@ for sample in dataset:
 """
 
 
+def _run_text(manifest: Manifest) -> str:
+    if manifest.is_omnilmm:
+        return f"`<im_start>` + {manifest.num_query} × `<im_patch>` + `<im_end>`"
+    return f"the run of tokens that `{manifest.profile['processor']}` (in `processor/`) writes for its size"
+
+
 def _slices_text(manifest: Manifest) -> str:
     slicing = slicing_of(manifest.settings)
     if slicing is None:
@@ -177,7 +183,8 @@ def dataset_card(manifest: Manifest) -> str:
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         num_rejects=manifest.num_rejects,
         num_records=manifest.num_records,
-        num_query=manifest.num_query,
+        run=_run_text(manifest),
+        processor="" if manifest.is_omnilmm else ", `processor/` the model's processor",
         split_rows="\n".join(rows),
         sources=", ".join(sources) + ".",
         first_split=next(iter(manifest.splits)),

@@ -69,6 +69,7 @@ def identity_of(
     settings: BuildSettings,
     files: Sequence[SourceFile],
     tokenizer: dict[str, str],
+    profile: dict[str, Any],
     *,
     images: str | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def identity_of(
         "schema_version": SCHEMA_VERSION,
         "settings": settings.to_json(),
         "tokenizer": tokenizer,
+        "profile": profile,
         "versions": versions(),
         "images": images,
         "inputs": [
@@ -108,12 +110,11 @@ def what_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in flags
         if old.get(name) != new.get(name)
     ]
-    for name in ("tokenizer", "versions"):
-        keys = sorted(before[name].keys() | now[name].keys())
-        pairs = [(key, before[name].get(key), now[name].get(key)) for key in keys]
-        lines += [
-            f"{name[:9]} {key} was {was} and is {is_now}" for key, was, is_now in pairs if was != is_now
-        ]
+    for name in ("tokenizer", "profile", "versions"):
+        was_of, now_of = before.get(name, {}), now.get(name, {})
+        keys = sorted(was_of.keys() | now_of.keys())
+        pairs = [(key, was_of.get(key), now_of.get(key)) for key in keys]
+        lines += [f"{name} {key} was {was} and is {is_now}" for key, was, is_now in pairs if was != is_now]
     if before.get("images") != now.get("images"):
         lines.append(f"--image-root {new['image_root']} changed")
     was_in = {entry["source"]: entry for entry in before["inputs"]}

@@ -21,7 +21,13 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 TRAIN = "train"
 # settings that are lists
-LISTS = ("source", "content_token", "slice_tokens", "image_key", "caption_prompt", "allow_remote")
+LISTS = (
+    *("source", "content_token", "slice_tokens", "image_key", "caption_prompt", "allow_remote"),
+    "processor_arg",
+)
+# settings that only OmniLMM's profile has
+OMNILMM_ONLY = ("num_query", "image_size", "image_fit", "max_slices", "slice_size", "slice_tokens")
+MAX_LENGTH = {"tokenizer": 2048, "model": 16_384}  # tokens; a picture of current models may take thousands
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,16 @@ class BuildSettings:
     """What shapes the bytes of a dataset. Names are those of the flags."""
 
     source: tuple[str, ...]  # files, globs or URLs, in the order in which they are read
-    tokenizer: str
+    tokenizer: str = ""  # of OmniLMM's profile …
+    model: str = ""  # … or the model whose processor is asked
+    processor_arg: tuple[str, ...] = ()  # NAME=VALUE of the processor's call
+    date: str | None = None  # today's, for chat templates that print it
     image_root: str | None = None
     format: str = "auto"
     num_query: int = 64  # <im_patch> tokens an image
-    max_length: int = 2048  # tokens
+    max_length: int | None = None  # tokens; None: MAX_LENGTH
     image_size: int = 448  # pixels
-    image_policy: str = "shrink"  # keep | shrink
+    image_policy: str | None = None  # keep | shrink; None: shrink for OmniLMM, keep for a processor
     image_fit: str = "squash"  # squash | center_crop: how the model's square is made of a picture
     max_slices: int = 0  # tiles that a large picture is cut into besides its overview; 0: none
     slice_size: int | None = None  # pixels a side of a tile; None: image_size
@@ -59,6 +68,7 @@ class BuildSettings:
     max_pixels: int = MAX_PIXELS  # of one picture
 
     def __post_init__(self) -> None:
+        self._choose()
         if self.samples_per_shard is not None and self.shard_bytes is not None:
             raise UserError("--samples-per-shard and --shard-bytes exclude each other: give one")
         for name in (
@@ -77,6 +87,31 @@ class BuildSettings:
             raise UserError(f"--max-slices is {self.max_slices}: give 0 (cut nothing) or at least 2 tiles")
         if TRAIN in self.split or sum(self.split.values()) >= 1:
             raise UserError(f"--split {self.split}: name other splits than train, and leave it some records")
+
+    def _choose(self) -> None:
+        """The defaults that depend on the profile; refuse flags of the other one."""
+        if bool(self.model) == bool(self.tokenizer):
+            raise UserError("give either --model (its processor) or --tokenizer (OmniLMM's profile)")
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", MAX_LENGTH["model" if self.model else "tokenizer"])
+        if self.image_policy is None:
+            object.__setattr__(self, "image_policy", "keep" if self.model else "shrink")
+        if not self.model and self.processor_arg:
+            raise UserError("--processor-arg goes with --model: OmniLMM's profile has no processor")
+        given = [name for name in OMNILMM_ONLY if self.model and getattr(self, name) != _default(name)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(
+                f"{flags}: of OmniLMM's profile; with --model the processor decides, say it with "
+                "--processor-arg NAME=VALUE"
+            )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the processor's call."""
+        from omnidata.profiles.folder import parse_arguments
+
+        return parse_arguments(self.processor_arg)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -101,7 +136,18 @@ class BuildSettings:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as they stand in the plan and in the manifest."""
         lists = {name: list(getattr(self, name)) for name in LISTS}
-        return asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
+        values = asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
+        unused = OMNILMM_ONLY if self.model else ("model", "processor_arg")
+        return {name: value for name, value in values.items() if name not in unused}
+
+
+def _default(name: str) -> Any:
+    return next(setting.default for setting in fields(BuildSettings) if setting.name == name)
+
+
+def settings_from_json(values: dict[str, Any]) -> BuildSettings:
+    """The settings that ``to_json`` gave."""
+    return BuildSettings(**{name: tuple(v) if name in LISTS else v for name, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -165,7 +211,8 @@ def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := sorted(values.keys() - names):
         raise UserError(f"--config {file}: no flag is named {', '.join(unknown)}")
-    for name in ("source", "split", "content_token", "image_key", "caption_prompt", "allow_remote"):
+    repeatable = ("content_token", "image_key", "caption_prompt", "allow_remote", "processor_arg")
+    for name in ("source", "split", *repeatable):
         if name in values:
             values[name] = _as_list(values[name])
     return values

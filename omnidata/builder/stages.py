@@ -3,7 +3,8 @@
     Record ─conversation─▶ Conversation ─render (in batches)─▶ ids + labels ─images─▶ Built
        └──────────────────────── RejectError at any of them ───────────────▶ Reject
 
-With --max-slices a picture's size decides how many blocks it has, so pictures are read before the rendering.
+With --max-slices or --model a picture's size decides how many tokens it takes, so pictures are read before
+the rendering.
 
 Every record that goes in comes out once, as the one or the other, in the same order.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,17 @@ import orjson
 
 from omnidata.builder.settings import BuildSettings
 from omnidata.conversation import Reading, to_conversation, with_grids
+from omnidata.durable import Store
+from omnidata.images.header import read_header
 from omnidata.images.slices import Grid, Picture, read_picture
 from omnidata.images.store import ImageStore
 from omnidata.outcomes import caught
+from omnidata.part_renderer import PartRenderer
+from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.render import Renderer
 from omnidata.schema import (
+    PROCESSOR_DIR,
+    TOKENIZER_DIR,
     Conversation,
     EncodedImage,
     ImageRef,
@@ -38,6 +45,7 @@ from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import load_tokenizer
 
 BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
+BATCH_WITH_PICTURES = 16  # their pictures are held while they are rendered
 BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a batch
 RAW_CHARACTERS = 2000
 MAX_DEPTH = 20  # of a row's values in an excerpt
@@ -61,6 +69,7 @@ class Built:
     spelled_tokens: tuple[str, ...] = ()  # control tokens that its replies spell
     content_tokens: tuple[str, ...] = ()  # added tokens that its replies are encoded with
     notes: tuple[str, ...] = ()  # what the report should tell besides
+    image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors
 
 
 Pictures = tuple[Picture, ...]
@@ -76,16 +85,17 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.slicing = self.settings.slicing
+        self.profile = OmniLMMProfile(self.settings.num_query, self.settings.image_size)
         tokens = self.renderer.content_tokens
         ids = self.renderer.tokenizer.convert_tokens_to_ids(list(tokens))
         self.content_ids = dict(zip(ids, tokens, strict=True))
         self.content_array = np.array(ids, dtype=np.int32)
 
     @classmethod
-    def load(cls, settings: BuildSettings, tokenizer: str) -> Stages:
-        """Load the tokenizer (a path or id) and make the renderer."""
-        renderer = renderer_of(settings, load_prepared(tokenizer) or load_tokenizer(tokenizer))
-        if settings.max_slices:  # tiles are cut as training resizes
+    def load(cls, settings: BuildSettings, folder: Store) -> Stages:
+        """Make the renderer from the ``tokenizer/`` and ``processor/`` of a dataset."""
+        renderer = load_renderer(settings, folder)
+        if settings.max_slices or settings.model:  # tiles are cut as training resizes
             import torch
 
             torch.set_num_threads(1)  # the workers are the parallelism
@@ -93,10 +103,11 @@ class Stages:
 
     def run(self, records: Iterable[Positioned], note: Note = lambda text: None) -> Iterator[Built | Reject]:
         """Carry records through all stages, in order; ``note`` is told what is worked on."""
-        for batch in batches(records, note):
+        num_records = BATCH_RECORDS if not self.settings.model else BATCH_WITH_PICTURES
+        for batch in batches(records, note, num_records=num_records):
             note(f"{_place(batch[0][1])} … {_place(batch[-1][1])}")
             talks = [_converse(record, self.settings.reading) for _, record in batch]
-            cut = [self._cut(record, talk, note) for (_, record), talk in zip(batch, talks, strict=True)]
+            cut = [self._look(record, talk, note) for (_, record), talk in zip(batch, talks, strict=True)]
             talks = [talk for talk, _ in cut]
             rendered = iter(self.renderer.render_batch([t for t in talks if isinstance(t, Conversation)]))
             for (position, record), (talk, pictures) in zip(batch, cut, strict=True):
@@ -104,14 +115,18 @@ class Stages:
                 note(_place(record))
                 yield self._finish(position, record, talk, outcome, pictures)
 
-    def _cut(self, record: Record | Reject, talk: Any, note: Note) -> tuple[Any, Pictures | None]:
-        """The conversation with its pictures' grids, and the pictures; None: they can wait."""
-        if not self.settings.max_slices or not isinstance(talk, Conversation):
+    def _look(self, record: Record | Reject, talk: Any, note: Note) -> tuple[Any, Pictures | None]:
+        """The conversation with its pictures' grids or sizes, and the pictures; None: they can wait."""
+        early = self.settings.max_slices or self.settings.model
+        if not early or not isinstance(talk, Conversation):
             return talk, None
         note(_place(record))
         pictures = caught(self._pictures, record.source, talk.images)
         if isinstance(pictures, RejectError):
             return pictures, None
+        if self.settings.model:
+            sizes = tuple((image.width, image.height) for picture in pictures for image in picture.images)
+            return replace(talk, image_sizes=sizes), pictures
         return with_grids(talk, [picture.grid for picture in pictures]), pictures
 
     def _finish(
@@ -150,8 +165,11 @@ class Stages:
         )
         grids = tuple(picture.grid for picture in pictures) if self.settings.max_slices else ()
         spelled = tuple(self.renderer.spelled(talk))
-        written, notes = self._content_tokens(outcome), self._notes()
-        return Built(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes)
+        written, notes = self._content_tokens(outcome), (*outcome.notes, *self._notes())
+        pixels = outcome.image_pixels or (self.profile.image_pixels,) * len(images)
+        return Built(
+            *(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes), pixels
+        )
 
     def _notes(self) -> tuple[str, ...]:
         """What the report should tell of the sample that was just read."""
@@ -168,15 +186,26 @@ class Stages:
         return tuple(self.content_ids[token] for token in found.tolist())
 
     def _pictures(self, source: str, references: Iterable[ImageRef]) -> Pictures:
-        return tuple(self._picture(source, reference) for reference in references)
+        store = self._store(self.settings.image_root or os.path.dirname(source) or ".")
+        if self.settings.model and self.settings.image_policy == "shrink":
+            return self._shrunk([store.read(reference) for reference in references])
+        return tuple(self._picture(store.read(reference)) for reference in references)
 
-    def _picture(self, source: str, reference: ImageRef) -> Picture:
+    def _shrunk(self, files: list[bytes]) -> Pictures:
+        """The pictures of one sample at the smallest sizes that are proven to give equal runs."""
+        limit = self.settings.max_pixels
+        sizes = tuple(read_header(data, max_pixels=limit).upright_size for data in files)
+        smaller = self.renderer.profile.smaller(sizes) if sizes else ()
+        return tuple(self._picture(data, size=size) for data, size in zip(files, smaller, strict=True))
+
+    def _picture(self, data: bytes, size: tuple[int, int] | None = None) -> Picture:
         settings = self.settings
         return read_picture(
-            self._store(settings.image_root or os.path.dirname(source) or ".").read(reference),
+            data,
             slicing=self.slicing,
-            policy=settings.image_policy,
+            policy="keep" if settings.model else settings.image_policy,
             image_size=settings.image_size,
+            size=size,
             check=settings.check_images,
             quality=settings.quality,
             max_pixels=settings.max_pixels,
@@ -194,14 +223,34 @@ class Stages:
         return self.stores[root]
 
 
+def load_renderer(settings: BuildSettings, folder: Store) -> Renderer:
+    """The renderer, from the ``tokenizer/`` and ``processor/`` of a dataset."""
+    if not settings.model:
+        tokenizer = folder.local_copy(TOKENIZER_DIR)
+        return renderer_of(settings, load_prepared(tokenizer) or load_tokenizer(tokenizer))
+    from omnidata.profiles.folder import chat_template, load_processor
+    from omnidata.profiles.processor import ProcessorProfile
+
+    processor = load_processor(folder.local_copy(PROCESSOR_DIR))
+    processor.tokenizer.chat_template = chat_template(processor)
+    return PartRenderer(
+        processor.tokenizer,
+        ProcessorProfile(processor, settings.arguments),
+        max_length=settings.max_length,
+        content_tokens=settings.content_tokens,
+        date=settings.date,
+    )
+
+
 def renderer_of(settings: BuildSettings, tokenizer: Any) -> Renderer:
-    """The renderer that the settings ask for."""
+    """The renderer of OmniLMM's profile."""
     return Renderer(
         tokenizer,
         num_query=settings.num_query,
         max_length=settings.max_length,
         content_tokens=settings.content_tokens,
         slice_tokens=settings.slice_tokens if settings.max_slices else None,
+        date=settings.date,
     )
 
 
@@ -226,7 +275,9 @@ def _place(record: Record | Reject) -> str:
     return f"{record.source}, {record.locator} (id {record.id!r})"
 
 
-def batches(records: Iterable[Positioned], note: Note = lambda text: None) -> Iterator[list[Positioned]]:
+def batches(
+    records: Iterable[Positioned], note: Note = lambda text: None, *, num_records: int = BATCH_RECORDS
+) -> Iterator[list[Positioned]]:
     """Records in lists that are worth a batch and still fit in memory when they carry their images."""
     batch: list[Positioned] = []
     held = 0
@@ -234,7 +285,7 @@ def batches(records: Iterable[Positioned], note: Note = lambda text: None) -> It
         batch.append((position, record))
         note(f"what follows {_place(record)}")
         held += carried_bytes(record.payload) if isinstance(record, Record) else 0
-        if len(batch) == BATCH_RECORDS or held >= BATCH_BYTES:
+        if len(batch) == num_records or held >= BATCH_BYTES:
             yield batch
             batch, held = [], 0
     if batch:

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from omnidata import corpus
 from omnidata.builder.last_words import reading
 from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
-from omnidata.builder.settings import LISTS, BuildSettings
+from omnidata.builder.settings import BuildSettings, settings_from_json
 from omnidata.builder.stages import COUNTS, Built, Positioned, Stages, raw_excerpt
 from omnidata.durable import SCRATCH, Store
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
@@ -52,7 +52,7 @@ class Job:
     out: str
     settings: BuildSettings
     files: tuple[corpus.SourceFile, ...]  # in order
-    tokenizer: str  # where to load it from
+    folder: str  # where the tokenizer, and the processor if there is one, are loaded from
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +118,13 @@ def work(job: Job, task: Any, report: Report) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _stages(settings_json: str, tokenizer: str) -> Stages:
-    settings = json.loads(settings_json)
-    for name in LISTS:
-        settings[name] = tuple(settings[name])
-    return Stages.load(BuildSettings(**settings), Store(tokenizer).local_copy(""))
+def _stages(settings_json: str, folder: str) -> Stages:
+    return Stages.load(settings_from_json(json.loads(settings_json)), Store(folder))
 
 
 def stages(job: Job) -> Stages:
     """This process's stages for the job; loaded once."""
-    return _stages(json.dumps(job.settings.to_json()), job.tokenizer)
+    return _stages(json.dumps(job.settings.to_json()), job.folder)
 
 
 # --- survey -----------------------------------------------------------------------------------------------
@@ -370,6 +367,9 @@ class _ShardRun:
             "n_supervised": built.rendered.num_supervised,
             "n_images": len(built.images),
             "image_sizes": [[image.width, image.height] for image in built.images],
+            "image_starts": built.rendered.image_starts,
+            "image_tokens": built.rendered.image_tokens,
+            "image_pixels": built.image_pixels,
             "slices": [list(grid or (0, 0)) for grid in built.grids],
             "id": record.id,
             "source": record.source,

@@ -10,10 +10,20 @@ from pathlib import Path
 from omnidata.builder.plan import PLAN, read_plan
 from omnidata.builder.settings import RunOptions
 from omnidata.durable import SCRATCH, Store, locked
-from omnidata.schema import CARD, INDEX, MANIFEST, NV_META, REJECTS, SHARDS_DIR, TOKENIZER_DIR, UserError
+from omnidata.schema import (
+    CARD,
+    INDEX,
+    MANIFEST,
+    NV_META,
+    PROCESSOR_DIR,
+    REJECTS,
+    SHARDS_DIR,
+    TOKENIZER_DIR,
+    UserError,
+)
 
 # The manifest goes first when a dataset is removed: without it, what is left is no dataset.
-OURS = (MANIFEST, SCRATCH, INDEX, REJECTS, CARD, NV_META, TOKENIZER_DIR, SHARDS_DIR)
+OURS = (MANIFEST, SCRATCH, INDEX, REJECTS, CARD, NV_META, TOKENIZER_DIR, PROCESSOR_DIR, SHARDS_DIR)
 
 
 def check_folder(store: Store, options: RunOptions) -> None:

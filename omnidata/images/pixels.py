@@ -64,6 +64,7 @@ def process_image(
     *,
     policy: Policy = "shrink",
     image_size: int = 448,
+    size: tuple[int, int] | None = None,
     check: Check = "full",
     quality: int = 90,
     max_bytes: int = MAX_BYTES,
@@ -72,16 +73,19 @@ def process_image(
     """Verify one image and make it ready to store; RejectError where it cannot be trusted.
 
     A 2000×1500 JPEG under ``shrink`` at 448 becomes a 597×448 JPEG; a 300×200 one keeps its bytes.
+    ``size`` (width, height) names the size in place of the policy.
     """
     header = read_header(data, max_bytes=max_bytes, max_pixels=max_pixels)
     width, height = header.upright_size
     scale = image_size / min(width, height) if policy == "shrink" else 1.0
-    if scale >= 1 and _is_final(header):
+    if size is None and scale < 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+    is_whole = size in (None, (width, height))
+    if is_whole and _is_final(header):
         _check_kept(data, header, check)
         return EncodedImage(data, EXTENSIONS[header.format], width, height)
-    size = (width, height) if scale >= 1 else (max(1, round(width * scale)), max(1, round(height * scale)))
-    rgb = _decode(data, header, size=size, resize=shrink_rgb)
-    lossless = header.lossless and scale >= 1
+    rgb = _decode(data, header, size=size or (width, height), resize=shrink_rgb)
+    lossless = header.lossless and is_whole
     return encode_rgb(rgb, lossless=lossless, quality=quality)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omnidata.schema import UserError
 
@@ -70,6 +70,9 @@ PARTS = ("vision_tower", "resampler", "language_model")  # in the order of the f
 DEFAULT_FROZEN = ("vision_tower",)
 
 
+CHANNELS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """FLOPs and hours of one epoch, with every assumption beside them."""
@@ -80,8 +83,8 @@ class Cost:
     peak_flops_per_gpu: float  # FLOP/s
     mfu: float  # assumed share of the peak
     frozen: tuple[str, ...]
-    image_size: int  # pixels: every image is brought to this square
-    tflops_per_image: float  # forward
+    patches_per_image: float  # mean
+    tflops_per_image: float  # forward, mean
     image_flops: float  # of the epoch, training multiplier included
     token_flops: float  # of the epoch, training multiplier included
     flops: float
@@ -125,8 +128,12 @@ def training_multiplier(part: str, frozen: Collection[str]) -> int:
 
 
 def image_flops(shape: ModelShape, image_size: int) -> float:
-    """Forward FLOPs of the tower for one image."""
-    patches = shape.num_patches(image_size)
+    """Forward FLOPs of the tower for one image of ``image_size`` pixels per side."""
+    return float(patch_flops(shape, shape.num_patches(image_size)))
+
+
+def patch_flops(shape: ModelShape, patches: Any) -> Any:
+    """Forward FLOPs of the tower for an image of so many patches (any numeric array)."""
     return 2 * shape.tower_params * patches + 4 * shape.tower_layers * patches**2 * shape.tower_width
 
 
@@ -136,14 +143,13 @@ def token_flops(shape: ModelShape, lengths: np.ndarray) -> np.ndarray:
     return 2 * shape.lm_params * lengths + 2 * shape.lm_layers * shape.lm_width * lengths**2
 
 
-def epoch_cost(
-    lengths: np.ndarray, *, num_images: int, image_size: int, assume: Assumptions | None = None
-) -> Cost:
-    """Cost of one pass over documents of ``lengths`` tokens with ``num_images`` images in all."""
+def epoch_cost(lengths: np.ndarray, *, pixels: np.ndarray, assume: Assumptions | None = None) -> Cost:
+    """Cost of one pass over documents of ``lengths`` tokens, and images of ``pixels`` values each."""
     assume = assume or Assumptions()
     shape = MODELS[assume.model]
-    one_image = image_flops(shape, image_size)
-    images = one_image * num_images * training_multiplier("vision_tower", assume.frozen)
+    patches = pixels.astype("float64") / (CHANNELS * shape.patch_size**2) + 1
+    forward = float(patch_flops(shape, patches).sum())
+    images = forward * training_multiplier("vision_tower", assume.frozen)
     tokens = float(token_flops(shape, lengths).sum()) * training_multiplier("language_model", assume.frozen)
     rate = assume.num_gpus * GPUS[assume.gpu] * assume.mfu
     return Cost(
@@ -153,8 +159,8 @@ def epoch_cost(
         peak_flops_per_gpu=GPUS[assume.gpu],
         mfu=assume.mfu,
         frozen=tuple(assume.frozen),
-        image_size=image_size,
-        tflops_per_image=one_image / 1e12,
+        patches_per_image=float(patches.mean()) if len(patches) else 0.0,
+        tflops_per_image=forward / 1e12 / max(1, len(patches)),
         image_flops=images,
         token_flops=tokens,
         flops=images + tokens,

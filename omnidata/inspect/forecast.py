@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from omnidata.index import numbers
-from omnidata.inspect.cost import Assumptions, Cost, epoch_cost
+from omnidata.inspect.cost import CHANNELS, Assumptions, Cost, epoch_cost
+from omnidata.plan.catalog import IMAGE_PIXELS
 from omnidata.plan.epoch import IMAGE_COST, EpochPlan, Window, deal
 from omnidata.schema import UserError
 
@@ -103,7 +104,6 @@ def forecast(
     }
     unpacked_batch = max(1, round(num_samples / max(1, num_packs)))
     num_images = int(packs["images"].sum())
-    manifests = [source.catalog.dataset.manifest for source in plan.sources]
     return Forecast(
         datasets=tuple(source.catalog.name for source in plan.sources),
         seed=plan.seed,
@@ -131,11 +131,16 @@ def forecast(
         supervised_per_step=spread(steps["supervised"].sum(axis=1)),
         images_per_step=spread(steps["images"].sum(axis=1)),
         image_cost=image_cost,
-        balance=rank_balance(steps["tokens"], steps["images"], world_size, image_cost),
+        balance=rank_balance(
+            steps["tokens"],
+            steps["images"],
+            world_size,
+            image_cost,
+            image_loads=steps["pixels"] / IMAGE_PIXELS,
+        ),
         cost=epoch_cost(
             lengths,
-            num_images=num_images,
-            image_size=max(manifest.image_size for manifest in manifests),
+            pixels=_pixels(plan, windows),
             assume=assume,
         ),
     )
@@ -154,12 +159,27 @@ def _nothing_fits(plan: EpochPlan) -> str:
     )
 
 
+COLUMNS = ("tokens", "supervised", "images", "pixels")
+
+
+def _pixels(plan: EpochPlan, windows: list[Window]) -> np.ndarray:
+    """Values of each image's pixel tensors, as far as the plan knows: a sample's are taken as alike."""
+    manifests = [source.catalog.dataset.manifest for source in plan.sources]
+    images = np.concatenate([window.lengths.images for window in windows])
+    pixels = np.concatenate([window.lengths.pixels for window in windows])
+    owners = np.concatenate([window.dataset for window in windows])
+    for number, manifest in enumerate(manifests):
+        if manifest.is_omnilmm:
+            pixels[owners == number] = images[owners == number] * CHANNELS * manifest.image_size**2
+    return np.repeat(pixels / np.maximum(images, 1), images)
+
+
 def pack_table(windows: Iterable[Window]) -> dict[str, np.ndarray]:
     """Samples, tokens, supervised tokens and images of every pack, int64, in the order of the epoch."""
-    columns: dict[str, list[np.ndarray]] = {"samples": [], "tokens": [], "supervised": [], "images": []}
+    columns: dict[str, list[np.ndarray]] = {"samples": []} | {name: [] for name in COLUMNS}
     for window in windows:
         columns["samples"].append(np.diff(window.starts))
-        for name in ("tokens", "supervised", "images"):
+        for name in COLUMNS:
             values = getattr(window.lengths, name)
             columns[name].append(np.add.reduceat(values, window.starts[:-1]) if len(window) else values[:0])
     return {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
@@ -181,11 +201,18 @@ def padding(lengths: np.ndarray, batch: int) -> float:
     return float(1 - lengths.sum() / (filled.max(axis=1) * rows).sum())
 
 
-def rank_balance(tokens: np.ndarray, images: np.ndarray, world_size: int, image_cost: float) -> Balance:
-    """How ``plan.deal`` splits steps; ``tokens`` and ``images`` are ``[steps, packs]``."""
+def rank_balance(
+    tokens: np.ndarray,
+    images: np.ndarray,
+    world_size: int,
+    image_cost: float,
+    *,
+    image_loads: np.ndarray | None = None,
+) -> Balance:
+    """How ``plan.deal`` splits steps; arrays ``[steps, packs]``, ``image_loads`` as Pack.image_load."""
     if world_size == 1 or len(tokens) == 0:
         return Balance(1.0, 1.0, 1.0, 0.0)
-    costs = tokens + image_cost * images
+    costs = tokens + image_cost * (images if image_loads is None else image_loads)
     loads = np.zeros((3, len(tokens), world_size))
     for step, cost in enumerate(costs):
         for rank, mine in enumerate(deal(cost, world_size)):

@@ -86,7 +86,7 @@ def _cost_facts(cost: Cost) -> list[tuple[str, str]]:
         ("frozen", ", ".join(cost.frozen) or "nothing"),
         (
             "images",
-            f"{cost.image_size} × {cost.image_size} px, {cost.tflops_per_image:.3g} TFLOP forward each",
+            f"{cost.patches_per_image:,.0f} patches, {cost.tflops_per_image:.3g} TFLOP forward each",
         ),
     ]
 

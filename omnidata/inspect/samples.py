@@ -14,13 +14,13 @@ A run is text, special tokens or one image block, all of it supervised or none o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, TOKENIZER_DIR, UserError
+from omnidata.schema import IGNORE_INDEX, TOKENIZER_DIR, UserError
 from omnidata.shards import CorruptSampleError, read_sample
 from omnidata.text.vocabulary import Piece, Vocabulary
 
@@ -156,7 +156,7 @@ def read_views(dataset: Dataset, positions: Sequence[int]) -> Iterator[SampleVie
                 f"sample {position} ({row['key']}) of {dataset.path} cannot be read: {error}. "
                 f"`omnidata verify {dataset.path} --deep` lists all damage."
             ) from error
-        runs = tuple(reader.runs(sample.input_ids, sample.labels))
+        runs = tuple(reader.runs(sample.input_ids, sample.labels, row))
         yield SampleView(
             position, row, runs, sample.images, sample.image_extensions, reader.vocabulary.special_names
         )
@@ -172,36 +172,28 @@ class TokenReader:
         except FileNotFoundError:
             raise UserError(f"{dataset.path} has no {path}: its token ids cannot be shown as text") from None
         self.vocabulary = Vocabulary(raw, where=f"{dataset.path}/{path}")
-        special = dataset.manifest.special_tokens
-        self._image_ids = {special[name] for name in (IM_START, IM_PATCH, IM_END)}
-        self._start, self._end = special[IM_START], special[IM_END]
 
-    def runs(self, input_ids: np.ndarray, labels: np.ndarray) -> Iterator[Run]:
-        """The sample's runs in order; image blocks are counted as they come."""
-        num_images = 0
-        for kind, supervised, ids in self._stretches(input_ids.tolist(), (labels != IGNORE_INDEX).tolist()):
-            if kind == "image":
-                yield Run(kind, supervised, len(ids), image=num_images)
-                num_images += 1
+    def runs(self, input_ids: np.ndarray, labels: np.ndarray, row: Mapping[str, Any]) -> Iterator[Run]:
+        """The sample's runs in order; images where its index row says that they are."""
+        images = np.full(len(input_ids), -1)
+        for number, place in enumerate(zip(row["image_starts"], row["image_tokens"], strict=False)):
+            images[place[0] : place[0] + place[1]] = number
+        supervised = labels != IGNORE_INDEX
+        is_special = np.array([self.vocabulary.is_special(token) for token in input_ids.tolist()], bool)
+        state = np.stack([images, supervised, is_special & (images < 0)])
+        starts = np.flatnonzero((np.diff(state, axis=1) != 0).any(axis=0)) + 1
+        for ids, image, learned, special in zip(
+            np.split(input_ids, starts),
+            images[[0, *starts]].tolist(),
+            supervised[[0, *starts]].tolist(),
+            state[2][[0, *starts]].tolist(),
+            strict=True,
+        ):
+            if image >= 0:
+                yield Run("image", learned, len(ids), image=image)
             else:
-                yield Run(kind, supervised, len(ids), tuple(self.vocabulary.pieces(ids)))
-
-    def _stretches(self, ids: list[int], supervised: list[bool]) -> Iterator[tuple[Kind, bool, list[int]]]:
-        start, state = 0, None
-        for i, token_id in enumerate(ids):
-            now = (self._kind(token_id), supervised[i])
-            new_image = now[0] == "image" and (token_id == self._start or ids[i - 1] == self._end)
-            if i and (now != state or new_image):
-                yield *state, ids[start:i]
-                start = i
-            state = now
-        if ids:
-            yield *state, ids[start:]
-
-    def _kind(self, token_id: int) -> Kind:
-        if token_id in self._image_ids:
-            return "image"
-        return "special" if self.vocabulary.is_special(token_id) else "text"
+                kind: Kind = "special" if special else "text"
+                yield Run(kind, learned, len(ids), tuple(self.vocabulary.pieces(ids.tolist())))
 
 
 def rejects_of(dataset: Dataset, *, source: str | None = None) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from omnidata.dataset import Dataset
 
-COLUMNS = ["n_tokens", "n_supervised", "n_images", "source", "image_sizes"]
+COLUMNS = ["n_tokens", "n_supervised", "n_images", "source", "image_sizes", "image_tokens", "image_pixels"]
 NUM_BINS = 16  # at most, in a histogram
 NUM_EXTREMES = 8  # samples in each list of extremes
 
@@ -88,14 +88,14 @@ class Summary:
     num_shards: int
     num_bytes: int  # of the shards
     splits: dict[str, int]  # split -> samples
-    num_query: int  # tokens an image
+    model: str  # whose pictures: OmniLMM, or the processor's class
     image_policy: str
-    image_size: int  # pixels
     vocab_size: int
     tokenizer_fingerprint: str
     tokens_per_sample: Distribution
     supervised_per_sample: Distribution  # share of the sample's tokens, 0 to 1
     images_per_sample: Distribution
+    tokens_per_image: Distribution  # of each image's run
     longer_side: Distribution  # of each image, pixels
     sources: tuple[SourceTotals, ...]  # most samples first
     rejects: dict[str, int]  # reason -> count, most first
@@ -129,21 +129,21 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
         num_shards=len(shards),
         num_bytes=sum(shard.num_bytes for shard in shards),
         splits=manifest.splits,
-        num_query=manifest.num_query,
+        model="OmniLMM" if manifest.is_omnilmm else manifest.profile["processor"],
         image_policy=manifest.image_policy,
-        image_size=manifest.image_size,
         vocab_size=manifest.vocab_size,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         tokens_per_sample=count_distribution(tokens),
         supervised_per_sample=share_distribution(supervised / np.maximum(tokens, 1)),
         images_per_sample=count_distribution(images),
+        tokens_per_image=count_distribution(list_values(table, "image_tokens")),
         longer_side=count_distribution(sides.max(axis=1)),
         sources=source_totals(
             codes(table, "source"), tokens, supervised, images, _rejects_by_source(dataset)
         ),
         rejects=dict(sorted(manifest.rejects.items(), key=lambda item: -item[1])),
         extremes=find_extremes(tokens, supervised, images, sides, owners),
-        cost=epoch_cost(tokens, num_images=int(images.sum()), image_size=manifest.image_size, assume=assume),
+        cost=epoch_cost(tokens, pixels=list_values(table, "image_pixels"), assume=assume),
     )
 
 
@@ -159,6 +159,15 @@ def image_sides(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     firsts, ends = np.from_dlpack(sizes.offsets), np.from_dlpack(sizes.values.offsets)
     sides = np.from_dlpack(sizes.values.values)[ends[firsts[0]] : ends[firsts[-1]]]
     return sides.reshape(-1, 2), np.repeat(np.arange(len(sizes)), np.diff(firsts))
+
+
+def list_values(table: pa.Table, name: str) -> np.ndarray:
+    """The values of a list column, row after row."""
+    lists = table[name].combine_chunks()
+    if not len(lists):
+        return np.zeros(0, np.int64)
+    offsets = np.from_dlpack(lists.offsets)
+    return np.from_dlpack(lists.values)[offsets[0] : offsets[-1]]
 
 
 def _rejects_by_source(dataset: Dataset) -> dict[str, int]:

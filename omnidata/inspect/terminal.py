@@ -70,11 +70,20 @@ def _totals(summary: Summary) -> Table:
     grid.add_row("records", f"{summary.num_records:,} read, {summary.num_rejects:,} rejected")
     share = f"{summary.supervised_share:.1%} supervised ({summary.num_supervised:,})"
     grid.add_row("tokens", f"{summary.num_tokens:,}, {share}")
-    grid.add_row("images", f"{summary.num_images:,}, {summary.num_query} tokens each")
+    grid.add_row("images", f"{summary.num_images:,}{_each(summary)} ({summary.model})")
     grid.add_row("shards", f"{summary.num_shards:,}, {human_bytes(summary.num_bytes)}")
     if summary.num_truncated:
         grid.add_row("truncated", f"{summary.num_truncated:,} samples lost turns to --max-length")
     return grid
+
+
+def _each(summary: Summary) -> str:
+    """How many tokens an image takes: `, 66 tokens each`, `, 4 to 1,200 tokens each`."""
+    of = summary.tokens_per_image
+    if not summary.num_images:
+        return ""
+    span = _number(of.min) if of.min == of.max else f"{_number(of.min)} to {_number(of.max)}"
+    return f", {span} tokens each"
 
 
 def _distributions(summary: Summary) -> Table:
@@ -87,6 +96,7 @@ def _distributions(summary: Summary) -> Table:
         ("tokens", summary.tokens_per_sample, _number),
         ("supervised share", summary.supervised_per_sample, lambda value: f"{value:.0%}"),
         ("images", summary.images_per_sample, _number),
+        ("image's tokens", summary.tokens_per_image, _number),
         ("image's longer side, px", summary.longer_side, _number),
     )
     for name, of, show in rows:
@@ -142,7 +152,7 @@ def cost_line(cost: Cost, *, num_samples: int) -> Text:
     line.append(f" on {cost.num_gpus} × {cost.gpu}")
     line.append(
         f"\nassumed: {cost.peak_flops_per_gpu / 1e12:,.0f} TFLOP/s peak, MFU {cost.mfu:.0%}, {frozen}, "
-        f"images {cost.image_size}² at {cost.tflops_per_image:.3g} TFLOP forward"
+        f"images of {cost.patches_per_image:,.0f} patches at {cost.tflops_per_image:.3g} TFLOP forward"
     )
     return line
 

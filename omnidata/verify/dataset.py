@@ -22,7 +22,13 @@ from omnidata.executors import InlineExecutor, ProcessExecutor, run_tasks
 from omnidata.index import index_schema, read_table, reject_schema, rows_of_shards
 from omnidata.manifest import manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, Manifest, UserError
-from omnidata.verify.files import check_energon, check_files, check_idx, check_tokenizer
+from omnidata.verify.files import (
+    check_energon,
+    check_files,
+    check_idx,
+    check_processor,
+    check_tokenizer,
+)
 from omnidata.verify.findings import Finding
 from omnidata.verify.shard import ShardChecker, ShardTask
 from omnidata.verify.tables import check_index, check_manifest, check_rejects, check_sources
@@ -130,6 +136,7 @@ def quick_findings(store: Store, manifest: Manifest, index: pa.Table | None) -> 
             yield from check_sources(index, rejects, manifest)
     yield from check_energon(store, manifest)
     yield from check_tokenizer(store, manifest)
+    yield from check_processor(store, manifest)
 
 
 def _unreadable(store: Store, name: str, code: str) -> Finding:

@@ -10,7 +10,7 @@ import numpy as np
 from omnidata.builder.interop import energon_files
 from omnidata.durable import Store
 from omnidata.index import idx_bytes, rows_of_shards
-from omnidata.schema import CARD, SHARDS_DIR, TOKENIZER_DIR, Manifest, UserError
+from omnidata.schema import CARD, PROCESSOR_DIR, SHARDS_DIR, TOKENIZER_DIR, Manifest, UserError
 from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
 from omnidata.verify.findings import Finding
@@ -68,6 +68,20 @@ def check_energon(store: Store, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(
                 "nv_meta", path, "differs from what the manifest gives (damaged, or edited by hand)"
             )
+
+
+def check_processor(store: Store, manifest: Manifest) -> Iterator[Finding]:
+    """The processor of the dataset still does what it did when the dataset was built."""
+    if manifest.is_omnilmm:
+        return
+    from omnidata.profiles.fingerprint import check_fingerprint
+    from omnidata.profiles.opening import open_profile
+
+    try:
+        profile = open_profile(store.url, manifest)
+        check_fingerprint(profile, manifest.profile["fingerprint"], where=store.url)
+    except UserError as error:
+        yield Finding("processor", PROCESSOR_DIR, str(error))
 
 
 def check_tokenizer(store: Store, manifest: Manifest) -> Iterator[Finding]:

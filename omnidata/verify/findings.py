@@ -31,6 +31,7 @@ CODES: dict[str, str] = {
     "idx": "a .tar.idx does not hold the offsets of the index",
     "nv_meta": ".nv-meta is missing or contradicts the manifest",
     "tokenizer": "the tokenizer does not load, or does not behave as the one of the build",
+    "processor": "the model's processor does not load, or does not do what it did at the build",
     # deep
     "sha256": "a shard's bytes are not those that were written",
     "damaged": "bytes that are no sample of this schema",

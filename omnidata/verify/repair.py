@@ -113,9 +113,11 @@ class ShardReader:
 
     def _proven_row(self, span: Any) -> Row | Damage:
         try:
-            return stored_columns(span, read_sample(span.raw), self.manifest)
+            row = stored_columns(span, read_sample(span.raw), self.manifest, url=self.url)
         except CorruptSampleError as error:  # a member that no build writes, in a shard that is whole
             return Damage(span.offset, str(error))
+        what = row.pop("image_block", None)
+        return row if what is None else Damage(span.offset, what)
 
 
 def _repair_index(

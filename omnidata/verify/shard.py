@@ -3,8 +3,8 @@
 bytes      sha256 and size as in the manifest; nothing between or after the samples
 sample     parses; its key is in the index, at that offset, with that length and content hash
 ids        int32 in the vocabulary; labels are the ids or IGNORE_INDEX; some are supervised
-images     blocks of <im_start> num_query × <im_patch> <im_end>, unsupervised, one an image;
-           each image decodes, and has the size that the index says
+images     the run of each image is what the profile says, unsupervised (OmniLMM: <im_start>
+           num_query × <im_patch> <im_end>); each image decodes, and has the size that the index says
 slices     the tiles of a cut picture form the grid that the index says
 """
 
@@ -31,8 +31,9 @@ from omnidata.schema import (
 )
 from omnidata.shards import CorruptSampleError, content_hash, read_sample
 from omnidata.verify.findings import Finding
+from omnidata.verify.runs import check_unsupervised, omnilmm_columns, run_columns
 from omnidata.verify.shard_walk import Damage, ShardWalk, Span
-from omnidata.verify.slices import check_slices, slice_layout
+from omnidata.verify.slices import LayoutError, check_slices, slice_layout
 
 Row = dict[str, Any]
 
@@ -84,8 +85,10 @@ class ShardChecker:
             return
         for code, what in (*check_ids(sample, self.manifest), *check_images(sample)):
             yield Finding(code, where, what)
+        expected = stored_columns(span, sample, self.manifest, url=self.url, row=row)
+        if (what := expected.pop("image_block", None)) is not None:
+            yield Finding("image_block", where, what)
         if row is not None:
-            expected = stored_columns(span, sample, self.manifest)
             yield from (Finding("index", where, what) for what in compare_row(expected, row))
 
 
@@ -127,7 +130,8 @@ def check_ids(sample: Sample, manifest: Manifest) -> Iterator[tuple[str, str]]:
         )
     if not supervised.any():
         yield "labels", "no supervised token"
-    yield from _check_blocks(sample, supervised, manifest)
+    if manifest.is_omnilmm:
+        yield from _check_blocks(sample, supervised, manifest)
 
 
 def _check_blocks(sample: Sample, supervised: np.ndarray, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -170,19 +174,42 @@ def compare_row(expected: Row, row: Row) -> Iterator[str]:
             yield f"{name} is {row[name]!r} in the index, {stored!r} in the shard"
 
 
-def stored_columns(span: Span, sample: Sample, manifest: Manifest) -> Row:
-    """The index columns that the shard itself proves; no ``slices`` where the ids are damaged."""
-    slices = {} if check_slices(sample, manifest) else {"slices": slice_layout(sample, manifest)}
-    return slices | {
+def stored_columns(
+    span: Span, sample: Sample, manifest: Manifest, *, url: str, row: Row | None = None
+) -> Row:
+    """The index columns that the shard itself proves; none of those that damaged ids do not show.
+
+    ``image_block`` says what is wrong with a processor's runs, if anything.
+    """
+    sizes = [image_size(image) for image in sample.images]
+    if manifest.is_omnilmm:
+        slices = {} if check_slices(sample, manifest) else {"slices": slice_layout(sample, manifest)}
+        runs = slices | omnilmm_columns(sample, manifest)
+    else:
+        runs = {"slices": []} | _processor_columns(sample, sizes, manifest, url, row)
+    return runs | {
         "key": span.key,
         "offset": span.offset,
         "nbytes": len(span.raw),
         "n_tokens": len(sample.input_ids),
         "n_supervised": int((sample.labels != IGNORE_INDEX).sum()),
         "n_images": len(sample.images),
-        "image_sizes": [image_size(image) for image in sample.images],
+        "image_sizes": sizes,
         "content_hash": content_hash(sample),
     }
+
+
+def _processor_columns(
+    sample: Sample, sizes: list[list[int]], manifest: Manifest, url: str, row: Row | None
+) -> Row:
+    from omnidata.profiles.opening import open_profile
+
+    try:
+        columns = run_columns(sample, open_profile(url, manifest), sizes, row)
+    except LayoutError as error:
+        return {"image_block": str(error)}
+    what = check_unsupervised(sample, columns)
+    return columns | ({"image_block": what} if what else {})
 
 
 def image_size(image: bytes) -> list[int]:

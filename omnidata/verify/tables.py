@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 COLUMNS = [
     *("key", "split", "shard", "offset", "nbytes", "n_tokens", "n_supervised", "n_images", "image_sizes"),
-    "slices",
+    *("slices", "image_starts", "image_tokens", "image_pixels"),
 ]
+LISTS = ("image_sizes", "slices", "image_starts", "image_tokens", "image_pixels")
 END_OF_TAR = 2 * BLOCK
 
 
@@ -37,11 +38,7 @@ def check_index(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     shards = table["shard"].combine_chunks().dictionary_encode()
     names, codes = shards.dictionary.to_pylist(), shards.indices.to_numpy()
     yield from _check_shard_order(names, codes, manifest)
-    columns = {
-        name: table[name].to_numpy()
-        for name in COLUMNS
-        if name not in ("key", "shard", "image_sizes", "slices")
-    }
+    columns = {name: table[name].to_numpy() for name in COLUMNS if name not in ("key", "shard", *LISTS)}
     bounds = np.flatnonzero(np.diff(codes)) + 1 if len(codes) else codes
     known = {shard.path: shard for shard in manifest.shards}
     for run in np.split(np.arange(len(codes)), bounds):
@@ -70,20 +67,35 @@ def _check_numbers(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     import pyarrow.compute as pc
 
     tokens, supervised, images = (table[n].to_numpy() for n in ("n_tokens", "n_supervised", "n_images"))
-    sizes = pc.list_value_length(table["image_sizes"]).to_numpy()
+    lists = {name: pc.list_value_length(table[name]).to_numpy() for name in LISTS if name != "slices"}
     offsets, nbytes = table["offset"].to_numpy(), table["nbytes"].to_numpy()
     is_cut = np.full(len(images), slicing_of(manifest.settings) is not None)
+    ends, firsts = _run_bounds(table)
     rules = (
         ((offsets < 0) | (nbytes <= 0), "offset or nbytes is not a place in a file"),
         (supervised < 1, "n_supervised is below 1"),
         (supervised > tokens, "n_supervised is above n_tokens"),
-        (sizes != images, "n_images is not the number of image_sizes"),
+        *((found != images, f"n_images is not the number of {name}") for name, found in lists.items()),
         (is_cut & (_blocks_of_slices(table) != images), "slices does not account for n_images"),
-        (images.astype(np.int64) * (manifest.num_query + 2) > tokens, "the image blocks exceed n_tokens"),
+        ((ends > tokens) | (firsts < 0), "the images' runs exceed n_tokens"),
     )
     for broken, what in rules:
         for row in np.flatnonzero(broken).tolist():
             yield Finding("index", _row(row), what)
+
+
+def _run_bounds(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """A row's largest end of a run, and its smallest start or length; 0 if it has no image."""
+    starts, counts = (table[name].combine_chunks() for name in ("image_starts", "image_tokens"))
+    ends, firsts = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+    offsets, others = starts.offsets.to_numpy(), counts.offsets.to_numpy()
+    if not np.array_equal(np.diff(offsets), np.diff(others)):
+        return ends, firsts  # another rule says so
+    rows = np.repeat(np.arange(len(starts)), np.diff(offsets))
+    first, number = starts.flatten().to_numpy().astype(np.int64), counts.flatten().to_numpy()
+    np.maximum.at(ends, rows, first + number)
+    np.minimum.at(firsts, rows, np.minimum(first, number))
+    return ends, firsts
 
 
 def _blocks_of_slices(table: pa.Table) -> np.ndarray:
@@ -167,7 +179,7 @@ def check_manifest(manifest: Manifest) -> Iterator[Finding]:
                 "manifest", f"{MANIFEST}, {name}", f"is {getattr(manifest, name)}, parts give {value}"
             )
     missing = [name for name in IMAGE_TOKENS if name not in manifest.special_tokens]
-    if missing:
+    if missing and manifest.is_omnilmm:
         yield Finding("manifest", f"{MANIFEST}, special_tokens", f"lacks {', '.join(missing)}")
     if any(not {"source", "num_records"} <= entry.keys() for entry in manifest.inputs):
         yield Finding("manifest", f"{MANIFEST}, inputs", "an entry lacks its source or num_records")

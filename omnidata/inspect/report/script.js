@@ -27,7 +27,7 @@ function drawHead() {
   find("title").textContent = name;
   const splits = Object.entries(summary.splits).map(([split, n]) => `${split} ${whole(n)}`).join(", ");
   find("subtitle").textContent =
-    `${splits} · image policy ${summary.image_policy}, ${summary.image_size} px, ${summary.num_query} tokens an image · ` +
+    `${splits} · image policy ${summary.image_policy}, ${summary.model}'s pictures · ` +
     `schema ${summary.schema_version} · tokenizer ${summary.tokenizer_fingerprint.slice(0, 12) || "unknown"}`;
 }
 
