@@ -38,3 +38,11 @@ def test_train():
     report = json.loads(run_benchmark("train.py", "--records", "60", "--steps", "5", "--json"))
     assert set(report) == {"ours, packed", "HF Trainer", "ours, unpacked"}
     assert all(contender["max_loss_difference"] < 1e-3 for contender in report.values())
+
+
+@pytest.mark.slow
+def test_families():
+    arguments = ("--records", "120", "--families", "qwen3_vl", "--repeat", "1", "--json")
+    [row] = json.loads(run_benchmark("families.py", *arguments))
+    assert set(row["build_records_per_second"]) == {"ours, shrink", "ours, keep", "datasets.map + processor"}
+    assert set(row["load_pictures_per_second"]) == {"ours", "ours, normalised", "DataLoader + processor"}

@@ -52,6 +52,11 @@ class Assembler:
         self._reader, self._images = reader, images
         self._on_error, self._im_start = on_error, im_start
 
+    @property
+    def has_processor(self) -> bool:
+        """Do pictures go through a model's own processor?"""
+        return isinstance(self._images, ProcessorPixels)
+
     def num_bytes(self, work: Work) -> int:
         """Room to lend for the images of ``work``."""
         if self._images is None:

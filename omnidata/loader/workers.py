@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnidata.loader.buffers import Borrower, Buffer, Lender, Loan
+from omnidata.loader.heap import keep_freed_memory
 from omnidata.loader.microbatch import Parts
 from omnidata.loader.processor_pixels import Layout, pack_tensors, unpack_tensors
 from omnidata.loader.reader import LESS_MEMORY, LoadError
@@ -276,6 +277,8 @@ def _serve(connection: Connection, others_end: Connection, assembler: Assembler,
     import torch
 
     torch.set_num_threads(1)
+    if assembler.has_processor:
+        keep_freed_memory()
     tasks: queue.SimpleQueue[tuple[Work, Loan | None, int | None]] = queue.SimpleQueue()
     threading.Thread(target=_read_tasks, args=(connection, tasks, parent), daemon=True).start()
     borrower = Borrower()

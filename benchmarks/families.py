@@ -1,14 +1,15 @@
 """Speed of builds and loads for processors, beside the obvious scripts, on one core.
 
-    python benchmarks/processors.py [--records 200] [--families qwen3_vl minicpmv4_6 internvl] [--repeat 3]
-                                    [--json]
+    python benchmarks/families.py [--records 200] [--families qwen3_vl minicpmv4_6 internvl] [--repeat 3]
+                                  [--json]
 
 (1) ``--records`` conversations, each with a real photograph of 640×480 (twenty of them, as JPEG files).
 (2) build: ours with pictures kept and shrunk, every picture decoded and its mask proven, in this process;
-    beside ``datasets.map`` with the processor's ``apply_chat_template(tokenize=True)``, which keeps ids, no
-    mask and no picture. Each runs once on a few records before, so what it takes to start does not count.
-(3) load: pictures a second, from our shards to the model's tensors: PackLoader (packs of 8,192 tokens; raw
-    bytes where the family has them); beside samples opened by Pillow and given to the processor one by one.
+    beside ``datasets.map`` with the processor's ``apply_chat_template(tokenize=True)``, which keeps ids, but
+    no mask and no picture. Each runs on a quarter of the records and on all: its rate is the difference.
+(3) load: pictures a second, from our shards to the model's tensors, by one worker, once a hundred have come:
+    PackLoader (packs of 8,192 tokens; raw bytes where the family has them, and normalised); beside a
+    DataLoader whose samples are opened by Pillow and given to the processor one by one.
 (4) What share of the shards' bytes the arrays take.
 
 Contenders take turns; the best of ``--repeat`` turns counts. The processors are the published ones with a
@@ -24,7 +25,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ from omnidata.loader.pixel_source import normalisation_of  # noqa: E402
 from omnidata.profiles.folder import load_processor  # noqa: E402
 from omnidata.profiles.opening import open_profile  # noqa: E402
 
-PHOTOS, SIZE, WARM = 20, (640, 480), 8
+PHOTOS, SIZE = 20, (640, 480)
+EPOCHS, PICTURES = 4, 400  # of a load
 FAMILIES = ["qwen3_vl", "minicpmv4_6", "internvl"]
 MAX_TOKENS = 8192
 
@@ -59,7 +61,7 @@ def make_corpus(folder: Path, records: int) -> dict[str, Path]:
             picture.convert("RGB").resize(SIZE).save(folder / "photos" / f"{Path(name).stem}.jpg", quality=90)
     stems = [Path(name).stem for name in names]
     files = {}
-    for kind, number in (("few", WARM), ("all", records)):
+    for kind, number in (("few", records // 4), ("all", records)):
         lines = []
         for i in range(number):
             question, answer = (
@@ -117,34 +119,65 @@ def map_script(folder: Path, processor: Any, records: Path) -> int:
 # --- loads --------------------------------------------------------------------------------------------------
 
 
-def load_ours(path: Path, *, raw: bool) -> int:
-    """Pictures of an epoch."""
-    loader = PackLoader(path, global_batch=1, max_tokens=MAX_TOKENS, num_epochs=1, raw_pixels=raw)
-    return sum(len(microbatch.keys) for microbatch in loader)
+def load_ours(path: Path, *, raw: bool) -> float:
+    """Pictures a second, one worker."""
+    loader = PackLoader(
+        path, global_batch=1, max_tokens=MAX_TOKENS, num_epochs=EPOCHS, raw_pixels=raw, num_workers=1
+    )
+    return steady_rate(len(microbatch.keys) for microbatch in loader)
 
 
-def load_script(path: Path, processor: Any) -> int:
-    """The same pictures, one sample at a time."""
-    dataset, seen = Dataset(path), 0
-    for i in range(len(dataset)):
-        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in dataset[i].images]
-        out = processor(images=[pictures], text=[processor.image_token * len(pictures)], return_tensors="pt")
-        seen += len(pictures) if out else 0
-    return seen
+class Opened(torch.utils.data.Dataset):
+    """The same samples, each opened by Pillow and given to the processor."""
+
+    def __init__(self, path: Path, processor: Any) -> None:
+        self._dataset, self._processor = Dataset(path), processor
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in self._dataset[position].images]
+        text = [self._processor.image_token * len(pictures)]
+        return dict(self._processor(images=[pictures], text=text, return_tensors="pt"))
+
+
+def load_script(path: Path, processor: Any) -> float:
+    """Pictures a second, one worker of a DataLoader."""
+    loader = torch.utils.data.DataLoader(Opened(path, processor), batch_size=None, num_workers=1)
+    return steady_rate(1 for _ in loader)
+
+
+def steady_rate(counts: Iterator[int]) -> float:
+    """Pictures a second once a quarter of PICTURES have come, until they all have or the loader ends."""
+    seen, since, start = 0, 0, 0.0
+    for count in counts:
+        seen += count
+        if not start and seen >= PICTURES // 4:
+            since, start = seen, time.perf_counter()
+    return (seen - since) / (time.perf_counter() - start)
 
 
 # --- the table ----------------------------------------------------------------------------------------------
 
 
-def seconds(contenders: dict[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
-    """The best time of each; they take turns."""
-    best = dict.fromkeys(contenders, float("inf"))
+def rates(contenders: dict[str, Callable[[], float]], repeat: int) -> dict[str, float]:
+    """The best rate of each; they take turns."""
+    best = dict.fromkeys(contenders, 0.0)
     for _ in range(repeat):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = max(best[name], run())
     return best
+
+
+def rate_of(run: Callable[[Path], Any], files: dict[str, Path], records: int) -> float:
+    """Records a second: the difference of records over the difference of times."""
+    took = {}
+    for name, file in files.items():
+        start = time.perf_counter()
+        run(file)
+        took[name] = time.perf_counter() - start
+    return (records - records // 4) / (took["all"] - took["few"])
 
 
 def measure(
@@ -153,24 +186,28 @@ def measure(
     """All figures of one family."""
     model = save(family, folder / family)
     processor, out = load_processor(model), folder / f"{family}-data"
-    for policy in ("keep", "shrink"):
-        ours(folder, model, files["few"], out, policy=policy)
     map_script(folder, processor, files["few"])
-    builds = seconds(
+    builds = rates(
         {
-            "ours, shrink": lambda: ours(folder, model, files["all"], out, policy="shrink"),
-            "datasets.map + processor": lambda: map_script(folder, processor, files["all"]),
-            "ours, keep": lambda: ours(folder, model, files["all"], out, policy="keep"),
+            "ours, shrink": lambda: rate_of(
+                lambda file: ours(folder, model, file, out, policy="shrink"), files, records
+            ),
+            "datasets.map + processor": lambda: rate_of(
+                lambda file: map_script(folder, processor, file), files, records
+            ),
+            "ours, keep": lambda: rate_of(
+                lambda file: ours(folder, model, file, out, policy="keep"), files, records
+            ),
         },
         repeat,
     )
     dataset = Dataset(out)
     raw = normalisation_of(open_profile(str(out), dataset.manifest)) is not None
-    loads = seconds(
+    loads = rates(
         {
             "ours": lambda: load_ours(out, raw=raw),
             "ours, normalised": lambda: load_ours(out, raw=False),
-            "processor": lambda: load_script(out, processor),
+            "DataLoader + processor": lambda: load_script(out, processor),
         },
         repeat,
     )
@@ -178,8 +215,8 @@ def measure(
     return {
         "family": family,
         "tokens_per_picture": dataset.manifest.num_tokens / records,
-        "build_records_per_second": {name: records / best for name, best in builds.items()},
-        "load_pictures_per_second": {name: records / best for name, best in loads.items()},
+        "build_records_per_second": builds,
+        "load_pictures_per_second": loads,
         "raw_pixels": raw,
         "share_of_arrays": arrays / sum(shard.num_bytes for shard in dataset.manifest.shards),
     }
