@@ -8,13 +8,15 @@ import pickle
 import re
 import shutil
 import tarfile
+from dataclasses import fields
 
 import numpy as np
+import processors
 import pytest
 import yaml
 from tiny_corpus import write_corpus
 
-from omnidata.builder.settings import RunOptions
+from omnidata.builder.settings import OMNILMM_ONLY, BuildSettings, RunOptions
 from omnidata.dataset import Dataset
 from omnidata.shards import end_archive, tar_header
 
@@ -32,7 +34,23 @@ def datasets(tmp_path_factory):
     one_image = [record for record in records if len(record.get("image", [])) == 1]
     (corpus.folder / "one.json").write_text(json.dumps(one_image))
     corpus.build(folder / "uniform", options=options, source=(str(corpus.folder / "one.json"),), split={})
-    return {"mixed": folder / "mixed", "uniform": folder / "uniform"}
+    # The same for a model's processor.
+    omnilmm = {name: default(name) for name in OMNILMM_ONLY}
+    model = {"model": processors.save("smolvlm", folder / "model", small=True), "tokenizer": ""}
+    corpus.build(
+        folder / "processor",
+        options=options,
+        source=(str(corpus.folder / "one.json"),),
+        split={},
+        image_policy="keep",
+        **omnilmm,
+        **model,
+    )
+    return {name: folder / name for name in ("mixed", "uniform", "processor")}
+
+
+def default(name):
+    return next(field.default for field in fields(BuildSettings) if field.name == name)
 
 
 def card_code(folder, reader):
@@ -74,7 +92,7 @@ def test_the_card_opens_the_dataset(datasets, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("40 00000000")
 
 
-@pytest.mark.parametrize("kind", ["mixed", "uniform"])
+@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor"])
 def test_webdataset_reads_every_sample(datasets, kind, monkeypatch):
     expected = by_key(datasets[kind])
     seen = run_card(datasets[kind], "webdataset", monkeypatch)["seen"]
@@ -84,7 +102,7 @@ def test_webdataset_reads_every_sample(datasets, kind, monkeypatch):
         same(own, sample["input_ids.npy"], sample["labels.npy"], images_in(sample))
 
 
-@pytest.mark.parametrize("kind", ["mixed", "uniform"])
+@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor"])
 def test_energon_reads_every_sample(datasets, kind, monkeypatch):
     pytest.importorskip("megatron.energon")
     expected = by_key(datasets[kind])
@@ -103,11 +121,12 @@ def test_energon_reads_a_split_by_its_name(datasets):
         assert sum(shard.count for shard in meta.shards) == len(Dataset(datasets["mixed"], split=split))
 
 
-def test_hugging_face_datasets_reads_every_sample(datasets, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["uniform", "processor"])
+def test_hugging_face_datasets_reads_every_sample(datasets, kind, monkeypatch, tmp_path):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    expected = by_key(datasets["uniform"])
-    seen = run_card(datasets["uniform"], "Hugging Face datasets", monkeypatch)["seen"]
+    expected = by_key(datasets[kind])
+    seen = run_card(datasets[kind], "Hugging Face datasets", monkeypatch)["seen"]
     assert [sample["__key__"] for sample in seen] == list(expected)
     for sample in seen:
         own = expected[sample["__key__"]]
