@@ -84,6 +84,7 @@ function drawOverview() {
     drawChart("Tokens a sample", summary.tokens_per_sample, short),
     drawChart("Supervised share", summary.supervised_per_sample, percent),
     drawChart("Images a sample", summary.images_per_sample, short),
+    drawChart("Tokens an image", summary.tokens_per_image, short),
     drawChart("Longer side of an image, px", summary.longer_side, short));
   const head = ["Source", "Samples", "Tokens", "Supervised", "Images", "Rejected"];
   find("sources").append(
