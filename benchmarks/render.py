@@ -15,11 +15,10 @@ import os
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from corpus import prose
+from vocabularies import tokenizer as tokenizer_of
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -44,7 +43,7 @@ def measure(num_records: int) -> dict[str, float]:
     """Microseconds a record of each side, and their ratios."""
     from omnidata.render import Renderer
 
-    tokenizer = mistral_tokenizer()
+    tokenizer = tokenizer_of("Mistral")
     renderer = Renderer(tokenizer, max_length=None)
     words = prose()
     conversations = [talk(i, words) for i in range(num_records)]
@@ -81,17 +80,6 @@ def timed(side: Callable[[slice], Any], num_records: int) -> float:
     for first in range(0, num_records, BATCH):
         side(slice(first, first + BATCH))
     return time.process_time() - start
-
-
-def mistral_tokenizer() -> Any:
-    """The real Mistral tokenizer, prepared as the demo prepares it."""
-    import mistral_common
-
-    from omnidata.text.tokenizer import prepare_tokenizer
-
-    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    with TemporaryDirectory() as folder:
-        return prepare_tokenizer(model, folder, chat_template="zephyr")
 
 
 def talk(seed: int, words: list[str]) -> Any:

@@ -20,6 +20,7 @@ import click
 from omnidata import __version__
 from omnidata.printable import printable, to_json
 from omnidata.schema import SLICE_TOKENS, UserError
+from omnidata.start import keep_pandas_out, worker_imports
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 UNUSABLE_PATH = (
@@ -177,7 +178,7 @@ def build_shards(**flags: Any) -> int:
     omnidata build-shards 'chat/*.jsonl.zst' --tokenizer tok --out s3://bucket/data --split val=0.01
     omnidata build-shards --config build.yaml --task 3/8
     """
-    from omnidata.builder.settings import options_of, settings_of
+    from omnidata.executors import start_server
 
     flags["slice_tokens"] = tuple(flags["slice_tokens"])
     given = flags | {"model or --tokenizer": flags["model"] or flags["tokenizer"]}
@@ -185,6 +186,10 @@ def build_shards(**flags: Any) -> int:
     missing = [name for name in wanted if not given[name] and not flags["dry_run"]]
     if missing:
         raise click.UsageError(f"Missing {', '.join('--' * (name != 'source') + name for name in missing)}.")
+    if flags["executor"] == "local" and not (flags["dry_run"] or flags["finalize"]):
+        start_server(worker_imports(model=flags["model"], max_slices=flags["max_slices"]))
+    from omnidata.builder.settings import options_of, settings_of
+
     settings, options = settings_of(flags), options_of(flags)
     if flags["dry_run"]:
         _print_dry_run(settings, options, as_json=flags["as_json"])
@@ -193,7 +198,8 @@ def build_shards(**flags: Any) -> int:
 
     report = build(settings, flags["out"], options)
     _print_report(report, as_json=flags["as_json"])
-    return _exit_code(report)
+    # An error that nobody foresaw ends no build, but somebody should hear of it.
+    return 1 if report.rejects.get("unexpected") else 0
 
 
 def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
@@ -204,11 +210,6 @@ def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
     _print_report(report, as_json=as_json)
     if not as_json:
         terminal.print_samples(terminal.make_console(), report.views)
-
-
-def _exit_code(report: Any) -> int:
-    """1 if a record met an error that nobody foresaw: everything else is built, and somebody should hear."""
-    return 1 if report.rejects.get("unexpected") else 0
 
 
 def _print_report(report: Any, *, as_json: bool) -> None:
@@ -363,6 +364,8 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: run a command and turn what it raises into a message and an exit code."""
+    if sys.argv[1:] and not {"-h", "--help", "--version"}.intersection(sys.argv):  # these make no table
+        keep_pandas_out()
     sys.exit(run(args))
 
 

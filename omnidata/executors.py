@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -191,6 +192,16 @@ class _Worker:
     task: Any = None
 
 
+def start_server(preload: Sequence[str]) -> None:
+    """Let the server that workers are forked from import ``preload``, while this process does something else.
+
+    There is one a process: only the first call says what it imports.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    with one_thread():
+        multiprocessing.forkserver.ensure_running()
+
+
 class ProcessExecutor:
     """Worker processes of this machine, forked from a clean server that has imported ``preload`` once.
 
@@ -201,7 +212,7 @@ class ProcessExecutor:
         self.capacity = num_workers
         self._work = work
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
+        start_server(preload)
         # Workers wait for the end of this pipe, so that none outlives a parent that was killed.
         self._lifeline_end, self._lifeline = self._context.Pipe(duplex=False)
         self._workers: list[_Worker] = []

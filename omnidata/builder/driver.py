@@ -32,7 +32,7 @@ from omnidata.builder.plan import BuildPlan, make_plan, read_plan, what_changed,
 from omnidata.builder.progress import Progress
 from omnidata.builder.report import BuildReport, examples, partial_report, report_of
 from omnidata.builder.settings import BuildSettings, RunOptions
-from omnidata.builder.worker import PRELOAD, Job, ShardResult, Tally, read_part, work
+from omnidata.builder.worker import Job, ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
 from omnidata.durable import HOPELESS, LockedError, Store, locked
 from omnidata.executors import (
@@ -46,6 +46,7 @@ from omnidata.manifest import manifest_from_json
 from omnidata.ray_executor import RayExecutor
 from omnidata.render import Renderer
 from omnidata.schema import MANIFEST, PROCESSOR_DIR, TOKENIZER_DIR, UserError
+from omnidata.start import worker_imports
 
 # Libraries under fsspec whose errors are no OSError: a short body, a wrong checksum, no answer.
 CLIENTS = ("aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
@@ -140,9 +141,7 @@ def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
 def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     """Where the build's tasks run."""
     function = functools.partial(work, job)
-    preload = (*PRELOAD, "torch") if job.settings.max_slices else PRELOAD
-    if job.settings.model:
-        preload = (*PRELOAD, "torch", "transformers.models.auto.processing_auto")
+    preload = worker_imports(model=job.settings.model, max_slices=job.settings.max_slices)
     private = Store(job.out).is_private or any(
         "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
     )

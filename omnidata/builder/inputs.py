@@ -15,8 +15,8 @@ from omnidata.durable import Store
 from omnidata.images.store import ImageStore
 from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.render import Renderer
-from omnidata.schema import IMAGE_TOKENS, PROCESSOR_DIR, TOKENIZER_DIR, UserError
-from omnidata.text.prepared import load_prepared
+from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, PROCESSOR_DIR, TOKENIZER_DIR, UserError
+from omnidata.text.prepared import PreparedTokenizer, load_prepared
 from omnidata.text.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -98,7 +98,9 @@ def save_tokenizer(source: str, folder: str) -> Any:
             f"{shlex.quote(source)} --out DIR --chat-template zephyr (or a Jinja file)"
         )
     if not set(IMAGE_TOKENS) <= tokenizer.added_tokens_encoder.keys():
-        return prepare_tokenizer(source, folder)
+        if not isinstance(tokenizer, PreparedTokenizer):
+            return prepare_tokenizer(source, folder)
+        tokenizer = tokenizer.with_special_tokens(IMAGE_TOKENS + CONTENT_TOKENS)
     tokenizer.save_pretrained(folder)
     saved = load_prepared(folder) or load_tokenizer(folder)
     if fingerprint(saved) != fingerprint(tokenizer):

@@ -30,16 +30,13 @@ from omnidata.builder.last_words import reading
 from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
 from omnidata.builder.settings import BuildSettings, settings_from_json
 from omnidata.builder.stages import COUNTS, Built, Positioned, Stages, raw_excerpt
-from omnidata.durable import SCRATCH, Store
+from omnidata.durable import PARTS, Store
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
 from omnidata.schema import Reject, ShardInfo, UserError
 from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
 
-# Imported once, before the workers are forked; pandas since pyarrow imports it for its first table, if there.
-PRELOAD = ("omnidata.builder.worker", "pandas")
 REPORT_SECONDS = 0.5
 REJECTS_SECONDS, FIRST_REJECTS = 10.0, 1000  # how often a shard's rejects so far are kept, and how many
-PARTS = f"{SCRATCH}/parts"
 
 Report = Callable[[Any], None]
 Counts = dict[str, dict[str, int]]  # unread_keys, spelled_tokens, content_tokens -> name -> samples

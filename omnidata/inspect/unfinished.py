@@ -6,8 +6,7 @@ there from time to time. The build itself makes ``rejects.parquet`` of them at i
 
 from __future__ import annotations
 
-from omnidata.builder.worker import PARTS
-from omnidata.durable import SCRATCH, Store
+from omnidata.durable import PARTS, SCRATCH, Store
 from omnidata.index import read_table, reject_schema
 from omnidata.schema import MANIFEST
 

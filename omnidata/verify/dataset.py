@@ -169,7 +169,9 @@ def over_shards(
     executor = (
         InlineExecutor(work)
         if store.is_private or num_workers == 1
-        else ProcessExecutor(work, num_workers=num_workers, preload=("omnidata.verify.shard",))
+        else ProcessExecutor(
+            work, num_workers=num_workers, preload=("omnidata.verify.shard", "omnidata.without_pandas")
+        )
     )
     try:
         for done, (task, result) in enumerate(run_tasks(executor, shard_tasks(manifest, index)), start=1):
