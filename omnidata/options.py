@@ -132,7 +132,8 @@ BUILD_OPTIONS = (
     click.option(
         "--allow-any-path",
         is_flag=True,
-        help="Absolute paths of records may lead out of --image-root (without it: out of the source's folder).",
+        help="Absolute paths of records may lead out of --image-root (without it: out of the source's "
+        "folder).",
     ),
     click.option("--workers", type=click.IntRange(1), help="Processes.  [default: CPUs it may use]"),
     click.option(
