@@ -11,7 +11,7 @@ The state is the position in the plan: a few integers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -190,18 +190,31 @@ class PackLoader:
         sent: deque[Sent] = deque()  # in the order in which the answers come
         for parts in self._assemble(_remember(self._works(), sent)):
             about = sent.popleft()
-            if isinstance(parts, LoadError):
-                raise parts
-            microbatch = expand(
-                parts,
-                num_supervised_tokens=about.num_supervised_tokens,
-                step=about.step,
-                epoch=about.epoch,
-                pin_memory=self._pin_memory,
-            )
+            microbatch = self._expand(parts, about)
             if about.after:
                 self._state = about.after
             yield microbatch
+
+    def read(self, work: Work, about: Sent) -> Microbatch:
+        """One microbatch of ``works_of_step``, read here and now; the loader's position stays."""
+        return self._expand(self._assembler.assemble(work), about)
+
+    def read_documents(self, documents: Sequence[tuple[Document, int]], after: State) -> Microbatch:
+        """A microbatch of some documents of a step, each with its number of supervised tokens."""
+        number = sum(number for _, number in documents)
+        work = Work(tuple(document for document, _ in documents), number, after.epoch)
+        return self.read(work, Sent(number, after.step - 1, after.epoch, None))
+
+    def _expand(self, parts: Parts | LoadError, about: Sent) -> Microbatch:
+        if isinstance(parts, LoadError):
+            raise parts
+        return expand(
+            parts,
+            num_supervised_tokens=about.num_supervised_tokens,
+            step=about.step,
+            epoch=about.epoch,
+            pin_memory=self._pin_memory,
+        )
 
     def _assemble(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:
         """Parts in the order of ``works``, read by the workers or, without any, right here."""
@@ -213,14 +226,18 @@ class PackLoader:
 
     def _works(self) -> Iterator[tuple[Work, Sent]]:
         """This rank's work from the current position on, epoch after epoch."""
-        state = self._state
+        for step, after, places in self.steps_from(self._state):
+            yield from self.works_of_step(step, after, places, rank=self.rank)
+
+    def steps_from(self, state: State) -> Iterator[tuple[Step, State, _PlacesOfWindows]]:
+        """The steps from a position on, epoch after epoch: each with the position behind it."""
         while self.num_epochs is None or state.epoch < self.num_epochs:
             begun = state
             plan = self.plan.at_epoch(state.epoch)
             places = _PlacesOfWindows(plan)
             for step in plan.steps(self.world_size, start=Position(state.window, state.pack), **self._steps):
                 state = State(state.step + 1, state.epoch, step.after.window, step.after.pack)
-                yield from self._works_of_step(step, state, places)
+                yield step, state, places
             if state == begun == State(begun.step, begun.epoch):
                 raise UserError(
                     f"an epoch has fewer packs than one step takes ({self.global_batch}): "
@@ -228,10 +245,11 @@ class PackLoader:
                 )
             state = State(step=state.step, epoch=state.epoch + 1)
 
-    def _works_of_step(
-        self, step: Step, after: State, places: _PlacesOfWindows
+    def works_of_step(
+        self, step: Step, after: State, places: _PlacesOfWindows, *, rank: int
     ) -> Iterator[tuple[Work, Sent]]:
-        mine = [step.packs[position] for position in step.ranks[self.rank]]
+        """What a rank reads for each of its microbatches."""
+        mine = [step.packs[position] for position in step.ranks[rank]]
         denominator = step.num_supervised
         for number in range(self.microbatches_per_step):
             first = number * self.packs_per_microbatch
