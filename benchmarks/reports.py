@@ -37,11 +37,13 @@ from omnidata.schema import INDEX, MANIFEST, ShardInfo, shard_name
 from omnidata.verify.tables import check_index
 
 ROOT = Path(__file__).resolve().parents[1]
+WHERE = 'n_images <= 2 and source != "part-3.jsonl" and n_tokens >= 100'
 NUM_QUERY = 64
 SHARD = 1000  # samples
 COMMANDS = {
     "inspect --json (s)": ["inspect", "DATA", "--json"],
     "inspect, summary only (s)": ["inspect", "DATA", "--limit", "0"],
+    "plan --where (s)": ["plan", "DATA", "--where", WHERE],
     "plan (s)": ["plan", "DATA", "--max-tokens", "4096", "--global-batch", "64", "--world-size", "8"],
 }
 

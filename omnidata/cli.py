@@ -133,12 +133,15 @@ def prepare_tokenizer(
 @click.option("--sample", type=int, help="Show the sample at this position, from 0; negative from the end.")
 @click.option("--limit", type=click.IntRange(0), help="Samples (or rejects) to show: 3 (20), 1000 in HTML.")
 @click.option("--split", help="Only this split.")
+@click.option("--where", metavar="CONDITION", help="Only samples that meet it, as in 'n_images <= 8'.")
 @click.option("--source", help="Only samples (or rejects) of this source.")
 @click.option("--rejects", is_flag=True, help="Show the refused records, also of an unfinished build.")
 @click.option("--html", metavar="FILE", help="Write one self-contained HTML report.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON (omnidata/inspect/summary.py).")
 @cost_options
-def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **options: Any) -> None:
+def inspect(
+    dataset: str, split: str | None, where: str | None, html: str | None, as_json: bool, **options: Any
+) -> None:
     """See what a model would learn from DATASET, a folder or URL: totals, then samples in colour.
 
     Green is supervised, dim is a special token, a chip is an image. Only the index and the samples shown are
@@ -148,6 +151,7 @@ def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **
     omnidata inspect data
     omnidata inspect data --sample 12
     omnidata inspect data --rejects --limit 100
+    omnidata inspect data --where 'source != "ocr.json" and n_images <= 8'
     omnidata inspect data --html report.html
     omnidata inspect s3://bucket/data --json | jq .supervised_share
     """
@@ -158,7 +162,7 @@ def inspect(dataset: str, split: str | None, html: str | None, as_json: bool, **
     if choice.rejects and not html and unfinished.is_unfinished(dataset):
         reports.inspect_unfinished(dataset, choice=choice, as_json=as_json)
         return
-    opened = Dataset(dataset, split)
+    opened = Dataset(dataset, split, where)
     assume = reports.assumptions(**options)
     if html:
         click.echo(reports.inspect_html(opened, html, choice=choice, assume=assume))
@@ -204,6 +208,12 @@ def verify(dataset: str, **options: Any) -> int:
 @click.option("--global-batch", type=click.IntRange(1), help="Packs a step; by default one a rank.")
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
 @click.option("--split", help="Split to plan; by default train.")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="Only samples that meet it; once for all datasets, or once for each ('' for none).",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle.")
 @click.option("--epoch", default=0, show_default=True, help="Epoch, from 0.")
 @click.option(
@@ -223,6 +233,7 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
     \b
     omnidata plan data --max-tokens 4096 --global-batch 64 --world-size 8 --gpus 8
     omnidata plan data more-data --max-tokens 8192 --json
+    omnidata plan data --where 'relevance_min >= 4 and n_images <= 8 and source != "ocr.json"'
     """
     from omnidata.inspect import reports
 

@@ -14,13 +14,26 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from omnidata.files import check_regular, open_regular
-from omnidata.index import index_schema, open_native, read_rows, read_table, reject_schema
+from omnidata.index import (
+    index_schema,
+    kept_fields,
+    open_native,
+    open_parquet,
+    read_rows,
+    read_table,
+    reading_table,
+    reject_schema,
+)
 from omnidata.manifest import check_agreement, manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
 from omnidata.shards import CorruptSampleError, read_sample
+from omnidata.where import Where
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+
+_CACHED = ("index", "rejects", "rows_of_index")  # left out where a dataset is pickled
 
 
 class Dataset:
@@ -29,17 +42,22 @@ class Dataset:
     Args:
         path: a local directory or a URL such as ``s3://bucket/data``.
         split: keep the rows of this split only; None keeps all.
+        where: keep the rows that meet this condition only (``omnidata.where``); nothing on disk changes.
 
     Raises:
-        UserError: there is no complete dataset at ``path``, or it has no such split.
+        UserError: there is no complete dataset at ``path``, it has no such split, or ``where`` is no
+            condition.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], split: str | None = None, where: str | Where | None = None
+    ) -> None:
         import fsspec
         import fsspec.implementations.local
 
         self.path = os.fspath(path).rstrip("/")
         self.split = split
+        self.where = Where(where) if isinstance(where, str) else where
         self._fs, self._root = fsspec.core.url_to_fs(self.path)
         self._is_local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
         self._manifest_bytes = self._read_manifest()
@@ -59,7 +77,8 @@ class Dataset:
             ) from None
 
     def __repr__(self) -> str:
-        return f"Dataset({self.path!r}, split={self.split!r}, samples={len(self)})"
+        where = f", where={str(self.where)!r}" if self.where else ""
+        return f"Dataset({self.path!r}, split={self.split!r}{where}, samples={len(self)})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: totals and a small gallery."""
@@ -77,6 +96,8 @@ class Dataset:
         """
         digest = hashlib.blake2b(self._manifest_bytes, digest_size=16)
         digest.update(f"split={self.split}".encode())
+        if self.where:
+            digest.update(f" where={self.where}".encode())
         return digest.hexdigest()
 
     @property
@@ -93,7 +114,7 @@ class Dataset:
 
     @cached_property
     def index(self) -> pa.Table:
-        """The index rows of this split, in shard and offset order, columns as schema.INDEX_COLUMNS."""
+        """The index rows of this split, in shard and offset order: schema.INDEX_COLUMNS, then those kept."""
         return self.index_columns(None)
 
     table = property(lambda self: self.index, doc="The index, under the name that notebooks expect.")
@@ -103,15 +124,31 @@ class Dataset:
 
         ``dictionary`` names string columns to leave dictionary-encoded.
         """
-        whole = columns is None or self.split is None
+        by_split = self.split is not None and not self.where
         with self.open_table(INDEX) as file:
-            wanted = columns if whole else list(dict.fromkeys([*columns, "split"]))
-            table = read_table(file, index_schema(), columns=wanted, dictionary=dictionary)
-        if self.split is not None:
+            wanted = columns if columns is None or not by_split else list(dict.fromkeys([*columns, "split"]))
+            table = read_table(file, index_schema(), columns=wanted, dictionary=dictionary, kept=True)
+        if self.where:
+            table = table.take(self.rows_of_index)
+        elif by_split:
             import pyarrow.compute as pc
 
             table = table.filter(pc.equal(table["split"], self.split))
         return table if columns is None else table.select(columns)
+
+    @cached_property
+    def rows_of_index(self) -> np.ndarray | None:
+        """Where in the whole index the rows of ``where`` (and of the split) are, int64; None without one."""
+        if self.where is None:
+            return None
+        with self.open_table(INDEX) as file:
+            return self.where.find(file, name=self.path, split=self.split)
+
+    @property
+    def kept_columns(self) -> list[str]:
+        """The columns that ``build-shards --keep-column`` kept."""
+        with self.open_table(INDEX) as file, reading_table(f"{self.path}/{INDEX}"):
+            return [field.name for field in kept_fields(open_parquet(file)[0].schema_arrow)]
 
     @cached_property
     def rejects(self) -> pa.Table:
@@ -127,6 +164,8 @@ class Dataset:
     # --- samples ------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
+        if self.where:
+            return len(self.rows_of_index)
         return self.manifest.num_samples if self.split is None else self.manifest.splits[self.split]
 
     def row(self, position: int) -> dict[str, Any]:
@@ -137,7 +176,9 @@ class Dataset:
 
     def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Index rows at these positions (>= 0), without reading the whole index."""
-        if self.split is not None:
+        if self.where:
+            positions = self.rows_of_index[list(positions)].tolist()
+        elif self.split is not None:
             splits = Dataset(self.path).index_columns(["split"])["split"].to_numpy()
             positions = (splits == self.split).nonzero()[0][list(positions)].tolist()
         with self.open_table(INDEX) as file:
@@ -190,4 +231,4 @@ class Dataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the cached tables: a worker reads the columns that it needs."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("index", "rejects")}
+        return {name: value for name, value in self.__dict__.items() if name not in _CACHED}

@@ -46,11 +46,36 @@ def reject_schema() -> pa.Schema:
     return _arrow_schema(REJECT_COLUMNS)
 
 
-def index_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
-    """Index rows (one dict a sample, keys as INDEX_COLUMNS) as a table."""
+def index_table(rows: Iterable[dict[str, Any]], schema: pa.Schema | None = None) -> pa.Table:
+    """Index rows (one dict a sample, keys as INDEX_COLUMNS) as a table; ``schema`` may have kept columns."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist([_DEFAULTS | row for row in rows], schema=index_schema())
+    return pa.Table.from_pylist([_DEFAULTS | row for row in rows], schema=schema or index_schema())
+
+
+def kept_fields(found: pa.Schema, where: str = "the table") -> list[pa.Field]:
+    """The columns of an index beyond INDEX_COLUMNS: those that ``--keep-column`` kept.
+
+    Raises:
+        UserError: one is of a type that no build writes.
+    """
+    import pyarrow as pa
+
+    own, types = (
+        {column.name for column in INDEX_COLUMNS},
+        (pa.bool_(), pa.int64(), pa.float64(), pa.string()),
+    )
+    fields = []
+    for field in found:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if field.name in own:
+            continue
+        if kind not in types:
+            raise UserError(
+                f"{where}: {field.name} is a column of {kind}, which no build writes: it is damaged"
+            )
+        fields.append(pa.field(field.name, kind))
+    return fields
 
 
 def reject_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
@@ -125,8 +150,11 @@ def read_table(
     *,
     columns: Sequence[str] | None = None,
     dictionary: Sequence[str] = (),
+    kept: bool = False,
 ) -> pa.Table:
     """Read a Parquet file written by ``write_tables``; ``dictionary`` names string columns to leave encoded.
+
+    ``kept``: it is an index, whose kept columns may be named, and are read where ``columns`` is None.
 
     Raises:
         UserError: the file is no Parquet file, or lacks a column of the schema.
@@ -135,12 +163,15 @@ def read_table(
 
     with reading_table("the table"):
         parquet, threads = open_parquet(file, read_dictionary=list(dictionary))
+        own = set(schema.names)
+        if kept:
+            schema = pa.schema([*schema, *kept_fields(parquet.schema_arrow)])
         wanted = list(columns or schema.names)
         check_types(parquet, pa.schema([schema.field(name) for name in wanted]), "the table")
         missing = [name for name in wanted if name not in parquet.schema_arrow.names]
         present = [name for name in wanted if name not in missing]
         table = parquet.read(columns=present, use_threads=threads)
-        if holes := [name for name in present if table[name].null_count]:
+        if holes := [name for name in present if name in own and table[name].null_count]:
             raise UserError(f"the table has rows without {holes[0]}: it is damaged")
         for name in missing:  # written before there was such a column
             values = pa.array([_DEFAULTS[name]] * table.num_rows, schema.field(name).type)

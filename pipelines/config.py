@@ -23,6 +23,7 @@ import yaml
 from omnidata.loader.augment import Augment
 from omnidata.loader.remote import Remote
 from omnidata.schema import UserError
+from omnidata.where import Where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class DatasetConfig:
 
     path: str  # folder or fsspec URL made by `omnidata build-shards`
     split: str = "train"
+    where: str | None = None  # only samples that meet it: relevance_min >= 4 and source != "ocr.json"
     weight: float | None = None  # share of the samples, relative to the other weights; null: by size, or
     epochs: float | None = None  # passes in one epoch of the whole list; null: 1, unless there are weights
     exclude: str | None = None  # a file of keys to leave out, one a line
@@ -267,6 +269,7 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
         yield "optim: give exactly one of steps and epochs"
     if not recipe.data.train:
         yield "data.train: at least one dataset is needed"
+    yield from _bad_conditions(recipe.data)
     if len(optim.betas) != 2:
         yield f"optim.betas: two numbers are needed, not {optim.betas}"
     if optim.schedule == "wsd" and optim.decay_steps <= 0:
@@ -282,6 +285,16 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
         )
     if model.train_only_new_tokens and {"embeddings", "lm_head"} <= set(model.freeze):
         yield "model.train_only_new_tokens: embeddings and lm_head are both frozen"
+
+
+def _bad_conditions(data: DataConfig) -> typing.Iterator[str]:
+    """``where`` that is no condition; whether the dataset has its columns shows when that is opened."""
+    for name in ("train", "val"):
+        for number, dataset in enumerate(getattr(data, name)):
+            try:
+                dataset.where and Where(dataset.where)
+            except UserError as error:
+                yield f"data.{name}.{number}.{error}"
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

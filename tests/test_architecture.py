@@ -14,6 +14,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FLOW = [
     ("schema",),
     ("durable", "manifest", "index", "shards"),
+    ("where",),
     ("corpus", "images", "text"),
     ("conversation",),
     ("render",),

@@ -58,6 +58,16 @@ def test_the_order_is_pinned():
     assert rows(plan())[:2] == [[201, 28, 196, 8, 43, 29], [21, 234, 16]]
 
 
+def test_the_digests_of_old_recipes_are_pinned():
+    # A run that was begun by an earlier version goes on only if its plan has the same digest.
+    weights = [Source(MadeUpCatalog(SIZES), weight=3), Source(MadeUpCatalog([10] * 5, shift=3), weight=1)]
+    epochs = [Source(MadeUpCatalog(SIZES), epochs=2), Source(MadeUpCatalog([10] * 5, shift=3))]
+    assert plan().digest == "4b4f3fe09061ecc9ef8e4e2b4d66935c"
+    assert plan(data=weights).digest == "ff17c9a79565a9ef6d8cbbdeb077dac0"
+    limits = {"max_images": 3, "oversize": "leave_out"}
+    assert plan(data=epochs, **limits).digest == "c51053c970314806a5e67e489e4287db"
+
+
 def test_a_window_is_made_without_those_before_it():
     catalog = MadeUpCatalog([10] * 1000)
     whole = EpochPlan(catalog, max_tokens=1000, window_samples=500)

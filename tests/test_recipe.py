@@ -71,6 +71,7 @@ def test_every_mistake_in_one_message(tmp_path):
         ("data.global_batch=0", "data.global_batch: at least 1"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last: at least 1"),
         ("optim.clip=-1", "optim.clip: a positive norm"),
+        ("data.train.0.where=n_images = 3", "data.train.0.where: cannot read '= 3': equality is =="),
         ("nonsense", "must look like section.key=value"),
     ],
 )

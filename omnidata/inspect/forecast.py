@@ -47,6 +47,7 @@ class Forecast:
     """One epoch, foreseen."""
 
     datasets: tuple[str, ...]
+    where: tuple[str | None, ...]  # of each dataset, the condition that its samples meet
     seed: int
     epoch: int
     max_tokens: int  # a pack
@@ -106,6 +107,7 @@ def forecast(
     num_images = int(packs["images"].sum())
     return Forecast(
         datasets=tuple(source.catalog.name for source in plan.sources),
+        where=tuple(_where(source.catalog) for source in plan.sources),
         seed=plan.seed,
         epoch=plan.epoch,
         max_tokens=plan.max_tokens,
@@ -144,6 +146,11 @@ def forecast(
             assume=assume,
         ),
     )
+
+
+def _where(catalog: Any) -> str | None:
+    where = catalog.dataset.where
+    return str(where) if where else None
 
 
 def _nothing_fits(plan: EpochPlan) -> str:

@@ -13,6 +13,7 @@ from omnidata.inspect.cost import DEFAULT_FROZEN, Assumptions
 from omnidata.inspect.samples import choose_positions, read_views, rejects_of
 from omnidata.inspect.summary import summarize
 from omnidata.printable import to_json
+from omnidata.schema import UserError
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
@@ -137,6 +138,7 @@ def plan(
     paths: Sequence[str],
     *,
     split: str | None,
+    where: Sequence[str],
     seed: int,
     epoch: int,
     max_tokens: int,
@@ -153,8 +155,14 @@ def plan(
     from omnidata.plan.epoch import EpochPlan
 
     assume = assumptions(default_gpus=world_size, **cost)
+    if len(where) not in (0, 1, len(paths)):
+        raise UserError(f"{len(where)} --where for {len(paths)} datasets: give one for all, or one for each")
+    conditions = where if len(where) == len(paths) else [*where, None][:1] * len(paths)
     epoch_plan = EpochPlan(
-        [{"path": path, "split": split} for path in paths],
+        [
+            {"path": path, "split": split, "where": condition or None}
+            for path, condition in zip(paths, conditions, strict=True)
+        ],
         seed=seed,
         epoch=epoch,
         max_tokens=max_tokens,

@@ -76,6 +76,7 @@ class Summary:
 
     dataset: str  # path or URL
     split: str | None  # null: the whole dataset
+    where: str | None  # the condition that the samples meet; null: all of them
     schema_version: int
     num_records: int  # of the whole build: samples + rejects
     num_rejects: int  # of the whole build
@@ -117,6 +118,7 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
     return Summary(
         dataset=dataset.path,
         split=dataset.split,
+        where=str(dataset.where) if dataset.where else None,
         schema_version=manifest.schema_version,
         num_records=manifest.num_records,
         num_rejects=manifest.num_rejects,

@@ -48,6 +48,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     title = Text(summary.dataset, style=HEADING)
     if summary.split:
         title.append(f"  split {summary.split}")
+    if summary.where:
+        title.append(f"  where {printable(summary.where)}")
     console.print(title)
     console.print(_totals(summary))
     console.print(_distributions(summary))
@@ -248,7 +250,9 @@ def chip(run: Run, view: SampleView) -> str:
 
 def print_forecast(console: Console, seen: Forecast) -> None:
     """The epoch: packs and steps, padding, balance, compute."""
-    console.print(Text(", ".join(seen.datasets), style=HEADING))
+    names = zip(seen.datasets, seen.where, strict=True)
+    titles = [f"{name} where {printable(where)}" if where else name for name, where in names]
+    console.print(Text(", ".join(titles), style=HEADING))
     grid = _grid()
     limit = "any number of" if seen.max_images is None else f"at most {seen.max_images:,}"
     grid.add_row("samples", f"{seen.num_samples:,}: {seen.num_tokens:,} tokens, {seen.num_images:,} images")

@@ -57,7 +57,7 @@ class PackLoader:
     """Yields ``microbatches_per_step`` Microbatch objects a step, on every rank.
 
     Args:
-        data: a path, a Dataset, ``{"path", "split", "weight" | "epochs", "exclude"}``, or a list of those.
+        data: a path, a Dataset, ``{"path", "split", "where", …}`` (plan.sources), or a list of those.
         global_batch: packs a step, over all ranks; need not divide evenly.
         max_tokens, max_images, seed, oversize, window_samples: as EpochPlan's.
         num_epochs: None goes on for ever.

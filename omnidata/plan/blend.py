@@ -60,7 +60,7 @@ def quotas(sources: list[Source]) -> list[Fraction]:
 def _check(source: Source, size: int) -> None:
     name = source.catalog.name
     if not size:
-        raise UserError(f"{name} has no sample left to train on")
+        raise UserError(f"{name} has no sample left to train on: see its `where` and `exclude`")
     if source.weight is not None and source.epochs is not None:
         raise UserError(f"{name} has both `weight` and `epochs`: give one of them")
     for what in ("weight", "epochs"):

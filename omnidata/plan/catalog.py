@@ -80,7 +80,7 @@ class Catalog(Protocol):
 
 
 class IndexCatalog:
-    """The catalog of a built dataset, less the samples that ``exclude`` names.
+    """The catalog of a built dataset: its ``where``, if it has one, less the samples that ``exclude`` names.
 
     Args:
         dataset: one split of a dataset.
@@ -99,12 +99,13 @@ class IndexCatalog:
         self._groups = np.array(wanted, np.int64)  # row group of each shard
         sizes = np.array([shards[i].num_samples for i in wanted], np.int64)
         self._first_rows = np.concatenate(([0], np.cumsum(sizes)))
-        self._excluded = np.zeros(0, np.int64)  # rows, sorted
+        self._kept: np.ndarray | None = None  # bool, one a row; None: all of them
         self._check_row_groups([shard.num_samples for shard in shards])
+        if dataset.where:
+            self._kept = self._meets_where([shard.num_samples for shard in shards])
         if exclude := sorted(set(exclude)):
             self._leave_out(exclude)
-        left_out = np.searchsorted(self._excluded, self._first_rows)
-        self.shard_sizes = sizes - np.diff(left_out)
+        self.shard_sizes = sizes if self._kept is None else self._count(self._kept)
 
     # --- the index ----------------------------------------------------------------------------------------
 
@@ -135,6 +136,18 @@ class IndexCatalog:
         spans = [np.arange(self._first_rows[shard], self._first_rows[shard + 1]) for shard in shards]
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
+    def _count(self, kept: np.ndarray) -> np.ndarray:
+        """How many rows of each shard are kept."""
+        counts = np.concatenate(([0], np.cumsum(kept)))
+        return np.diff(counts[self._first_rows])
+
+    def _meets_where(self, sizes: list[int]) -> np.ndarray:
+        """bool, one a row of the split: does it meet the dataset's ``where``?"""
+        firsts = np.concatenate(([0], np.cumsum(sizes)))
+        kept = np.zeros(firsts[-1], bool)
+        kept[self.dataset.rows_of_index] = True
+        return np.concatenate([kept[:0], *(kept[firsts[i] : firsts[i + 1]] for i in self._groups.tolist())])
+
     def _leave_out(self, keys: list[str]) -> None:
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -150,7 +163,9 @@ class IndexCatalog:
                 f"{len(missing)} keys of the exclusions are not in {self.name} (split "
                 f"{self.dataset.split}), the first is {missing[0]!r}: remove them, or correct the path"
             )
-        self._excluded = np.concatenate(rows)
+        if self._kept is None:
+            self._kept = np.ones(self._first_rows[-1], bool)
+        self._kept[np.concatenate(rows)] = False
         self.digest = f"{self.digest}-{_digest(keys)}"
 
     # --- Catalog ------------------------------------------------------------------------------------------
@@ -165,9 +180,9 @@ class IndexCatalog:
         pixels = _row_sums(table["image_pixels"]) if has_sizes else None
         lengths = Lengths(self._rows(shards), *columns, pixels)
         _check_lengths(lengths, self.name)
-        if not len(self._excluded):
+        if self._kept is None:
             return lengths
-        return lengths.take(np.flatnonzero(~np.isin(lengths.rows, self._excluded)))
+        return lengths.take(np.flatnonzero(self._kept[lengths.rows]))
 
     def longest(self) -> tuple[int, int]:
         """The most tokens and images of a sample, from the index's statistics where it has them."""
@@ -175,7 +190,7 @@ class IndexCatalog:
         positions = [metadata.schema.names.index(name) for name in ("n_tokens", "n_images")]
         groups = [metadata.row_group(group) for group in self._groups.tolist()]
         statistics = [[group.column(position).statistics for position in positions] for group in groups]
-        if len(self._excluded) or any(
+        if self._kept is not None or any(
             item is None or not item.has_min_max for pair in statistics for item in pair
         ):
             lengths = self.read(range(len(groups)))

@@ -135,7 +135,7 @@ class EpochPlan:
     """The order, packing and distribution of one epoch.
 
     Args:
-        data: a path, a Dataset, ``{"path", "split", "weight" | "epochs", "exclude"}``, a Catalog, or a list
+        data: a path, a Dataset, ``{"path", "split", "where", …}`` (plan.sources), a Catalog, or a list
             of those. A path means its ``train`` split.
         seed, epoch: the shuffle; equal numbers give equal plans on any machine.
         max_tokens, max_images: what a pack may hold.

@@ -4,6 +4,7 @@ data: data/llava                                      one dataset, its train spl
 data: [data/llava, data/shapes]                       each once an epoch, mixed in proportion to their sizes
 data: [{path: data/llava, weight: 3}, {path: data/shapes, weight: 1}]
 data: [{path: data/llava, epochs: 1, exclude: bad_keys.txt}, {path: data/shapes, epochs: 2.5}]
+data: [{path: data/llava, where: relevance_min >= 4 and n_images <= 8}]             those samples only
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from omnidata.plan.catalog import IndexCatalog
 from omnidata.schema import UserError
 
 DEFAULT_SPLIT = "train"
-_KEYS = ("path", "split", "weight", "epochs", "exclude")
+_KEYS = ("path", "split", "where", "weight", "epochs", "exclude")
 
 
 def open_sources(data: Any) -> list[Source]:
@@ -52,7 +53,7 @@ def _open_mapping(entry: Mapping[str, Any]) -> Source:
     unknown = sorted(entry.keys() - set(_KEYS))
     if unknown or "path" not in entry:
         raise UserError(f"an entry of `data` has the keys {sorted(entry)}; it takes `path` and {_KEYS[1:]}")
-    dataset = Dataset(entry["path"], entry.get("split") or DEFAULT_SPLIT)
+    dataset = Dataset(entry["path"], entry.get("split") or DEFAULT_SPLIT, entry.get("where"))
     catalog = IndexCatalog(dataset, exclude=read_keys(entry["exclude"]) if entry.get("exclude") else ())
     return Source(catalog, weight=entry.get("weight"), epochs=entry.get("epochs"))
 
