@@ -40,18 +40,22 @@ def unshifted(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels.new_full((1,), IGNORE_INDEX), labels[:-1]])
 
 
-def model_inputs(microbatch: Microbatch, *, token_types: str | None = None) -> dict[str, Any]:
+def model_inputs(
+    microbatch: Microbatch, *, token_types: str | None = None, averaged_over: int = 1
+) -> dict[str, Any]:
     """Keyword arguments of the forward of the model that the dataset was built for.
 
     Args:
         microbatch: of an OmniLMM dataset or of a processor's.
         token_types: the name under which the model takes the marks of image tokens; None: it takes none.
+        averaged_over: losses whose mean the host takes, of ranks and microbatches, where their sum is wanted.
     """
+    number = microbatch.num_supervised_tokens
     inputs: dict[str, Any] = {
         "input_ids": microbatch.input_ids[None],
         "labels": unshifted(microbatch.labels)[None],
         "position_ids": _positions(microbatch.position_ids),
-        "num_items_in_batch": microbatch.num_supervised_tokens,
+        "num_items_in_batch": number if averaged_over == 1 else number / averaged_over,
         "use_cache": False,
     }
     if isinstance(microbatch.images, dict):
@@ -70,6 +74,20 @@ def model_inputs(microbatch: Microbatch, *, token_types: str | None = None) -> d
 def _positions(position_ids: torch.Tensor) -> torch.Tensor:
     """``[1, T]``, or M-RoPE's ``[4, 1, T]``: only of four rows do models take the first to find documents."""
     return position_ids[None] if position_ids.ndim == 1 else position_ids[:, None]
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The sum over supervised tokens by ``num_items_in_batch``.
+
+    Args:
+        logits: ``[1, T, V]``; only supervised rows become float32.
+        labels: int64 ``[1, T]``, unshifted.
+        num_items_in_batch: None: this batch's own number.
+    """
+    wanted = labels[:, 1:] != IGNORE_INDEX
+    rows = logits[:, :-1][wanted].float()
+    total = torch.nn.functional.cross_entropy(rows, labels[:, 1:][wanted], reduction="sum")
+    return total / (max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch)
 
 
 def token_types_name(model: Any) -> str | None:

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from omnidata.adapters.batch import model_class, model_inputs, token_types_name
-from omnidata.adapters.isolation import check_isolation, takes_denominator
+from omnidata.adapters.batch import model_class, model_inputs, summed_loss, token_types_name
+from omnidata.adapters.isolation import check_model
 from omnidata.adapters.microbatches import Microbatches
 from omnidata.dataset import Dataset
 from omnidata.loader.packs import PackLoader
-from omnidata.schema import IGNORE_INDEX, UserError
+from omnidata.schema import UserError
 from omnidata.text.tokenizer import fingerprint
 
 NUMBER = "number"  # the column
@@ -170,14 +170,7 @@ class TrainDataset(datasets.Dataset):
 
     def check_model(self, model: Any) -> None:
         """UserError if the model cannot learn from these packs."""
-        rows, needed = model.get_input_embeddings().weight.shape[0], self.source.manifest.vocab_size
-        if rows < needed:
-            raise UserError(
-                f"{type(model).__name__} has embeddings for {rows} tokens, {self.source.path} has {needed}: "
-                "build the dataset with the model's own tokenizer"
-            )
-        check_isolation(model, self.loader, token_types=self._token_types)
-        self._takes_number = takes_denominator(model, self.loader, token_types=self._token_types)
+        self._takes_number = check_model(model, self.loader, token_types=self._token_types)
         if self._takes_number:
             unwrap_peft_model(model).accepts_loss_kwargs = True
 
@@ -197,18 +190,9 @@ class TrainDataset(datasets.Dataset):
             )
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """The Trainer's ``compute_loss_func``: the sum over supervised tokens by ``num_items_in_batch``.
-
-        Args:
-            outputs: with logits ``[1, T, V]``; only supervised rows become float32.
-            labels: int64 ``[1, T]``, unshifted.
-            num_items_in_batch: None: this batch's own number.
-        """
+        """The Trainer's ``compute_loss_func``: see ``summed_loss``."""
         self._computed_loss = True
-        wanted = labels[:, 1:] != IGNORE_INDEX
-        rows = outputs["logits"][:, :-1][wanted].float()
-        total = torch.nn.functional.cross_entropy(rows, labels[:, 1:][wanted], reduction="sum")
-        return total / (max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch)
+        return summed_loss(outputs["logits"], labels, num_items_in_batch)
 
 
 def unwrap_peft_model(model: Any) -> Any:

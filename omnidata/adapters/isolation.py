@@ -28,6 +28,19 @@ REMEDY = (
 )
 
 
+def check_model(model: Any, loader: PackLoader, *, token_types: str | None = None) -> bool:
+    """UserError if the model cannot learn from these packs; whether it divides by ``num_items_in_batch``."""
+    dataset = loader.plan.sources[0].catalog.dataset
+    rows, needed = model.get_input_embeddings().weight.shape[0], dataset.manifest.vocab_size
+    if rows < needed:
+        raise UserError(
+            f"{type(model).__name__} has embeddings for {rows} tokens, {dataset.path} has {needed}: build "
+            "the dataset with the model's own tokenizer"
+        )
+    check_isolation(model, loader, token_types=token_types)
+    return takes_denominator(model, loader, token_types=token_types)
+
+
 @torch.no_grad()
 def check_isolation(model: Any, loader: PackLoader, *, token_types: str | None = None) -> None:
     """Five short forwards of ``model``, where it is and with its dtype, on two documents of the first step.

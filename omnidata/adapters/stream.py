@@ -1,7 +1,8 @@
 """Stream: the plan's microbatches of this rank, one after the other, as a model's forward takes them.
 
-``len()`` counts what is left of all epochs; the state is the loader's, a few integers, exact at any number
-of ranks and workers. A host may shard, shuffle or wrap nothing of it: it is dealt to ranks already.
+The state is the loader's, a few integers, exact at any number of ranks and workers. A host may shard,
+shuffle or wrap nothing of it: it is dealt to ranks already. A step is ``microbatches_per_step`` batches on
+every rank; the state stands behind the last step that was yielded whole.
 """
 
 from __future__ import annotations
@@ -9,30 +10,52 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omnidata.adapters.batch import model_inputs
+from omnidata.adapters.batch import model_class, model_inputs, token_types_name
+from omnidata.adapters.isolation import check_model
 from omnidata.loader.packs import PackLoader
+from omnidata.schema import UserError
 
 
 class Stream:
-    """Iterates over ``model_inputs`` of a loader's microbatches.
+    """Iterates over ``model_inputs`` of a loader's microbatches; made once for a run, iterated once.
 
     Args:
         loader: of this rank.
-        token_types: see ``model_inputs``.
+        model: to be checked before it is wrapped; None leaves that to the caller (``isolation.check_model``).
+        averaged_over: see ``model_inputs``.
+
+    Raises:
+        UserError: the model cannot learn from these packs, or ignores the number that its loss is divided by.
     """
 
-    def __init__(self, loader: PackLoader, *, token_types: str | None = None) -> None:
-        self.loader, self._token_types = loader, token_types
+    def __init__(self, loader: PackLoader, model: Any = None, *, averaged_over: int = 1) -> None:
+        self.loader, self._averaged_over = loader, averaged_over
+        kind = model_class(loader.plan.sources[0].catalog.dataset)
+        self._token_types = kind and token_types_name(kind)
+        if model is not None and not check_model(model, loader, token_types=self._token_types):
+            raise UserError(
+                f"{type(model).__name__} does not divide its loss by num_items_in_batch, so a step's loss "
+                "would be a mean of means: leave the model out here, and take batch.summed_loss of its logits"
+            )
+
+    @property
+    def microbatches_per_step(self) -> int:
+        """Batches of this rank before an update."""
+        return self.loader.microbatches_per_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for microbatch in self.loader:
-            yield model_inputs(microbatch, token_types=self._token_types)
+            yield model_inputs(microbatch, token_types=self._token_types, averaged_over=self._averaged_over)
 
     def __len__(self) -> int:
-        return self.loader.steps_left() * self.loader.microbatches_per_step
+        """Batches of all epochs, wherever the stream stands."""
+        if self.loader.num_epochs is None:
+            raise TypeError("the stream goes on for ever: num_epochs is None")
+        steps = sum(self.loader.steps_per_epoch(epoch) for epoch in range(self.loader.num_epochs))
+        return steps * self.microbatches_per_step
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last step that was yielded whole."""
+        """The position behind the last step that was yielded whole."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,117 @@
+"""A dataset's packs in accelerate, PyTorch and Lightning: the losses of our own loop, resumed exactly."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import hosts
+import pytest
+import torch
+from hosts import KILLED_AT, NUM_STEPS, SETTINGS
+
+from omnidata.adapters.pytorch import PackDataset
+from omnidata.adapters.stream import Stream
+from omnidata.loader import PackLoader
+from omnidata.schema import UserError
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+OPTIONS = {"packs": SETTINGS, "lr": hosts.LR, "save_steps": KILLED_AT}
+PRINTED = re.compile(r"step (\d+) loss ([\d.]+)")
+TOLERANCE = 1e-6  # of losses around 6.5
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(dataset, model's folder)"""
+    return hosts.make(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.fixture(scope="module")
+def own(made):
+    """Losses of our own loop."""
+    return hosts.own_losses(made[0], hosts.load_model(made[1]))
+
+
+class KilledError(Exception):
+    """Nobody catches it."""
+
+
+def kill(monkeypatch, *, after):
+    """The stream ends as a kill would: behind step ``after`` of this process."""
+    iterate = Stream.__iter__
+
+    def until_killed(self):
+        for number, batch in enumerate(iterate(self), 1):
+            if number > after * self.microbatches_per_step:
+                raise KilledError
+            yield batch
+
+    monkeypatch.setattr(Stream, "__iter__", until_killed)
+
+
+def example(name, monkeypatch):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module(name).main
+
+
+def killed_and_resumed(name, made, place, monkeypatch, capsys, **options):
+    """What the example printed: losses by step, of the killed run and of the one that goes on."""
+    main = example(name, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill(patch, after=KILLED_AT + 1)
+        main(*made, str(place), **OPTIONS, **options)
+    first = PRINTED.findall(capsys.readouterr().out)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill(patch, after=NUM_STEPS - KILLED_AT)
+        main(*made, str(place), "--resume", **OPTIONS, **options)
+    second = PRINTED.findall(capsys.readouterr().out)
+    assert [int(step) for step, _ in second] == list(range(KILLED_AT + 1, NUM_STEPS + 1))
+    return [float(loss) for _, loss in first[:KILLED_AT] + second]
+
+
+@pytest.mark.parametrize(("name", "place"), [("pytorch_loop", "run.pt"), ("accelerate_loop", "run")])
+def test_loops_have_our_losses_and_go_on_after_a_kill(name, place, made, own, tmp_path, monkeypatch, capsys):
+    found = killed_and_resumed(name, made, tmp_path / place, monkeypatch, capsys)
+    assert found == pytest.approx(own, abs=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:Checkpoint directory .* is not empty")
+def test_lightning_has_our_losses_and_goes_on_after_a_kill(made, own, tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning")
+    main, losses = example("lightning_fit", monkeypatch), {}
+
+    class Losses(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, number):
+            losses.setdefault(number // 2, []).append(float(outputs["loss"]))
+
+    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary")}
+    options = {**OPTIONS, **quiet, "accelerator": "cpu", "max_steps": NUM_STEPS, "callbacks": [Losses()]}
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill(patch, after=KILLED_AT + 1)
+        main(*made, str(tmp_path), **options)
+    assert len(losses) == KILLED_AT + 1
+    del losses[KILLED_AT]
+    main(*made, str(tmp_path), "--resume", **options)
+    assert [sum(losses[step]) for step in range(NUM_STEPS)] == pytest.approx(own, abs=TOLERANCE)
+
+
+def test_several_workers_of_a_dataloader_are_refused(made):
+    loader = torch.utils.data.DataLoader(PackDataset(made[0], **SETTINGS), batch_size=None, num_workers=2)
+    with pytest.raises(UserError, match="2 workers of a DataLoader would each yield every pack"):
+        next(iter(loader))
+
+
+def test_ranks_of_a_stream_share_the_plans_step(made):
+    """Each rank's own batches, whose losses are averaged over ranks and microbatches: the step's loss."""
+    model = hosts.load_model(made[1])
+    settings = {**SETTINGS, "global_batch": 4}
+    [whole, *_] = hosts.own_losses(made[0], model, steps=1, settings=settings)
+    model = hosts.load_model(made[1])
+    ranks = [PackLoader(made[0], rank=rank, world_size=2, **settings) for rank in range(2)]
+    streams = [iter(Stream(loader, averaged_over=4)) for loader in ranks]
+    shares = [float(model(**next(stream)).loss.detach()) for stream in streams for _ in range(2)]
+    assert sum(shares) / 4 == pytest.approx(whole, abs=TOLERANCE)
+    assert len(Stream(ranks[0])) == 2 * sum(ranks[0].steps_per_epoch(epoch) for epoch in range(3))
