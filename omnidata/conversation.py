@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from omnidata.corpus.columns import ALL, take_all, take_named
 from omnidata.corpus.keys import KeyCheck
 from omnidata.corpus.pictures import read_images
 from omnidata.corpus.placer import Placer
@@ -44,6 +45,7 @@ class Reading:
     caption_prompt: tuple[str, ...] = ()  # what asks for a caption; one of them by the record's id
     allow_empty_replies: bool = False
     train_on: str = "all"  # all | last: which assistant turns are supervised
+    keep_column: tuple[str, ...] = ()  # keys of records whose values become columns of the index
 
 
 def to_conversation(record: Record, reading: Reading = Reading()) -> Conversation:
@@ -67,7 +69,10 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
         num_bytes=sum(image.data is not None for image in images),
     )
     used = OWN_KEYS | read | set(reading.image_key)
-    check.check({key: value for key, value in record.payload.items() if key not in used})
+    columns, rest = take_named(record.payload, reading.keep_column, used)
+    check.check(rest)
+    if ALL in reading.keep_column:
+        take_all(rest, columns, check.counted)
     for turn in turns:
         unread = {
             key: value for key, value in turn.rest.items() if key not in Placer.turn_keys(reading.image_key)
@@ -82,7 +87,8 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
     ]
     if not reading.allow_empty_replies:
         _refuse_empty_replies(messages)
-    return Conversation(record.id, tuple(messages), tuple(images), tuple(check.counted))
+    kept = columns if reading.keep_column else None
+    return Conversation(record.id, tuple(messages), tuple(images), tuple(check.counted), columns=kept)
 
 
 def with_grids(conversation: Conversation, grids: Sequence[tuple[int, int] | None]) -> Conversation:

@@ -106,6 +106,12 @@ BUILD_OPTIONS = (
         "--image-key", multiple=True, metavar="NAME", help="Another key that holds pictures; repeatable."
     ),
     click.option(
+        "--keep-column",
+        multiple=True,
+        metavar="NAME",
+        help="Key whose numbers or short texts become a column of the index, or 'all'; repeatable.",
+    ),
+    click.option(
         "--caption-prompt",
         multiple=True,
         metavar="TEXT",

@@ -150,6 +150,9 @@ class Conversation:
     images: tuple[ImageRef, ...] = ()  # image parts refer to them by position, each exactly once, in order
     unread_keys: tuple[str, ...] = ()  # keys of the record that hold something and that nothing reads
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each, once they are read
+    columns: dict[str, Any] | None = (
+        None  # values that --keep-column takes into the index; None: it is not on
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,6 +283,7 @@ INDEX_COLUMNS: tuple[Column, ...] = (
     Column("locator", "string", "where in it"),
     Column("content_hash", "string", "hex, xxh3-128 of ids, labels and image bytes"),
 )
+# After these come the columns of --keep-column: bool, int64, float64 or string, null where a record has none.
 
 REJECT_COLUMNS: tuple[Column, ...] = (
     Column("source", "string", "the file's name as given"),

@@ -19,8 +19,9 @@ from omnidata.inspect.cost import (
     token_flops,
     training_multiplier,
 )
+from omnidata.inspect.distributions import count_distribution, round_width
 from omnidata.inspect.samples import choose_positions, read_views, spread
-from omnidata.inspect.summary import Summary, count_distribution, lowest, round_width, summarize
+from omnidata.inspect.summary import Summary, lowest, summarize
 from omnidata.inspect.terminal import human_bytes, human_hours, sparkline
 from omnidata.printable import printable
 from omnidata.schema import IGNORE_INDEX, UserError

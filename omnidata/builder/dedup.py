@@ -67,7 +67,7 @@ def rewrite_shard(
     """Copy a shard without the samples at these positions."""
     store = Store(job.out)
     with store.open(part_path(task)) as file:
-        rows = read_table(file, index_schema()).to_pylist()
+        rows = read_table(file, index_schema(), kept=True).to_pylist()
     rejects = []
     if store.exists(rejects_path(task)):
         with store.open(rejects_path(task)) as file:

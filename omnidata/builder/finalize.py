@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from omnidata.builder.columns import kept_fields, with_columns
 from omnidata.builder.interop import dataset_card, energon_files
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.plan import BuildPlan
@@ -41,7 +42,7 @@ def complete(
     Raises:
         UserError: not one sample was built.
     """
-    manifest = make_manifest(settings, plan, results, renderer)
+    manifest, kept = make_manifest(settings, plan, results, renderer)
     if not manifest.num_samples:
         raise UserError(
             f"none of the {manifest.num_records:,} records became a sample: {manifest.rejects}. Mostly the "
@@ -49,26 +50,38 @@ def complete(
             f"The first:{examples(first_rejects(store, results))}"
         )
     with store.write(INDEX) as file:
-        write_tables(file, index_schema(), _tables(store, results, index_schema(), part_path))
+        write_tables(file, pa.schema([*index_schema(), *kept]), _index_tables(store, settings, results, kept))
     with store.write(REJECTS) as file:
-        write_tables(file, reject_schema(), _tables(store, results, reject_schema(), rejects_path))
+        write_tables(file, reject_schema(), _reject_tables(store, results))
     for path, content in energon_files(manifest).items():
         store.write_bytes(path, content)
-    store.write_bytes(CARD, dataset_card(manifest).encode())
+    store.write_bytes(CARD, dataset_card(manifest, kept).encode())
     store.write_bytes(MANIFEST, manifest_to_json(manifest))
     leave(store)
     return manifest
 
 
-def _tables(store: Store, results: Results, schema: pa.Schema, path_of: Any) -> Iterator[pa.Table]:
+def _index_tables(
+    store: Store, settings: BuildSettings, results: Results, kept: list[pa.Field]
+) -> Iterator[pa.Table]:
     for task, result in results:
-        if result.num_samples if path_of is part_path else result.rejects:
-            with store.open(path_of(task)) as file:
-                yield read_table(file, schema)
+        if result.num_samples:
+            with store.open(part_path(task)) as file:
+                table = read_table(file, index_schema(), kept=True)
+            yield with_columns(table, kept) if settings.keep_column else table
 
 
-def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, renderer: Renderer) -> Manifest:
-    """Totals of all shards, and what they were made from."""
+def _reject_tables(store: Store, results: Results) -> Iterator[pa.Table]:
+    for task, result in results:
+        if result.rejects:
+            with store.open(rejects_path(task)) as file:
+                yield read_table(file, reject_schema())
+
+
+def make_manifest(
+    settings: BuildSettings, plan: BuildPlan, results: Results, renderer: Renderer
+) -> tuple[Manifest, list[pa.Field]]:
+    """Totals of all shards, and what they were made from; and the kept columns."""
     shards = [result.info for _, result in results if result.info]
     rejects, splits = Counter[str](), Counter[str]()
     for _, result in results:
@@ -77,8 +90,9 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, re
         splits[shard.split] += shard.num_samples
     num_samples, num_rejects = sum(splits.values()), sum(rejects.values())
     counts, tokenizer = total_counts(result for _, result in results), renderer.tokenizer
+    kept, of_columns = kept_fields(settings.keep_column, counts["columns"])
     assert num_samples + num_rejects == plan.num_records, "samples + rejects = records"
-    return Manifest(
+    manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         versions=plan.identity["versions"],
         settings=settings.to_json(),
@@ -106,15 +120,16 @@ def make_manifest(settings: BuildSettings, plan: BuildPlan, results: Results, re
         content_tokens={token: counts["content_tokens"].get(token, 0) for token in renderer.content_tokens},
         unread_keys=counts["unread_keys"],
         spelled_tokens=counts["spelled_tokens"],
-        notes=counts["notes"],
+        notes=counts["notes"] | of_columns,
         shards=shards,
     )
+    return manifest, kept
 
 
 def first_rejects(store: Store, results: Results, limit: int = 3) -> list[dict[str, Any]]:
     """A few rejects, for messages."""
     rows: list[dict[str, Any]] = []
-    for table in _tables(store, results, reject_schema(), rejects_path):
+    for table in _reject_tables(store, results):
         rows += table.slice(0, limit - len(rows)).to_pylist()
         if len(rows) >= limit:
             break

@@ -7,10 +7,14 @@ README.md                                       dataset card: totals, and how to
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from omnidata.images.slices import slicing_of
 from omnidata.schema import NV_META, Manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ENERGON_VERSION = "7.4.1"  # the release that this layout is tested with
 
@@ -64,7 +68,7 @@ Each shard is a plain WebDataset tar. A sample is
 {slices}
 `tokenizer/` is the tokenizer that made the ids{processor}. `index.parquet` has a row a sample with its byte
 range; `manifest.json` says what the dataset was built from. The code below is run from this folder.
-
+{columns}
 ## omnidata
 
 ```python
@@ -166,8 +170,19 @@ def _slices_text(manifest: Manifest) -> str:
     )
 
 
-def dataset_card(manifest: Manifest) -> str:
-    """README.md of the dataset."""
+def _columns_text(kept: Sequence[pa.Field]) -> str:
+    if not kept:
+        return ""
+    names = [field.name.replace("|", "\\|") for field in kept]
+    rows = "\n".join(f"| `{name}` | {field.type} |" for name, field in zip(names, kept, strict=True))
+    return (
+        "\n`index.parquet` also has values of the records, to choose samples by (`where` in recipes,\n"
+        f"`omnidata plan` and `inspect`):\n\n| column | type |\n|---|---|\n{rows}\n"
+    )
+
+
+def dataset_card(manifest: Manifest, kept: Sequence[pa.Field] = ()) -> str:
+    """README.md of the dataset; ``kept``: the index's columns of --keep-column."""
     shards_of = {split: sum(shard.split == split for shard in manifest.shards) for split in manifest.splits}
     rows = [f"| {split} | {count:,} | {shards_of[split]:,} |" for split, count in manifest.splits.items()]
     sources = [f"`{entry['source']}` ({entry['num_records']:,} records)" for entry in manifest.inputs[:20]]
@@ -179,6 +194,7 @@ def dataset_card(manifest: Manifest) -> str:
         num_supervised=manifest.num_supervised,
         num_images=manifest.num_images,
         slices=_slices_text(manifest),
+        columns=_columns_text(kept),
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         num_rejects=manifest.num_rejects,

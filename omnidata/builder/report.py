@@ -147,6 +147,6 @@ def partial_report(done: Any, *, num_shards: int, **run: Any) -> BuildReport:
         num_shards=num_shards,
         shards_done=len(results),
         first_rejects=[],
-        **total_counts(results),
+        **{name: counts for name, counts in total_counts(results).items() if name != "columns"},
         **run,
     )

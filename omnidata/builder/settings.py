@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from omnidata.conversation import Reading
+from omnidata.corpus.columns import check_names
 from omnidata.images.header import MAX_PIXELS
 from omnidata.images.slices import Slicing, slicing_of
 from omnidata.images.store import check_remote
@@ -23,7 +24,7 @@ TRAIN = "train"
 # settings that are lists
 LISTS = (
     *("source", "content_token", "slice_tokens", "image_key", "caption_prompt", "allow_remote"),
-    "processor_arg",
+    *("processor_arg", "keep_column"),
 )
 # settings that only OmniLMM's profile has
 OMNILMM_ONLY = ("num_query", "image_size", "image_fit", "max_slices", "slice_size", "slice_tokens")
@@ -66,6 +67,7 @@ class BuildSettings:
     allow_empty_replies: bool = False
     train_on: str = "all"  # all | last: which assistant turns are supervised
     max_pixels: int = MAX_PIXELS  # of one picture
+    keep_column: tuple[str, ...] = ()  # keys of records whose values become columns of the index, or "all"
 
     def __post_init__(self) -> None:
         self._choose()
@@ -83,6 +85,7 @@ class BuildSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        check_names(self.keep_column)
         if self.max_slices == 1 or self.max_slices < 0:
             raise UserError(f"--max-slices is {self.max_slices}: give 0 (cut nothing) or at least 2 tiles")
         if TRAIN in self.split or sum(self.split.values()) >= 1:
@@ -126,7 +129,13 @@ class BuildSettings:
     @property
     def reading(self) -> Reading:
         """How records are understood."""
-        return Reading(self.image_key, self.caption_prompt, self.allow_empty_replies, self.train_on)
+        return Reading(
+            self.image_key,
+            self.caption_prompt,
+            self.allow_empty_replies,
+            self.train_on,
+            keep_column=self.keep_column,
+        )
 
     @property
     def slicing(self) -> Slicing | None:
@@ -138,6 +147,8 @@ class BuildSettings:
         lists = {name: list(getattr(self, name)) for name in LISTS}
         values = asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
         unused = OMNILMM_ONLY if self.model else ("model", "processor_arg")
+        if not self.keep_column:  # a build without it is what it was before there was such a flag
+            del values["keep_column"]
         return {name: value for name, value in values.items() if name not in unused}
 
 
@@ -212,7 +223,7 @@ def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
     if unknown := sorted(values.keys() - names):
         raise UserError(f"--config {file}: no flag is named {', '.join(unknown)}")
     repeatable = ("content_token", "image_key", "caption_prompt", "allow_remote", "processor_arg")
-    for name in ("source", "split", *repeatable):
+    for name in ("source", "split", "keep_column", *repeatable):
         if name in values:
             values[name] = _as_list(values[name])
     return values

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from omnidata.builder.columns import kinds_of
 from omnidata.builder.settings import BuildSettings
 from omnidata.conversation import Reading, to_conversation, with_grids
 from omnidata.durable import Store
@@ -50,7 +51,7 @@ BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a bat
 RAW_CHARACTERS = 2000
 MAX_DEPTH = 20  # of a row's values in an excerpt
 RESPELLED = "have a picture that was found under another Unicode form (NFC, NFD) of its name"
-COUNTS = ("unread_keys", "spelled_tokens", "content_tokens", "notes")  # counted over samples
+COUNTS = ("unread_keys", "spelled_tokens", "content_tokens", "notes", "columns")  # counted over samples
 
 Note = Callable[[str], object]
 Positioned = tuple[int, Record | Reject]  # position in the whole corpus, and what was read there
@@ -70,6 +71,12 @@ class Built:
     content_tokens: tuple[str, ...] = ()  # added tokens that its replies are encoded with
     notes: tuple[str, ...] = ()  # what the report should tell besides
     image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors
+    kept: dict[str, Any] | None = None  # values of the kept columns; None: the build keeps none
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is counted of the kept columns."""
+        return kinds_of(self.kept or {})
 
 
 Pictures = tuple[Picture, ...]
@@ -168,7 +175,9 @@ class Stages:
         written, notes = self._content_tokens(outcome), (*outcome.notes, *self._notes())
         pixels = outcome.image_pixels or (self.profile.image_pixels,) * len(images)
         return Built(
-            *(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes), pixels
+            *(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes),
+            image_pixels=pixels,
+            kept=talk.columns,
         )
 
     def _notes(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from omnidata import corpus
+from omnidata.builder.columns import KEPT, kept_json, part_schema
 from omnidata.builder.last_words import reading
 from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
 from omnidata.builder.settings import BuildSettings, settings_from_json
@@ -217,7 +218,8 @@ def write_part(
         store.remove(rejects_path(task))  # of a run that was stopped before it wrote its part
     metadata = {"omnidata": json.dumps(asdict(result))}
     with store.write(part_path(task)) as out:
-        write_tables(out, index_schema().with_metadata(metadata), [index_table(rows)])
+        schema = part_schema(index_schema(), rows)
+        write_tables(out, schema.with_metadata(metadata), [index_table(rows, schema)])
     return result
 
 
@@ -372,7 +374,7 @@ class _ShardRun:
             "source": record.source,
             "locator": record.locator,
             "content_hash": content_hash(sample),
-        }
+        } | ({} if built.kept is None else {KEPT: kept_json(built.kept)})
 
     def place(self, spans: list[tuple[int, int]]) -> None:
         """Put the byte ranges into the rows."""

@@ -183,7 +183,10 @@ class KeyCheck:
                 raise RejectError(
                     "unread_content",
                     f"the key {name!r} ({shown(value)}) says that not all of the text is to be learned; "
-                    "leave such records out, or take the key away if it says nothing",
+                    "leave such records out, take the key away if it says nothing, or keep it as a column to "
+                    f"choose by: --keep-column {shlex.quote(name)}"
+                    if not where
+                    else "leave such records out, or take the key away if it says nothing",
                 )
             if self._is_media(str(key), value):
                 raise RejectError(

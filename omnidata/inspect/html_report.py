@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from omnidata.inspect.samples import Run, SampleView, read_views, rejects_of
+from omnidata.inspect.samples import Run, SampleView, kept_values, read_views, rejects_of
 from omnidata.inspect.summary import Summary, summarize
 from omnidata.inspect.terminal import human_bytes, human_flops, human_hours
 from omnidata.printable import printable
@@ -26,6 +27,7 @@ from omnidata.schema import REASONS, UserError
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
+    from omnidata.inspect.columns import ColumnSummary
     from omnidata.inspect.cost import Assumptions, Cost
 
 THUMBNAIL = 256  # pixels, longer side
@@ -68,7 +70,7 @@ def render_page(data: dict[str, Any]) -> bytes:
 def report_data(summary: Summary, views: Any, rejects: list[dict[str, str]]) -> dict[str, Any]:
     """The one object that script.js draws."""
     return {
-        "summary": summary.as_dict(),
+        "summary": summary.as_dict() | {"columns": [_column_data(column) for column in summary.columns]},
         "size": human_bytes(summary.num_bytes),
         "cost": _cost_facts(summary.cost),
         "reasons": REASONS,
@@ -91,6 +93,11 @@ def _cost_facts(cost: Cost) -> list[tuple[str, str]]:
     ]
 
 
+def _column_data(column: ColumnSummary) -> dict[str, Any]:
+    values = [{"value": printable(item.value), "count": item.count} for item in column.values]
+    return asdict(column) | {"name": printable(column.name), "values": values}
+
+
 def _sample_data(view: SampleView) -> dict[str, Any]:
     row = view.row
     return {
@@ -102,6 +109,7 @@ def _sample_data(view: SampleView) -> dict[str, Any]:
         "locator": printable(row["locator"]),
         "tokens": row["n_tokens"],
         "supervised": row["n_supervised"],
+        "kept": [(printable(name), printable(value)) for name, value in kept_values(row)],
         "sizes": row["image_sizes"],
         "parts": view.slice_names,
         "thumbs": [thumbnail(image) for image in view.images],

@@ -2,8 +2,9 @@
 
 ``summarize(dataset)`` is what ``inspect`` prints, draws and writes as JSON. The JSON schema is the
 dataclasses below: ``omnidata inspect DATASET --json`` writes one object whose keys are Summary's fields,
-nested objects have the keys of Distribution, Bin, SourceTotals, SampleRef and cost.Cost, and every
-field is documented beside its name. A million samples take a fraction of a second: it is numpy over columns.
+nested objects have the keys of Distribution, Bin, SourceTotals, ColumnSummary, SampleRef and cost.Cost, and
+every field is documented beside its name. A million samples take a fraction of a second: it is numpy over
+columns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnidata.index import codes, numbers
+from omnidata.inspect.columns import ColumnSummary, summarize_columns
 from omnidata.inspect.cost import Assumptions, Cost, epoch_cost
+from omnidata.inspect.distributions import Distribution, count_distribution, share_distribution
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,29 +25,7 @@ if TYPE_CHECKING:
     from omnidata.dataset import Dataset
 
 COLUMNS = ["n_tokens", "n_supervised", "n_images", "source", "image_sizes", "image_tokens", "image_pixels"]
-NUM_BINS = 16  # at most, in a histogram
 NUM_EXTREMES = 8  # samples in each list of extremes
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """A bar of a histogram: ``count`` values in [first, last], or [first, last) for shares."""
-
-    first: float
-    last: float
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """A quantity over samples (or over images): nearest-rank quantiles and a histogram; all 0 where empty."""
-
-    min: float
-    median: float
-    mean: float
-    p95: float
-    max: float
-    histogram: tuple[Bin, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +80,7 @@ class Summary:
     tokens_per_image: Distribution  # of each image's run
     longer_side: Distribution  # of each image, pixels
     sources: tuple[SourceTotals, ...]  # most samples first
+    columns: tuple[ColumnSummary, ...]  # kept by build-shards --keep-column
     rejects: dict[str, int]  # reason -> count, most first
     extremes: dict[str, tuple[SampleRef, ...]]  # longest, shortest, least_supervised, largest_image
     cost: Cost  # of one epoch
@@ -143,6 +125,7 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
         sources=source_totals(
             codes(table, "source"), tokens, supervised, images, _rejects_by_source(dataset)
         ),
+        columns=summarize_columns(dataset),
         rejects=dict(sorted(manifest.rejects.items(), key=lambda item: -item[1])),
         extremes=find_extremes(tokens, supervised, images, sides, owners),
         cost=epoch_cost(tokens, pixels=list_values(table, "image_pixels"), assume=assume),
@@ -193,49 +176,6 @@ def source_totals(
     ]
     empty = [SourceTotals(name, 0, 0, 0, 0, rejects[name]) for name in rejects if name not in names]
     return tuple(sorted(found + empty, key=lambda totals: (-totals.num_samples, totals.source)))
-
-
-# --- distributions ----------------------------------------------------------------------------------------
-
-
-def count_distribution(values: np.ndarray) -> Distribution:
-    """Of non-negative integers; bins of equal, round width, from the smallest value's to the largest's.
-
-    Example: 20, 21, 60 -> [20, 24] 2, [25, 29] 0, … [60, 64] 1.
-    """
-    if len(values) == 0:
-        return Distribution(0, 0, 0, 0, 0, histogram=())
-    low, high = int(values.min()), int(values.max())
-    counts = np.bincount(values - low)  # exact quantiles by counting: no sort of a million values
-    ends = counts.cumsum()
-    median, p95 = (
-        low + int(np.searchsorted(ends, round(q * (len(values) - 1)), "right")) for q in (0.5, 0.95)
-    )
-    width = round_width(high - low + 1)
-    first = low // width
-    bars = np.bincount(np.arange(low, high + 1) // width - first, weights=counts)
-    bins = tuple(Bin(i * width, (i + 1) * width - 1, int(count)) for i, count in enumerate(bars, first))
-    return Distribution(low, median, float(values.mean()), p95, high, histogram=bins)
-
-
-def share_distribution(values: np.ndarray) -> Distribution:
-    """Of shares between 0 and 1; ten bins."""
-    if len(values) == 0:
-        return Distribution(0, 0, 0, 0, 0, histogram=())
-    counts = np.bincount(np.minimum((values * 10).astype(np.int64), 9), minlength=10)
-    bins = tuple(Bin(i / 10, (i + 1) / 10, int(count)) for i, count in enumerate(counts))
-    low, median, p95, high = np.quantile(values, [0, 0.5, 0.95, 1], method="nearest").tolist()
-    return Distribution(low, median, float(values.mean()), p95, high, histogram=bins)
-
-
-def round_width(span: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50 … that covers ``span`` values in NUM_BINS bins: 1000 -> 100."""
-    scale = 1
-    while True:
-        for step in (1, 2, 5):
-            if step * scale * NUM_BINS >= span:
-                return step * scale
-        scale *= 10
 
 
 # --- extremes ---------------------------------------------------------------------------------------------

@@ -18,14 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnidata.inspect.samples import Run, SampleView
+from omnidata.inspect.samples import Run, SampleView, kept_values
 from omnidata.printable import printable
 from omnidata.verify.findings import REPAIRABLE
 
 if TYPE_CHECKING:
     from omnidata.inspect.cost import Cost
+    from omnidata.inspect.distributions import Distribution
     from omnidata.inspect.forecast import Forecast
-    from omnidata.inspect.summary import Distribution, Summary
+    from omnidata.inspect.summary import Summary
     from omnidata.verify.dataset import Report
     from omnidata.verify.repair import RepairReport
 
@@ -54,6 +55,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(_totals(summary))
     console.print(_distributions(summary))
     console.print(_sources(summary))
+    if summary.columns:
+        console.print(_columns(summary))
     if summary.rejects:
         console.print(_reject_counts(summary))
     console.print(cost_line(summary.cost, num_samples=summary.num_samples))
@@ -130,6 +133,25 @@ def _sources(summary: Summary) -> Table:
         table.add_row(printable(totals.source), samples, tokens, share, images, rejects)
     if len(summary.sources) > len(shown):
         table.add_row(f"… and {len(summary.sources) - len(shown):,} more (all of them in --json)")
+    return table
+
+
+def _columns(summary: Summary) -> Table:
+    """A histogram or a table of each kept column."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED)
+    table.add_column("column", overflow="fold")
+    table.add_column("values", justify="right")
+    table.add_column("without", justify="right")
+    table.add_column("")
+    for column in summary.columns:
+        of = column.distribution
+        if of is not None:
+            span = f"  {_number(of.min)} to {_number(of.max)}, median {_number(of.median)}"
+            shown = sparkline(of) + span if of.histogram else ""
+        else:
+            shown = ", ".join(f"{printable(item.value)} {item.count:,}" for item in column.values)
+            shown += ", …" if column.num_distinct > len(column.values) else ""
+        table.add_row(printable(column.name), f"{column.num_distinct:,}", f"{column.num_missing:,}", shown)
     return table
 
 
@@ -215,6 +237,8 @@ def print_sample(console: Console, view: SampleView) -> None:
         style=MUTED,
     )
     console.print(line)
+    if kept := kept_values(view.row):
+        console.print(Text(printable(", ".join(f"{name} {value}" for name, value in kept)), style=MUTED))
     body = Text()
     for supervised, runs in groupby(view.runs, key=lambda run: run.supervised):
         text = Text.assemble(*(_run(run, view) for run in runs))

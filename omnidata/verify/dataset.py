@@ -111,7 +111,7 @@ def read_or_none(store: Store, name: str) -> pa.Table | None:
     schema = index_schema() if name == INDEX else reject_schema()
     try:
         with store.open(name) as file:
-            table = read_table(file, schema)
+            table = read_table(file, schema, kept=name == INDEX)
         table.validate(full=True)  # offsets and UTF-8 of every string
     except (FileNotFoundError, UserError, pa.ArrowInvalid):
         return None  # the caller reports it

@@ -4,20 +4,20 @@
     manifest.json              ─▶ .nv-meta/, README.md
 
 What is not derived cannot come back, and the report says so: the bytes of a damaged shard, the rejects, the
-tokenizer, and (where the old index is unreadable too) each sample's id, source and locator. Nothing is
-written that would contradict the manifest.
+tokenizer, and (where the old index is unreadable too) each sample's id, source, locator and kept columns.
+Nothing is written that would contradict the manifest.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omnidata.builder.interop import dataset_card, energon_files
 from omnidata.durable import SCRATCH, Store, locked
-from omnidata.index import index_schema, index_table, write_tables
+from omnidata.index import index_schema, index_table, kept_fields, write_tables
 from omnidata.schema import CARD, INDEX, REJECTS, Manifest, UserError
 from omnidata.shards import CorruptSampleError, read_sample
 from omnidata.verify.dataset import OnShard, over_shards, read_manifest, read_or_none
@@ -79,7 +79,8 @@ def _repair(store: Store, manifest: Manifest, *, num_workers: int | None, on_sha
             store.write_bytes(name, content)
             report.rebuilt.append(name)
     if store.size(CARD) is None:
-        store.write_bytes(CARD, dataset_card(manifest).encode())
+        kept = [] if index is None else kept_fields(index.schema)
+        store.write_bytes(CARD, dataset_card(manifest, kept).encode())
         report.rebuilt.append(CARD)
     report.lost += _lost_files(store, manifest)
     return report
@@ -131,7 +132,12 @@ def _repair_index(
     import pyarrow as pa
 
     known = {} if old is None else {row["key"]: row for row in old.to_pylist()}
-    tables = []
+    kept = [] if old is None else kept_fields(old.schema)
+    schema, tables = pa.schema([*index_schema(), *kept]), []
+    if old is None and (names := manifest.settings.get("keep_column")):
+        report.lost.append(
+            f"the columns of --keep-column {' '.join(map(str, names))}: only the old {INDEX} held them"
+        )
     for shard in manifest.shards:
         rows = shards[shard.path]
         if isinstance(rows, str):
@@ -141,12 +147,13 @@ def _repair_index(
                 report.lost.append(f"{INDEX} stays as it is: it cannot be complete without {shard.path}")
                 return None
         else:
-            rows = [row | _provenance(row["key"], known, manifest) for row in rows]
-        tables.append(index_table(rows))
+            names = (*PROVENANCE, *(field.name for field in kept))
+            rows = [row | _provenance(row["key"], known, manifest, names) for row in rows]
+        tables.append(index_table(rows, schema))
     index = pa.concat_tables(tables)
     if old is None or not old.equals(index):
         with store.write(INDEX) as file:
-            write_tables(file, index_schema(), tables)
+            write_tables(file, schema, tables)
         report.rebuilt.append(INDEX)
     unknown = index["source"].to_pylist().count("")
     if unknown:
@@ -155,10 +162,13 @@ def _repair_index(
     return index
 
 
-def _provenance(key: str, known: dict[str, Row], manifest: Manifest) -> Row:
-    """A sample's id, source and locator from the old index; else the source if there is only one, else ""."""
+def _provenance(key: str, known: dict[str, Row], manifest: Manifest, names: Sequence[str]) -> Row:
+    """A sample's id, source, locator and kept columns (``names``) from the old index.
+
+    Without it the source, if there is only one; the others are "".
+    """
     if key in known:
-        return {name: known[key][name] for name in PROVENANCE}
+        return {name: known[key][name] for name in names}
     sources = {entry["source"] for entry in manifest.inputs}
     return {"id": "", "locator": "", "source": sources.pop() if len(sources) == 1 else ""}
 

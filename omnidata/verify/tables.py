@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omnidata.corpus.columns import ALL, column_name
 from omnidata.images.slices import slicing_of
 from omnidata.schema import IMAGE_TOKENS, INDEX, KEY_PATTERN, MANIFEST, REASONS, REJECTS, Manifest
 from omnidata.shards import BLOCK
@@ -34,6 +35,7 @@ END_OF_TAR = 2 * BLOCK
 def check_index(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     """Findings of the index; ``table`` has at least COLUMNS."""
     yield from _check_keys(table["key"].combine_chunks())
+    yield from _check_kept(table, manifest)
     yield from _check_numbers(table, manifest)
     shards = table["shard"].combine_chunks().dictionary_encode()
     names, codes = shards.dictionary.to_pylist(), shards.indices.to_numpy()
@@ -46,6 +48,14 @@ def check_index(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
         if shard is not None:
             yield from _check_run({name: values[run] for name, values in columns.items()}, shard, int(run[0]))
     yield from _check_totals(columns, manifest)
+
+
+def _check_kept(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
+    """The columns that the build was told to keep are there; their values only the index has."""
+    names = manifest.settings.get("keep_column", [])
+    wanted = [column_name(name) for name in names if isinstance(name, str) and name != ALL]
+    for name in sorted(set(wanted) - set(table.column_names)):
+        yield Finding("index", INDEX, f"lacks the column {name!r}, which the build kept")
 
 
 def _row(number: int) -> str:

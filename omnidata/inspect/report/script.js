@@ -22,7 +22,7 @@ function make(tag, properties = {}, ...children) {
 // --- overview ----------------------------------------------------------------------------------------------
 
 function drawHead() {
-  const name = summary.dataset + (summary.split ? ` (${summary.split})` : "");
+  const name = summary.dataset + (summary.split ? ` (${summary.split})` : "") + (summary.where ? ` where ${summary.where}` : "");
   document.title = `${name}: dataset report`;
   find("title").textContent = name;
   const splits = Object.entries(summary.splits).map(([split, n]) => `${split} ${whole(n)}`).join(", ");
@@ -77,6 +77,19 @@ function drawChart(title, distribution, show) {
     make("details", {}, make("summary", { textContent: "As a table" }), make("table", {}, make("tbody", {}, ...rows))));
 }
 
+function drawColumn(column) {
+  const about = `${plural(column.num_distinct, "value")}` + (column.num_missing ? ` · ${whole(column.num_missing)} samples without` : "");
+  if (column.distribution) {
+    const figure = drawChart(column.name, column.distribution, short);
+    figure.querySelector("figcaption span").textContent += ` · ${about}`;
+    return figure;
+  }
+  const rows = column.values.map((v) => make("tr", {}, make("td", { textContent: v.value }), make("td", { textContent: whole(v.count) })));
+  if (column.num_distinct > rows.length) rows.push(make("tr", {}, make("td", { textContent: `… and ${whole(column.num_distinct - rows.length)} more` }), make("td")));
+  return make("figure", {}, make("figcaption", { textContent: column.name }, make("span", { textContent: about })),
+    make("table", {}, make("tbody", {}, ...rows)));
+}
+
 function drawOverview() {
   drawHead();
   drawTotals();
@@ -85,7 +98,8 @@ function drawOverview() {
     drawChart("Supervised share", summary.supervised_per_sample, percent),
     drawChart("Images a sample", summary.images_per_sample, short),
     drawChart("Tokens an image", summary.tokens_per_image, short),
-    drawChart("Longer side of an image, px", summary.longer_side, short));
+    drawChart("Longer side of an image, px", summary.longer_side, short),
+    ...summary.columns.map(drawColumn));
   const head = ["Source", "Samples", "Tokens", "Supervised", "Images", "Rejected"];
   find("sources").append(
     make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col", textContent: name })))),
@@ -133,7 +147,7 @@ function prepare(sample) {
   const text = textOf(sample);
   const said = sample.runs.filter((run) => run.supervised && run.kind === "text").map((run) => run.pieces.map((piece) => piece[0]).join("")).join(" … ");
   sample.snippet = said.trim().slice(0, 300) || text.slice(0, 300);
-  sample.haystack = [text, sample.key, sample.id, sample.source, sample.locator].join("\n").toLowerCase();
+  sample.haystack = [text, sample.key, sample.id, sample.source, sample.locator, ...sample.kept.map((pair) => pair[1])].join("\n").toLowerCase();
 }
 
 function options(select, pairs) {
@@ -201,6 +215,7 @@ function openSample(sample) {
   find("viewer-title").textContent = `#${sample.position} ${sample.key}`;
   find("facts").replaceChildren(...facts([
     ["record", sample.id], ["from", `${sample.source}, ${sample.locator}`], ["split", sample.split],
+    ...sample.kept,
     ["tokens", `${whole(sample.tokens)}, ${whole(sample.supervised)} supervised (${percent(sample.supervised / sample.tokens)})`]]));
   find("pictures").replaceChildren(...sample.thumbs.map((thumb, i) => make("figure", {},
     make("img", { src: thumb, alt: `Image ${i + 1} of the sample` }),
