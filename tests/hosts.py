@@ -35,7 +35,7 @@ VISION = {
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "mrope_interleaved": True}
 
 
-def make(root: Path, *, num_records: int = 72) -> tuple[str, str]:
+def make(root: Path, *, num_records: int = 72, pictures: bool = True) -> tuple[str, str]:
     """(dataset, model's folder with weights) under ``root``."""
     import transformers
 
@@ -51,17 +51,17 @@ def make(root: Path, *, num_records: int = 72) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     with (root / "corpus.jsonl").open("w") as file:
         for number in range(num_records):
-            file.write(json.dumps(_record(root, number, rng)) + "\n")
+            file.write(json.dumps(_record(root, number, rng, pictures=pictures)) + "\n")
     command = ("build-shards", root / "corpus.jsonl", "--image-root", root, "--model", root / "model")
     command += ("--out", root / "data", "--workers", 1, "--samples-per-shard", 24, "--quiet")
     assert cli.run([str(part) for part in command]) == 0
     return str(root / "data"), str(root / "model")
 
 
-def _record(root: Path, number: int, rng: np.random.Generator) -> dict[str, Any]:
+def _record(root: Path, number: int, rng: np.random.Generator, *, pictures: bool) -> dict[str, Any]:
     """Every third record has a picture."""
     question, names = f"What is {number}?", []
-    if number % 3 == 0:
+    if pictures and number % 3 == 0:
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((64, 64)).save(root / f"{number}.png")
         question, names = f"<image>\n{question}", [f"{number}.png"]
