@@ -11,7 +11,7 @@ import processors
 import torch
 from PIL import Image
 
-from omnidata import cli
+from omnidata import Dataset, cli
 from omnidata.adapters.batch import model_inputs
 from omnidata.loader import PackLoader
 
@@ -101,4 +101,24 @@ def own_losses(
             total = 0.0
             if len(losses) == steps:
                 break
+    return losses
+
+
+def losses_alone(data: str, folder: str, steps: list[list[str]]) -> list[float]:
+    """The losses of steps over the samples of these keys, every document by itself."""
+    loader, dataset = PackLoader(data, **SETTINGS), Dataset(data)
+    samples = {sample.key: sample for sample in dataset}
+    model = load_model(folder)
+    sgd, losses = optimizer(model), []
+    for keys in steps:
+        documents = [loader.of_samples([samples[key]]) for key in keys]
+        number, total = sum(document.num_supervised_tokens for document in documents), 0.0
+        for document in documents:
+            inputs = model_inputs(document, token_types="mm_token_type_ids") | {"num_items_in_batch": number}
+            loss = model(**inputs).loss
+            loss.backward()
+            total += float(loss.detach())
+        sgd.step()
+        sgd.zero_grad()
+        losses.append(total)
     return losses

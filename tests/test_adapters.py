@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -15,9 +16,11 @@ from omnidata.adapters.pytorch import PackDataset
 from omnidata.adapters.stream import Stream
 from omnidata.loader import PackLoader
 from omnidata.schema import UserError
+from omnidata.shards import CorruptSampleError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OPTIONS = {"packs": SETTINGS, "lr": hosts.LR, "save_steps": KILLED_AT}
+ENERGON = re.compile(r"step (\d+) loss ([\d.]+): (.*)")
 PRINTED = re.compile(r"step (\d+) loss ([\d.]+)")
 TOLERANCE = 1e-6  # of losses around 6.5
 
@@ -115,3 +118,42 @@ def test_ranks_of_a_stream_share_the_plans_step(made):
     shares = [float(model(**next(stream)).loss.detach()) for stream in streams for _ in range(2)]
     assert sum(shares) / 4 == pytest.approx(whole, abs=TOLERANCE)
     assert len(Stream(ranks[0])) == 2 * sum(ranks[0].steps_per_epoch(epoch) for epoch in range(3))
+
+
+def test_energon_has_the_losses_of_the_same_documents_alone_and_goes_on(made, tmp_path, monkeypatch, capsys):
+    """Energon's own order, so the reference is each step's documents, one by one, by their keys."""
+    pytest.importorskip("megatron.energon")
+    main, file = example("energon_loop", monkeypatch), str(tmp_path / "run.pt")
+    options = {"max_tokens": 96, "packs": 2, "lr": hosts.LR, "steps": NUM_STEPS, "save_steps": KILLED_AT}
+    update, done = torch.optim.SGD.step, []
+
+    def killed_later(self, *arguments):
+        done.append(None)
+        if len(done) == KILLED_AT + 2:
+            raise KilledError
+        return update(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(torch.optim.SGD, "step", killed_later)
+        main(*made, file, **options)
+    first = ENERGON.findall(capsys.readouterr().out)
+    main(*made, file, "--resume", **options)
+    second = ENERGON.findall(capsys.readouterr().out)
+    assert first[KILLED_AT] == second[0], "the step after the checkpoint is done again, the same"
+    steps = first[:KILLED_AT] + second
+    assert [int(step) for step, _, _ in steps] == list(range(1, NUM_STEPS + 1))
+    packs = [ast.literal_eval(keys) for _, _, keys in steps]
+    assert any(len(keys) > 1 for step in packs for keys in step)
+    own = hosts.losses_alone(*made, [[key for keys in step for key in keys] for step in packs])
+    assert [float(loss) for _, loss, _ in steps] == pytest.approx(own, abs=2e-6)
+
+
+def test_energon_stops_at_what_it_cannot_use(made, tmp_path):
+    from omnidata.adapters import energon
+
+    with pytest.raises(UserError, match="a pack holds 20"):
+        energon.PackTaskEncoder(made[0], max_tokens=20)
+    with pytest.raises(CorruptSampleError, match="not an int32 vector"):
+        raw = {"input_ids.npy": b"?", "labels.npy": b"?", "__key__": "0", "__restore_key__": ()}
+        energon.cook(raw)
+    assert energon.PackTaskEncoder.__default_failure_tolerance__ == 1

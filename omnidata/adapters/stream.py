@@ -31,8 +31,8 @@ class Stream:
     def __init__(self, loader: PackLoader, model: Any = None, *, averaged_over: int = 1) -> None:
         self.loader, self._averaged_over = loader, averaged_over
         kind = model_class(loader.plan.sources[0].catalog.dataset)
-        self._token_types = kind and token_types_name(kind)
-        if model is not None and not check_model(model, loader, token_types=self._token_types):
+        self.token_types = kind and token_types_name(kind)
+        if model is not None and not check_model(model, loader, token_types=self.token_types):
             raise UserError(
                 f"{type(model).__name__} does not divide its loss by num_items_in_batch, so a step's loss "
                 "would be a mean of means: leave the model out here, and take batch.summed_loss of its logits"
@@ -45,7 +45,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for microbatch in self.loader:
-            yield model_inputs(microbatch, token_types=self._token_types, averaged_over=self._averaged_over)
+            yield model_inputs(microbatch, token_types=self.token_types, averaged_over=self._averaged_over)
 
     def __len__(self) -> int:
         """Batches of all epochs, wherever the stream stands."""

@@ -16,6 +16,7 @@ from omnidata.loader.microbatch import Parts, lay_out
 from omnidata.loader.processor_pixels import ProcessorPixels
 from omnidata.loader.reader import LESS_MEMORY, Document, LoadError, OutOfMemoryError, SampleReader
 from omnidata.loader.squares import Squares
+from omnidata.plan.catalog import Place
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample
 
 OnError = Literal["raise", "skip"]
@@ -81,8 +82,21 @@ class Assembler:
             keys = ", ".join(document.place.key for document in work.documents)
             return OutOfMemoryError(f"out of memory at the microbatch of {keys}; {LESS_MEMORY}")
 
+    def of_samples(self, samples: list[Sample]) -> Parts | LoadError:
+        """The microbatch of samples that somebody else has read."""
+        documents = [
+            Document(0, Place("", 0, 0, sample.key, ""), len(sample.input_ids), len(sample.images), 0)
+            for sample in samples
+        ]
+        number = sum(int(np.count_nonzero(sample.labels[1:] != IGNORE_INDEX)) for sample in samples)
+        work = Work(tuple(documents), number, epoch=0)
+        return self._laid_out(work, list(zip(documents, samples, strict=True)), None)
+
     def _assembled(self, work: Work, memory: np.ndarray | None) -> Parts | LoadError:
         read = list(zip(work.documents, self._reader.read(work.documents), strict=True))
+        return self._laid_out(work, read, memory)
+
+    def _laid_out(self, work: Work, read: Reads, memory: np.ndarray | None) -> Parts | LoadError:
         squares, pictures = None, []
         if isinstance(self._images, Squares):
             squares = self._squares(work, read, memory)

@@ -28,7 +28,7 @@ from omnidata.loader.workers import TIMEOUT, Workers
 from omnidata.plan.catalog import Place, Places
 from omnidata.plan.epoch import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
 from omnidata.plan.oversize import Oversize
-from omnidata.schema import IM_START, UserError
+from omnidata.schema import IGNORE_INDEX, IM_START, Sample, UserError
 
 _STATE_VERSION = 1
 
@@ -198,6 +198,11 @@ class PackLoader:
     def read(self, work: Work, about: Sent) -> Microbatch:
         """One microbatch of ``works_of_step``, read here and now; the loader's position stays."""
         return self._expand(self._assembler.assemble(work), about)
+
+    def of_samples(self, samples: list[Sample]) -> Microbatch:
+        """A microbatch of samples that somebody else has read, in no step: it counts its own tokens."""
+        number = sum(int(np.count_nonzero(sample.labels[1:] != IGNORE_INDEX)) for sample in samples)
+        return self._expand(self._assembler.of_samples(samples), Sent(number, 0, 0, None))
 
     def read_documents(self, documents: Sequence[tuple[Document, int]], after: State) -> Microbatch:
         """A microbatch of some documents of a step, each with its number of supervised tokens."""
