@@ -203,9 +203,15 @@ def verify(dataset: str, **options: Any) -> int:
 
 @cli.command()
 @click.argument("datasets", metavar="DATASET...", nargs=-1, required=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens a pack.")
-@click.option("--max-images", type=click.IntRange(0), help="Images a pack; by default no limit.")
-@click.option("--global-batch", type=click.IntRange(1), help="Packs a step; by default one a rank.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Tokens a pack.  [default: the recipe's, else 4096]"
+)
+@click.option(
+    "--max-images", type=click.IntRange(0), help="Images a pack.  [default: the recipe's, else no limit]"
+)
+@click.option(
+    "--global-batch", type=click.IntRange(1), help="Packs a step.  [default: the recipe's, else one a rank]"
+)
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
 @click.option("--split", help="Split to plan; by default train.")
 @click.option(
@@ -214,6 +220,9 @@ def verify(dataset: str, **options: Any) -> int:
     metavar="CONDITION",
     help="Only samples that meet it; once for all datasets, or once for each ('' for none).",
 )
+@click.option("--cap", type=click.IntRange(1), help="Samples a dataset gives in one pass …")
+@click.option("--cap-by", metavar="COLUMN", help="… of each value of this column.")
+@click.option("--order", metavar="ORDER", help="shuffled, length or a numeric column; -length: falling.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle.")
 @click.option("--epoch", default=0, show_default=True, help="Epoch, from 0.")
 @click.option(
@@ -228,11 +237,13 @@ def verify(dataset: str, **options: Any) -> int:
 def plan(datasets: tuple[str, ...], **options: Any) -> None:
     """Foresee an epoch on DATASET...: packs, steps, padding, balance over ranks, FLOPs and hours.
 
-    Everything comes from the index. No shard is opened and no GPU is needed.
+    Everything comes from the index. No shard is opened and no GPU is needed. DATASET may also be a recipe
+    (.yaml): its data.train, with each dataset's where, weights, cap and order.
 
     \b
     omnidata plan data --max-tokens 4096 --global-batch 64 --world-size 8 --gpus 8
     omnidata plan data more-data --max-tokens 8192 --json
+    omnidata plan recipe.yaml --world-size 8 --epoch 1
     omnidata plan data --where 'relevance_min >= 4 and n_images <= 8 and source != "ocr.json"'
     """
     from omnidata.inspect import reports

@@ -41,6 +41,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A weight for a part of the run."""
+
+    weight: float  # as a dataset's
+    until: float | None = None  # epochs since the run began; null: to the end
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """One built dataset."""
 
@@ -49,7 +57,11 @@ class DatasetConfig:
     where: str | None = None  # only samples that meet it: relevance_min >= 4 and source != "ocr.json"
     weight: float | None = None  # share of the samples, relative to the other weights; null: by size, or
     epochs: float | None = None  # passes in one epoch of the whole list; null: 1, unless there are weights
+    weights: list[PhaseConfig] | None = None  # instead of weight: [{until: 0.5, weight: 3}, {weight: 1}]
     exclude: str | None = None  # a file of keys to leave out, one a line
+    cap: int | None = None  # samples of one pass, others in the next …
+    cap_by: str | None = None  # … of each value of this column of the index
+    order: str = "shuffled"  # or length, or a numeric column of the index: rising; -length: falling
 
 
 @dataclass(frozen=True, kw_only=True)

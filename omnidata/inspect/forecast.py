@@ -48,6 +48,7 @@ class Forecast:
 
     datasets: tuple[str, ...]
     where: tuple[str | None, ...]  # of each dataset, the condition that its samples meet
+    samples_of: tuple[int, ...]  # of each dataset, its samples in this epoch
     seed: int
     epoch: int
     max_tokens: int  # a pack
@@ -108,6 +109,7 @@ def forecast(
     return Forecast(
         datasets=tuple(source.catalog.name for source in plan.sources),
         where=tuple(_where(source.catalog) for source in plan.sources),
+        samples_of=_samples_of(windows, len(plan.sources)),
         seed=plan.seed,
         epoch=plan.epoch,
         max_tokens=plan.max_tokens,
@@ -146,6 +148,11 @@ def forecast(
             assume=assume,
         ),
     )
+
+
+def _samples_of(windows: Iterable[Window], num_datasets: int) -> tuple[int, ...]:
+    counts = sum(np.bincount(window.dataset, minlength=num_datasets) for window in windows)
+    return tuple(np.asarray(counts).tolist())
 
 
 def _where(catalog: Any) -> str | None:

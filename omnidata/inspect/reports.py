@@ -13,7 +13,6 @@ from omnidata.inspect.cost import DEFAULT_FROZEN, Assumptions
 from omnidata.inspect.samples import choose_positions, read_views, rejects_of
 from omnidata.inspect.summary import summarize
 from omnidata.printable import to_json
-from omnidata.schema import UserError
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
@@ -139,9 +138,12 @@ def plan(
     *,
     split: str | None,
     where: Sequence[str],
+    cap: int | None,
+    cap_by: str | None,
+    order: str | None,
     seed: int,
     epoch: int,
-    max_tokens: int,
+    max_tokens: int | None,
     max_images: int | None,
     oversize: str,
     global_batch: int | None,
@@ -153,22 +155,19 @@ def plan(
     from omnidata.inspect import terminal
     from omnidata.inspect.forecast import forecast
     from omnidata.plan.epoch import EpochPlan
+    from omnidata.plan.recipe import open_entries
 
     assume = assumptions(default_gpus=world_size, **cost)
-    if len(where) not in (0, 1, len(paths)):
-        raise UserError(f"{len(where)} --where for {len(paths)} datasets: give one for all, or one for each")
-    conditions = where if len(where) == len(paths) else [*where, None][:1] * len(paths)
+    entries, limits = open_entries(paths, split=split, where=where, cap=cap, cap_by=cap_by, order=order)
     epoch_plan = EpochPlan(
-        [
-            {"path": path, "split": split, "where": condition or None}
-            for path, condition in zip(paths, conditions, strict=True)
-        ],
+        entries,
         seed=seed,
         epoch=epoch,
-        max_tokens=max_tokens,
-        max_images=max_images,
+        max_tokens=max_tokens or limits.get("max_tokens") or 4096,
+        max_images=limits.get("max_images") if max_images is None else max_images,
         oversize=oversize,
     )
+    global_batch = global_batch or limits.get("global_batch")
     foreseen = forecast(epoch_plan, world_size=world_size, global_batch=global_batch, assume=assume)
     if as_json:
         print(to_json(foreseen.as_dict()))

@@ -280,6 +280,9 @@ def print_forecast(console: Console, seen: Forecast) -> None:
     grid = _grid()
     limit = "any number of" if seen.max_images is None else f"at most {seen.max_images:,}"
     grid.add_row("samples", f"{seen.num_samples:,}: {seen.num_tokens:,} tokens, {seen.num_images:,} images")
+    if len(seen.datasets) > 1:
+        mixture = [f"{n:,} of {name}" for name, n in zip(seen.datasets, seen.samples_of, strict=True)]
+        grid.add_row("mixture", ", ".join(mixture))
     if seen.num_cut or seen.num_left_out:
         grid.add_row("too large", f"{seen.num_cut:,} cut after a reply, {seen.num_left_out:,} left out")
     grid.add_row("packs", f"{seen.num_packs:,} of {seen.max_tokens:,} tokens and {limit} images")

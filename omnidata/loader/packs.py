@@ -287,7 +287,7 @@ class _PlacesOfWindows:
 
     def __init__(self, plan: EpochPlan) -> None:
         self._plan = plan
-        self._places: dict[int, dict[int, Places]] = {}  # window -> dataset -> places
+        self._places: dict[int, dict[int, Places]] = {}  # read -> dataset -> places
 
     def documents(self, pack: Pack) -> list[Document]:
         """The documents of a pack."""
@@ -307,13 +307,12 @@ class _PlacesOfWindows:
         return [Document(*values) for values in zip(*columns, pixels, strict=True)]
 
     def _of_window(self, window: Window) -> dict[int, Places]:
-        if window.number not in self._places:
-            datasets = np.unique(window.dataset).tolist()
-            catalogs = {dataset: self._plan.sources[dataset].catalog for dataset in datasets}
-            rows = {dataset: window.lengths.rows[window.dataset == dataset] for dataset in datasets}
-            self._places[window.number] = {
-                dataset: catalogs[dataset].locate(rows[dataset]) for dataset in datasets
+        read = window.number // self._plan.windows_a_read  # an ordered window has samples of every shard
+        if read not in self._places:
+            rows = self._plan.rows_of_read(read, window)
+            self._places[read] = {
+                dataset: self._plan.sources[dataset].catalog.locate(mine) for dataset, mine in rows.items()
             }
             for old in sorted(self._places)[:-2]:
                 del self._places[old]
-        return self._places[window.number]
+        return self._places[read]

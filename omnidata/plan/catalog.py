@@ -13,6 +13,8 @@ time; nothing else is held::
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +80,18 @@ class Catalog(Protocol):
         """``oversize.cut_length`` of one sample: the only question that opens a shard."""
         ...
 
+    def values(self, column: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """All rows, ascending, and a code from 0 for the value of each; None: 0 for all. Asked by a cap."""
+        ...
+
+    def subset(self, rows: np.ndarray) -> Catalog:
+        """The catalog of these rows alone. Asked by a cap."""
+        ...
+
+    def numbers_of(self, column: str, rows: np.ndarray) -> np.ndarray:
+        """float64: a column's values, NaN where there is none. Asked by an order."""
+        ...
+
 
 class IndexCatalog:
     """The catalog of a built dataset: its ``where``, if it has one, less the samples that ``exclude`` names.
@@ -100,6 +114,7 @@ class IndexCatalog:
         sizes = np.array([shards[i].num_samples for i in wanted], np.int64)
         self._first_rows = np.concatenate(([0], np.cumsum(sizes)))
         self._kept: np.ndarray | None = None  # bool, one a row; None: all of them
+        self._columns: dict[str, pa.Array] = {}
         self._check_row_groups([shard.num_samples for shard in shards])
         if dataset.where:
             self._kept = self._meets_where([shard.num_samples for shard in shards])
@@ -128,7 +143,7 @@ class IndexCatalog:
 
     def _table(self, shards: Sequence[int], columns: Sequence[str]) -> pa.Table:
         parquet, threads = self._parquet
-        groups = self._groups[shards].tolist()
+        groups = self._groups[list(shards)].tolist()
         with reading_table(f"{self.name}/{INDEX}"):
             return parquet.read_row_groups(groups, columns=list(columns), use_threads=threads)
 
@@ -206,6 +221,54 @@ class IndexCatalog:
         if kept is not None and kept[2] < len(starts) and not self._runs_stand_alone:
             return None  # with fewer pictures the processor would write other runs
         return kept
+
+    # --- what caps and orders ask -------------------------------------------------------------------------
+
+    def values(self, column: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, ascending, and a code for each value of ``column``; one of its own for no value."""
+        rows = np.arange(self._first_rows[-1]) if self._kept is None else np.flatnonzero(self._kept)
+        if column is None:
+            return rows, np.zeros(len(rows), np.int64)
+        encoded = self._column(column).dictionary_encode(null_encoding="encode")
+        return rows, encoded.indices.to_numpy().astype(np.int64)[rows]
+
+    def subset(self, rows: np.ndarray) -> IndexCatalog:
+        """The same dataset with these rows only."""
+        other = copy.copy(self)
+        other._kept = np.zeros(self._first_rows[-1], bool)
+        other._kept[rows] = True
+        other.shard_sizes = self._count(other._kept)
+        return other
+
+    def numbers_of(self, column: str, rows: np.ndarray) -> np.ndarray:
+        """A numeric column's values as float64, NaN where there is none.
+
+        Raises:
+            UserError: the column holds something else.
+        """
+        import pyarrow as pa
+
+        found = self._column(column)
+        if not (pa.types.is_integer(found.type) or pa.types.is_floating(found.type)):
+            raise UserError(
+                f"{self.name}: order {column!r} is a column of {found.type}; it must be of numbers"
+            )
+        return found.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)[rows]
+
+    def _column(self, column: str) -> pa.Array:
+        """A column of the whole split.
+
+        Raises:
+            UserError: there is none.
+        """
+        names = self._parquet[0].schema_arrow.names
+        if column not in names:
+            near = difflib.get_close_matches(column, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"{self.name} has no column {column!r}{hint}; it has {', '.join(sorted(names))}")
+        if column not in self._columns:
+            self._columns[column] = self._table(range(len(self._groups)), [column])[column].combine_chunks()
+        return self._columns[column]
 
     @property
     def _runs_stand_alone(self) -> bool:

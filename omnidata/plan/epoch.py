@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omnidata.plan import packing
-from omnidata.plan.blend import Blend, Draw, Source, quotas
+from omnidata.plan.blend import SHUFFLED, Blend, Draw, Source
 from omnidata.plan.catalog import IMAGE_PIXELS, Lengths
 from omnidata.plan.order import permutation
 from omnidata.plan.oversize import Oversize
@@ -31,6 +31,7 @@ from omnidata.plan.sources import open_sources
 from omnidata.schema import UserError
 
 WINDOW_SAMPLES = 1 << 17  # samples shuffled and packed together; about 12 MB of plan
+ORDERED_SAMPLES = 1 << 10  # the same where a dataset has an order
 # Tokens that one image weighs (a processor's: 448² pixels): OmniLMM-12B with a frozen tower; 663 trained.
 IMAGE_COST = 221.0
 _PACK_ORDER = 0x9ACC  # keeps the order of packs unrelated to the order of samples
@@ -161,7 +162,13 @@ class EpochPlan:
         self.seed, self.epoch = seed, epoch
         self.max_tokens, self.max_images = max_tokens, max_images
         self.oversize, self.window_samples = oversize, window_samples
-        self._blend = Blend(self.sources, seed=seed, epoch=epoch, window_samples=window_samples)
+        has_order = any(source.order != SHUFFLED for source in self.sources)
+        # Packs of a window are shuffled: an order shows from one to the next.
+        draw_samples = min(ORDERED_SAMPLES, window_samples) if has_order else window_samples
+        self.windows_a_read = window_samples // draw_samples  # how many to look up at once
+        self._blend = Blend(
+            self.sources, seed=seed, epoch=epoch, window_samples=window_samples, draw_samples=draw_samples
+        )
         self._cuts: dict[tuple[int, int], tuple[int, int, int]] = {}  # (dataset, row) -> lengths to keep
         if oversize == "refuse":
             self._refuse_oversize()
@@ -182,9 +189,10 @@ class EpochPlan:
     def digest(self) -> str:
         """Equal for plans whose epochs have equal packs in equal order (the epoch's number left out)."""
         settings = (self.seed, self.max_tokens, self.max_images, self.oversize, self.window_samples)
-        shares = quotas(self.sources)  # of one dataset the same, whatever its weight
+        shares = self._blend.shares  # of one dataset the same, whatever its weight
         blend = [
-            (source.catalog.digest, str(share)) for source, share in zip(self.sources, shares, strict=True)
+            (source.catalog.digest, str(share), *map(str, source.extras))
+            for source, share in zip(self.sources, shares, strict=True)
         ]
         return hashlib.blake2b(repr((settings, blend)).encode(), digest_size=16).hexdigest()
 
@@ -194,6 +202,17 @@ class EpochPlan:
     def num_windows(self) -> int:
         """Windows of the epoch."""
         return self._blend.num_windows
+
+    def rows_of_read(self, read: int, window: Window) -> dict[int, np.ndarray]:
+        """Of each dataset, the rows of the ``windows_a_read`` windows that are looked up with ``window``."""
+        if self.windows_a_read == 1:
+            parts = [(window.dataset, window.lengths.rows)]
+        else:
+            first = read * self.windows_a_read
+            draws = map(self._blend.draw, range(first, min(first + self.windows_a_read, self.num_windows)))
+            parts = [(draw.dataset, draw.lengths.rows) for draw in draws]
+        dataset, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return {number: np.unique(rows[dataset == number]) for number in np.unique(dataset).tolist()}
 
     def window(self, number: int) -> Window:
         """Window ``number``, made from the index alone."""

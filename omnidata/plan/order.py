@@ -30,6 +30,12 @@ def permutation(count: int, *key: int) -> np.ndarray:
     return np.argsort(_splitmix(np.uint64(mix(*key)) + counter * np.uint64(_GOLDEN)), kind="stable")
 
 
+def hashes(values: np.ndarray, *key: int) -> np.ndarray:
+    """uint64: an unrelated number for each integer, fixed for ever by itself and ``key``."""
+    state = np.uint64(mix(*key)) + (values.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return _splitmix(state)
+
+
 def _splitmix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's output function, a bijection on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

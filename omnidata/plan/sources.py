@@ -4,7 +4,10 @@ data: data/llava                                      one dataset, its train spl
 data: [data/llava, data/shapes]                       each once an epoch, mixed in proportion to their sizes
 data: [{path: data/llava, weight: 3}, {path: data/shapes, weight: 1}]
 data: [{path: data/llava, epochs: 1, exclude: bad_keys.txt}, {path: data/shapes, epochs: 2.5}]
-data: [{path: data/llava, where: relevance_min >= 4 and n_images <= 8}]             those samples only
+data: [{path: data/llava, where: relevance_min >= 4 and n_images <= 8}]    those samples only
+data: [{path: data/llava, cap: 1000, cap_by: task}]      1,000 of each task a pass, others in the next
+data: [{path: data/llava, order: length}]                the shortest first; or a column, -column: falling
+data: [{path: data/llava, weights: [{until: 0.5, weight: 3}, {weight: 1}]}, …]    see phases.py
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from omnidata.dataset import Dataset
-from omnidata.plan.blend import Source
+from omnidata.plan.blend import SHUFFLED, Source
 from omnidata.plan.catalog import IndexCatalog
+from omnidata.plan.phases import parse_phases
 from omnidata.schema import UserError
 
 DEFAULT_SPLIT = "train"
-_KEYS = ("path", "split", "where", "weight", "epochs", "exclude")
+_KEYS = (
+    *("path", "split", "where", "weight", "epochs", "exclude"),
+    *("cap", "cap_by", "order", "weights"),
+)
 
 
 def open_sources(data: Any) -> list[Source]:
@@ -55,7 +62,18 @@ def _open_mapping(entry: Mapping[str, Any]) -> Source:
         raise UserError(f"an entry of `data` has the keys {sorted(entry)}; it takes `path` and {_KEYS[1:]}")
     dataset = Dataset(entry["path"], entry.get("split") or DEFAULT_SPLIT, entry.get("where"))
     catalog = IndexCatalog(dataset, exclude=read_keys(entry["exclude"]) if entry.get("exclude") else ())
-    return Source(catalog, weight=entry.get("weight"), epochs=entry.get("epochs"))
+    weights = entry.get("weights")
+    if weights is not None and (isinstance(weights, str | Mapping) or not isinstance(weights, Sequence)):
+        raise UserError(f"{catalog.name}: `weights` is {weights!r}, not a list of {{until, weight}}")
+    return Source(
+        catalog,
+        weight=entry.get("weight"),
+        epochs=entry.get("epochs"),
+        weights=parse_phases(weights or (), name=catalog.name),
+        cap=entry.get("cap"),
+        cap_by=entry.get("cap_by"),
+        order=str(entry.get("order") or SHUFFLED),
+    )
 
 
 def read_keys(path: str) -> list[str]:
