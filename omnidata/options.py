@@ -89,10 +89,10 @@ BUILD_OPTIONS = (
     click.option("--seed", default=0, show_default=True, help="Which ids go to which split."),
     click.option(
         "--dedup",
-        type=click.Choice(["off", "exact"]),
+        type=click.Choice(["off", "exact", "near"]),
         default="off",
         show_default=True,
-        help="Refuse samples with the same pictures and text as an earlier one.",
+        help="Refuse samples with the same, or nearly the same, pictures and text as an earlier one.",
     ),
     click.option(
         "--duplicate-ids",

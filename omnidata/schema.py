@@ -7,6 +7,7 @@ here and from nowhere else. A dataset is a directory (or an fsspec URL)::
     shards/train-00000.tar.idx    Energon index: n+1 little-endian uint64
     index.parquet                 one row a sample (INDEX_COLUMNS), one row group a shard
     rejects.parquet               one row a refused record (REJECT_COLUMNS)
+    near_duplicates.parquet       of --dedup near: the pairs (omnidata.builder.near)
     tokenizer/                    the exact tokenizer that was used
     processor/                    the model's processor and configuration, where the profile is a processor's
     .nv-meta/                     .info.json, split.yaml, dataset.yaml (Megatron-Energon)
@@ -42,6 +43,7 @@ IGNORE_INDEX = -100
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 REJECTS = "rejects.parquet"
+NEAR = "near_duplicates.parquet"
 TOKENIZER_DIR = "tokenizer"
 PROCESSOR_DIR = "processor"
 SHARDS_DIR = "shards"
@@ -223,6 +225,7 @@ REASONS: dict[str, str] = {
     "bad_record": "the record lacks a key that its format requires, or a value has the wrong type",
     "duplicate_id": "another record of the build has the same id",
     "duplicate_sample": "the same images and text were already built (--dedup exact)",
+    "near_duplicate": "nearly the same images and text were already built (--dedup near)",
     # conversation
     "empty_conversation": "no messages",
     "bad_role": "a role that is not system, user or assistant",

@@ -15,7 +15,7 @@ FLOW = [
     ("schema",),
     ("durable", "manifest", "index", "shards"),
     ("where",),
-    ("corpus", "images", "text"),
+    ("corpus", "images", "text", "near"),
     ("conversation",),
     ("render",),
     ("executors",),

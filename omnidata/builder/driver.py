@@ -266,9 +266,9 @@ class _Run:
     def finish(self, progress: Progress) -> BuildReport:
         """All shards are there: drop repeats if asked to, then complete the dataset."""
         with contextlib.nullcontext() if self.options.finalize else locked(self.store, "finalize"):
-            if self.job.settings.dedup == "exact":
-                run = functools.partial(run_tasks, self.executor)
-                self.results.update(drop_repeats(self.store, self.done, run))
+            if self.job.settings.dedup != "off":
+                run, near = functools.partial(run_tasks, self.executor), self.job.settings.dedup == "near"
+                self.results.update(drop_repeats(self.store, self.done, run, near=near))
             rejects = first_rejects(self.store, self.done)
             manifest = complete(self.store, self.job.settings, self.plan, self.done, self.renderer)
         return report_of(manifest, first_rejects=rejects, **self._facts(progress))

@@ -18,6 +18,7 @@ import pyarrow as pa
 from omnidata.builder.columns import kept_fields, with_columns
 from omnidata.builder.interop import dataset_card, energon_files
 from omnidata.builder.layout import ShardTask
+from omnidata.builder.near import keep_ledger
 from omnidata.builder.plan import BuildPlan
 from omnidata.builder.report import examples
 from omnidata.builder.settings import BuildSettings
@@ -53,6 +54,7 @@ def complete(
         write_tables(file, pa.schema([*index_schema(), *kept]), _index_tables(store, settings, results, kept))
     with store.write(REJECTS) as file:
         write_tables(file, reject_schema(), _reject_tables(store, results))
+    keep_ledger(store)
     for path, content in energon_files(manifest).items():
         store.write_bytes(path, content)
     store.write_bytes(CARD, dataset_card(manifest, kept).encode())
@@ -68,7 +70,7 @@ def _index_tables(
         if result.num_samples:
             with store.open(part_path(task)) as file:
                 table = read_table(file, index_schema(), kept=True)
-            yield with_columns(table, kept) if settings.keep_column else table
+            yield with_columns(table, kept) if settings.columns else table
 
 
 def _reject_tables(store: Store, results: Results) -> Iterator[pa.Table]:
@@ -90,7 +92,7 @@ def make_manifest(
         splits[shard.split] += shard.num_samples
     num_samples, num_rejects = sum(splits.values()), sum(rejects.values())
     counts, tokenizer = total_counts(result for _, result in results), renderer.tokenizer
-    kept, of_columns = kept_fields(settings.keep_column, counts["columns"])
+    kept, of_columns = kept_fields(settings.columns, counts["columns"])
     assert num_samples + num_rejects == plan.num_records, "samples + rejects = records"
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,

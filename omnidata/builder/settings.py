@@ -16,6 +16,8 @@ from omnidata.corpus.columns import check_names
 from omnidata.images.header import MAX_PIXELS
 from omnidata.images.slices import Slicing, slicing_of
 from omnidata.images.store import check_remote
+from omnidata.near.hashing import COLUMNS as NEAR_COLUMNS
+from omnidata.near.hashing import check_installed
 from omnidata.schema import CONTENT_TOKENS, SLICE_TOKENS, UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -56,7 +58,7 @@ class BuildSettings:
     shard_bytes: int | None = None  # neither: see layout.auto_shard_bytes
     split: dict[str, float] = field(default_factory=dict)  # name -> fraction of the ids; the rest is "train"
     seed: int = 0  # which ids go to which split
-    dedup: str = "off"  # off | exact
+    dedup: str = "off"  # off | exact | near
     duplicate_ids: str = "keep"  # keep | reject
     content_token: tuple[str, ...] = ()  # special tokens that content may spell, besides the grounding tags
     allow_http: bool = False
@@ -85,7 +87,9 @@ class BuildSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-        check_names(self.keep_column)
+        check_names(self.columns)
+        if self.dedup == "near":
+            check_installed()
         if self.max_slices == 1 or self.max_slices < 0:
             raise UserError(f"--max-slices is {self.max_slices}: give 0 (cut nothing) or at least 2 tiles")
         if TRAIN in self.split or sum(self.split.values()) >= 1:
@@ -125,6 +129,11 @@ class BuildSettings:
     def content_tokens(self) -> tuple[str, ...]:
         """Special tokens that content may spell."""
         return tuple(dict.fromkeys((*CONTENT_TOKENS, *self.content_token)))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the index keeps besides its own columns: those of records, and hashes for ``dedup near``."""
+        return (*self.keep_column, *(NEAR_COLUMNS if self.dedup == "near" else ()))
 
     @property
     def reading(self) -> Reading:

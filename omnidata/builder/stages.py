@@ -26,6 +26,7 @@ from omnidata.durable import Store
 from omnidata.images.header import read_header
 from omnidata.images.slices import Grid, Picture, read_picture
 from omnidata.images.store import ImageStore
+from omnidata.near.hashing import near_values
 from omnidata.outcomes import caught
 from omnidata.part_renderer import PartRenderer
 from omnidata.profiles.omnilmm import OmniLMMProfile
@@ -177,8 +178,14 @@ class Stages:
         return Built(
             *(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes),
             image_pixels=pixels,
-            kept=talk.columns,
+            kept=self._kept(talk, images),
         )
+
+    def _kept(self, talk: Conversation, images: tuple[EncodedImage, ...]) -> dict[str, Any] | None:
+        """Values of the columns that the index keeps besides its own."""
+        if self.settings.dedup != "near":
+            return talk.columns
+        return (talk.columns or {}) | near_values(talk, images)
 
     def _notes(self) -> tuple[str, ...]:
         """What the report should tell of the sample that was just read."""

@@ -14,6 +14,7 @@ from omnidata.schema import (
     CARD,
     INDEX,
     MANIFEST,
+    NEAR,
     NV_META,
     PROCESSOR_DIR,
     REJECTS,
@@ -23,7 +24,7 @@ from omnidata.schema import (
 )
 
 # The manifest goes first when a dataset is removed: without it, what is left is no dataset.
-OURS = (MANIFEST, SCRATCH, INDEX, REJECTS, CARD, NV_META, TOKENIZER_DIR, PROCESSOR_DIR, SHARDS_DIR)
+OURS = (MANIFEST, SCRATCH, INDEX, REJECTS, NEAR, CARD, NV_META, TOKENIZER_DIR, PROCESSOR_DIR, SHARDS_DIR)
 
 
 def check_folder(store: Store, options: RunOptions) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omnidata.inspect.distributions import NUM_BINS, Bin, Distribution, count_distribution
+from omnidata.near.hashing import COLUMNS as NEAR_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +41,7 @@ class ColumnSummary:
 
 def summarize_columns(dataset: Dataset) -> tuple[ColumnSummary, ...]:
     """Every kept column, by name."""
-    names = dataset.kept_columns
+    names = [name for name in dataset.kept_columns if name not in NEAR_COLUMNS]
     if not names:
         return ()
     table = dataset.index_columns(names)

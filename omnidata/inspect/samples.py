@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from omnidata.near.hashing import COLUMNS as NEAR_COLUMNS
 from omnidata.schema import IGNORE_INDEX, INDEX_COLUMNS, TOKENIZER_DIR, UserError
 from omnidata.shards import CorruptSampleError, read_sample
 from omnidata.text.vocabulary import Piece, Vocabulary
@@ -48,7 +49,7 @@ class Run:
 
 def kept_values(row: dict[str, Any]) -> list[tuple[str, str]]:
     """The kept columns of an index row that have a value, as text."""
-    own = {column.name for column in INDEX_COLUMNS}
+    own = {*NEAR_COLUMNS, *(column.name for column in INDEX_COLUMNS)}
     pairs = [(name, value) for name, value in row.items() if name not in own and value is not None]
     return [(name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in pairs]
 
