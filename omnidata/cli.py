@@ -251,6 +251,40 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
     reports.plan(datasets, **options)
 
 
+@cli.command()
+@click.argument("dataset")
+@click.option(
+    "--against", multiple=True, required=True, metavar="BENCHMARK...", help="JSON, Parquet or a dataset."
+)
+@click.argument("more", nargs=-1, metavar="")
+@click.option("--out", default="leaks", show_default=True, metavar="DIR", help="Folder for the two files.")
+@click.option("--split", default="train", show_default=True, help="Split to look at; '' for all.")
+@click.option("--image-root", metavar="DIR", help="Of the benchmarks' pictures.  [default: beside each file]")
+@click.option(
+    "--ngram", type=click.IntRange(5), default=13, show_default=True, help="Words of a run that counts."
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: CPUs it may use]")
+@click.option("--json", "as_json", is_flag=True, help="The totals as JSON.")
+def decontaminate(
+    dataset: str, against: tuple[str, ...], more: tuple[str, ...], split: str, as_json: bool, **options: Any
+) -> None:
+    """Find samples of DATASET that hold texts or pictures of benchmarks (extra: near).
+
+    Writes leaks.parquet, a row for each sample and entry, and exclude.txt for `exclude` in a recipe; the
+    dataset stays as it is. A text has leaked if a sample has half of its runs of 13 words, a picture if one
+    looks alike (a perceptual hash).
+
+    \b
+    omnidata decontaminate data --against mme.json mmmu.parquet
+    omnidata decontaminate data --against questions.jsonl --image-root images --out leaks
+    omnidata decontaminate data --against other-dataset
+    """
+    from omnidata.leaks import report
+
+    found = report.decontaminate(dataset, against=(*against, *more), split=split or None, **options)
+    _print_report(found, as_json=as_json)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point: run a command and turn what it raises into a message and an exit code."""
     if sys.argv[1:] and not {"-h", "--help", "--version"}.intersection(sys.argv):  # these make no table

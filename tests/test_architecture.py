@@ -23,7 +23,7 @@ FLOW = [
     ("builder",),
     ("plan",),
     ("loader",),
-    ("inspect", "verify", "adapters"),
+    ("inspect", "leaks", "verify", "adapters"),
     ("cli",),
 ]
 

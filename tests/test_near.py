@@ -120,7 +120,8 @@ def made_up(seed: int, num_samples: int = 120) -> Hashes:
                 text = numbers[other].copy()
                 text[rng.random(NUM_NUMBERS) < rng.choice([0, 0.05, 0.5])] ^= 1
             if rng.random() < 0.8:
-                pictures = images[other] ^ rng.choice([0, 7, (1 << 60) - 1]).astype(np.uint64)
+                flips = rng.choice([0, 7, (1 << 60) - 1]).astype(np.uint64)
+                pictures = images[other] ^ np.array([flips, flips, flips, flips, 0], np.uint64)
         equal.append(rng.integers(0, 2) if rng.random() < 0.1 else 5)
         numbers.append(text)
         images.append(pictures)

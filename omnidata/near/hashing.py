@@ -1,7 +1,8 @@
 """Hashes that stay nearly the same when a picture or a text is changed a little (extra: near).
 
-A picture's is imagehash's phash of 16 × 16 low frequencies: another size, format, quality or brightness flips
-a few of its 256 bits; unrelated photographs differ in about half.
+A picture's is imagehash's phash of 16 × 16 low frequencies of its greys: another size, format, quality or
+brightness flips a few of its 256 bits; unrelated photographs differ in about half. Beside it stand the mean
+colours of its quarters (Cb and Cr, a byte each): a colour wheel is not the photograph of a retina.
 
 A text's is datasketch's MinHash over runs of five characters, of which 16 bits are kept: the share of equal
 numbers of two texts estimates the share of runs that they have in common. Beside it stands a hash of what
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from omnidata.schema import Conversation, EncodedImage
 
 NUM_NUMBERS = 64  # of a text's MinHash
-IMAGE_WORDS = 4  # uint64 of a picture's hash
+IMAGE_WORDS = 5  # uint64 of a picture's hash: 256 bits of greys, then eight bytes of colours
+NUM_BITS = 256
+MAX_COLOUR = 24  # of 255: more between two quarters, and the pictures are not alike
 SHINGLE = 5  # characters
 SHORT_REPLY = 40  # characters; up to here replies must be equal
 IMAGES, TEXT = "near.images", "near.text"  # columns of the index
@@ -48,7 +51,7 @@ def near_values(talk: Conversation, images: Sequence[EncodedImage]) -> dict[str,
 
 
 def image_hash(data: bytes) -> str:
-    """64 hex digits of an encoded picture.
+    """80 hex digits of an encoded picture.
 
     Raises:
         RejectError: it does not decode.
@@ -59,20 +62,23 @@ def image_hash(data: bytes) -> str:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is the build's
-            picture.draft("L", (256, 256))  # a JPEG decodes at a fraction of its size
-            return str(imagehash.phash(_on_white(picture), hash_size=16))
+            picture.draft("RGB", (256, 256))  # a JPEG decodes at a fraction of its size
+            shown = _on_white(picture)
+            greys = str(imagehash.phash(shown.convert("L"), hash_size=16))
+            quarters = shown.resize((2, 2), Image.Resampling.BOX).convert("YCbCr")
+            return greys + np.asarray(quarters)[..., 1:].tobytes().hex()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise RejectError("image_corrupt", f"the picture does not decode: {error}") from error
 
 
 def _on_white(picture: object) -> object:
-    """Grey, with what is transparent white."""
+    """RGB, with what is transparent white."""
     from PIL import Image
 
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
-    return picture.convert("L")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return picture.convert("RGB")
 
 
 def parse_image_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -82,8 +88,12 @@ def parse_image_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Bits in which hashes differ; broadcasts over all but the last axis."""
-    return np.bitwise_count(first ^ second).sum(axis=-1, dtype=np.int64)
+    """Bits in which hashes differ, NUM_BITS where colours do; broadcasts over all but the last axis."""
+    bits = np.bitwise_count(first[..., :-1] ^ second[..., :-1]).sum(axis=-1, dtype=np.int64)
+    colours = [
+        np.ascontiguousarray(each[..., -1:]).view(np.uint8).astype(np.int16) for each in (first, second)
+    ]
+    return np.where(np.abs(colours[0] - colours[1]).max(axis=-1) > MAX_COLOUR, NUM_BITS, bits)
 
 
 # --- texts ------------------------------------------------------------------------------------------------
