@@ -26,13 +26,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from omnidata.corpus.calls import read_tools
 from omnidata.corpus.columns import ALL, take_all, take_named
 from omnidata.corpus.keys import KeyCheck
 from omnidata.corpus.pictures import read_images
 from omnidata.corpus.placer import Placer
 from omnidata.corpus.turns import Turn, read_turns, texts_of
-from omnidata.schema import Conversation, ImagePart, Message, Part, Record, RejectError
+from omnidata.schema import TOOL_ROLES, Conversation, ImagePart, Message, Part, Record, RejectError
 
 OWN_KEYS = frozenset(("id", "image", "images"))  # of every record, whatever its turns are called
 
@@ -46,6 +48,7 @@ class Reading:
     allow_empty_replies: bool = False
     train_on: str = "all"  # all | last: which assistant turns are supervised
     keep_column: tuple[str, ...] = ()  # keys of records whose values become columns of the index
+    turn_order: str = "alternate"  # alternate | template: what the template prints and the proof accepts
 
 
 def to_conversation(record: Record, reading: Reading = Reading()) -> Conversation:
@@ -58,8 +61,11 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
     Raises:
         RejectError: the record cannot be used, or holds something that would be lost.
     """
+    tools, tool_keys = read_tools(record.payload)
     turns, read = read_turns(record, reading.caption_prompt)
-    _check_order(turns)
+    _refuse_no_assistant(turns)
+    if reading.turn_order == "alternate":
+        _check_order(turns)
     pool = read_images(record.payload, reading.image_key)
     placer = Placer(pool, turns, reading.image_key)
     parts = placer.place_all()
@@ -68,7 +74,7 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
         (image.path for image in images if image.path),
         num_bytes=sum(image.data is not None for image in images),
     )
-    used = OWN_KEYS | read | set(reading.image_key)
+    used = OWN_KEYS | read | tool_keys | set(reading.image_key)
     columns, rest = take_named(record.payload, reading.keep_column, used)
     check.check(rest)
     if ALL in reading.keep_column:
@@ -82,13 +88,15 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
         check.check(rest, "messages.content.")
     _refuse_unfilled(check.counted, turns)
     messages = [
-        Message(turn.role, content, supervised)
+        Message(turn.role, content, supervised, _more(turn))
         for turn, content, supervised in zip(turns, parts, _supervised(turns, reading.train_on), strict=True)
     ]
     if not reading.allow_empty_replies:
         _refuse_empty_replies(messages)
     kept = columns if reading.keep_column else None
-    return Conversation(record.id, tuple(messages), tuple(images), tuple(check.counted), columns=kept)
+    return Conversation(
+        *(record.id, tuple(messages), tuple(images), tuple(check.counted)), columns=kept, tools=tools
+    )
 
 
 def with_grids(conversation: Conversation, grids: Sequence[tuple[int, int] | None]) -> Conversation:
@@ -115,17 +123,30 @@ _FILLED_IN = re.compile(r"<(?:bbox|ref-object|box|point|points|polygon|seg|obj|r
 _FILLERS = frozenset(("objects", "bbox", "bboxes", "boxes", "points", "regions", "ref", "polygons"))
 
 
-def _check_order(turns: Sequence[Turn]) -> None:
-    roles = [turn.role for turn in turns]
-    if "assistant" not in roles:
+def _more(turn: Turn) -> dict[str, Any]:
+    is_null = "tool_calls" in turn.more and turn.content is None
+    return {**turn.more, "content": None} if is_null else turn.more
+
+
+def _refuse_no_assistant(turns: Sequence[Turn]) -> None:
+    if all(turn.role != "assistant" for turn in turns):
         raise RejectError(
-            "no_assistant", f"{len(roles)} turns, none of them an assistant's: nothing to learn"
+            "no_assistant", f"{len(turns)} turns, none of them an assistant's: nothing to learn"
         )
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    """The rule of OmniLMM's format: a system turn is the first, and no role speaks twice in a row."""
+    roles = [turn.role for turn in turns]
     for i, role in enumerate(roles):
         if role == "system" and i > 0:
             raise RejectError("role_order", f"turn {i + 1} is a system turn; only the first may be")
-        if i > 0 and role == roles[i - 1]:
-            raise RejectError("role_order", f"turns {i} and {i + 1} are both the {role}'s")
+        if i > 0 and role == roles[i - 1] and role not in TOOL_ROLES:  # tools may answer one after another
+            raise RejectError(
+                "role_order",
+                f"turns {i} and {i + 1} are both the {role}'s; --turn-order template builds what the chat "
+                "template prints",
+            )
 
 
 def _supervised(turns: Sequence[Turn], train_on: str) -> list[bool]:
@@ -142,7 +163,8 @@ def _supervised(turns: Sequence[Turn], train_on: str) -> list[bool]:
 def _refuse_empty_replies(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         has_image = any(isinstance(part, ImagePart) for part in message.parts)
-        if message.role == "assistant" and not has_image and not message.text.strip():
+        says = has_image or "tool_calls" in message.more or message.text.strip()
+        if message.role == "assistant" and not says:
             raise RejectError(
                 "empty_reply",
                 f"turn {i + 1}, the assistant's, is empty; --allow-empty-replies builds such records",

@@ -126,6 +126,12 @@ BUILD_OPTIONS = (
         help="Assistant turns that are supervised, if not switched off.",
     ),
     click.option(
+        "--turn-order",
+        type=click.Choice(["alternate", "template"]),
+        help="User and assistant in turn, or whatever the chat template prints.  [default: template; "
+        "alternate for OmniLMM's format]",
+    ),
+    click.option(
         "--max-pixels", default=178_956_970, show_default=True, help="Of one picture; more is a reject."
     ),
     click.option("--allow-http", is_flag=True, help="Fetch images from public http(s) addresses."),

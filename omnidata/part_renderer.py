@@ -26,7 +26,6 @@ from omnidata.profiles import Profile, Run
 from omnidata.render import Renderer
 from omnidata.schema import (
     CONTENT_TOKENS,
-    IGNORE_INDEX,
     Conversation,
     Message,
     RejectError,
@@ -36,8 +35,9 @@ from omnidata.schema import (
 )
 from omnidata.text.chat_template import NONCE
 from omnidata.text.encoder import refuse_surrogates
+from omnidata.text.lines import Line
 from omnidata.text.part_template import Layout, PartTemplate, Structure, parts_of, structure_of, texts_of
-from omnidata.text.spans import interleave, token_range
+from omnidata.text.spans import interleave, labels_of, refuse_unsupervised
 
 _STRETCH = re.compile(rf"(\ufdd0{NONCE}\d+\ufdd1)\1*")  # a control token's guard, once or again and again
 Span = tuple[int, int, int]  # characters to supervise: first, end, blanks before it
@@ -61,11 +61,30 @@ class _Draft:
     widths: dict[str, tuple[int, ...]]  # guard -> how often each of its occurrences stands in the ids
     places: tuple[tuple[int, int], ...]  # characters of each run: first, end
     runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()  # what the report should tell besides
 
     @property
     def num_images(self) -> int:
         """Pictures."""
         return len(self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A conversation's text before it is said what of it is learned; the names are those of ``_Draft``."""
+
+    pieces: list[str]
+    starts: list[int]  # characters, of each content
+    text: str
+    widths: dict[str, tuple[int, ...]]
+    places: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
+
+    def draft(
+        self, spans: tuple[Span, ...], ends: tuple[tuple[int, int], ...], notes: tuple[str, ...] = ()
+    ) -> _Draft:
+        """With what is learned."""
+        return _Draft(self.text, spans, ends, self.widths, self.places, self.runs, notes)
 
 
 class PartRenderer(Renderer):
@@ -115,9 +134,13 @@ class PartRenderer(Renderer):
     def _make_layout(self, structure: Structure, generation_prompt: bool) -> tuple[Layout, tuple[str, ...]]:
         layout = self._template.layout(structure, generation_prompt)
         pieces = [self._encoder.guard(piece) for piece in layout.shape.pieces]
-        if not pieces[0].startswith(self._bos):  # as the processor does: BOS in front unless it is printed
-            pieces[0] = self._bos + pieces[0]
+        self._dress(pieces, generation_prompt)
         return layout, tuple(pieces)
+
+    def _dress(self, pieces: list[str], generation_prompt: bool) -> None:
+        """As the processor does: BOS in front unless it is printed."""
+        if not pieces[0].startswith(self._bos):
+            pieces[0] = self._bos + pieces[0]
 
     def _make_stretches(self, text: str) -> _Stretches:
         counts: list[tuple[str, int]] = []
@@ -133,23 +156,16 @@ class PartRenderer(Renderer):
 
     def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
         messages = conversation.messages
+        if not conversation.is_plain:
+            return self._draft_spoken(conversation, generation_prompt)
         texts = texts_of(messages)
         for text in texts:
             refuse_surrogates(text)
         layout, pieces = self._layout(structure_of(messages), generation_prompt)
         self._template.prove_messages(layout, messages, generation_prompt=generation_prompt)
-        runs = self._runs(conversation, sum(layout.images))
-        written = iter([self._stretches(run.text) for run in runs])
-        counts: list[tuple[str, int]] = []
-        inner: list[tuple[int, int, int]] = []  # piece, and where in it each run is
-        filled = [
-            self._fill(piece, layout.images[number], written, counts, number, inner)
-            for number, piece in enumerate(pieces)
-        ]
         printed = layout.shape.contents(texts)
-        starts, text = interleave(filled, printed)
-        before = [0, *(start + len(content) for start, content in zip(starts, printed, strict=True))]
-        places = tuple((before[piece] + first, before[piece] + end) for piece, first, end in inner)
+        written = self._written(conversation, pieces, printed, layout.images)
+        filled, starts = written.pieces, written.starts
         spans: list[Span] = []
         ends: list[tuple[int, int]] = []
         for number, message in enumerate(messages):
@@ -157,7 +173,49 @@ class PartRenderer(Renderer):
                 mine = list(self._spans_of(number, messages, layout, filled, printed, starts))
                 spans += mine if message.supervised else ()
                 ends += [(number, mine[-1][1])] if mine else ()
-        return _Draft(text, _joined(spans), tuple(ends), _widths(counts, text), places, runs)
+        return written.draft(_joined(spans), tuple(ends))
+
+    def _draft_spoken(self, conversation: Conversation, generation_prompt: bool) -> _Draft:
+        """A conversation with tools, calls or reasoning."""
+        messages = conversation.messages
+        lines = [
+            Line(message, tuple(part.text if isinstance(part, TextPart) else None for part in message.parts))
+            for message in messages
+        ]
+        script = self._scribe.write(lines, conversation.tools, generation_prompt=generation_prompt)
+        pieces = list(script.pieces)
+        self._dress(pieces, generation_prompt)
+        images = [piece.count(self._image_guard) for piece in pieces]
+        wanted = sum(line.parts.count(None) for line in lines)
+        if sum(images) != wanted:
+            raise RejectError(
+                "mask_unproven", f"the chat template prints {sum(images)} image tokens for {wanted} pictures"
+            )
+        written = self._written(conversation, pieces, script.contents, images)
+        replies = list(script.places(written.starts))
+        spans = [span for i, mine in replies if messages[i].supervised for span in mine]
+        return written.draft(_joined(spans), tuple((i, mine[-1][1]) for i, mine in replies), script.notes)
+
+    def _written(
+        self,
+        conversation: Conversation,
+        pieces: Sequence[str],
+        printed: Sequence[str],
+        images: Sequence[int],
+    ) -> _Written:
+        """The whole text, with the runs of the pictures in their places."""
+        runs = self._runs(conversation, sum(images))
+        left = iter([self._stretches(run.text) for run in runs])
+        counts: list[tuple[str, int]] = []
+        inner: list[tuple[int, int, int]] = []  # piece, and where in it each run is
+        filled = [
+            self._fill(piece, images[number], left, counts, number, inner)
+            for number, piece in enumerate(pieces)
+        ]
+        starts, text = interleave(filled, printed)
+        before = [0, *(start + len(content) for start, content in zip(starts, printed, strict=True))]
+        places = tuple((before[piece] + first, before[piece] + end) for piece, first, end in inner)
+        return _Written(filled, starts, text, _widths(counts, text), places, runs)
 
     def _runs(self, conversation: Conversation, number: int) -> tuple[Run, ...]:
         if not number:
@@ -241,14 +299,8 @@ class PartRenderer(Renderer):
         length = int(counts.sum())
         if self.max_length is not None and length > self.max_length:
             return self._truncate(conversation, draft, encoding, length)
-        labels = np.full_like(ids, IGNORE_INDEX)
-        for span in draft.spans:
-            first, end = token_range(encoding, span)
-            labels[first:end] = ids[first:end]
-        if not (labels != IGNORE_INDEX).any():
-            raise RejectError(
-                "no_supervision", "no assistant turn is supervised, so there is nothing to learn"
-            )
+        labels = labels_of(ids, encoding, draft.spans)
+        refuse_unsupervised(labels)
         before = np.concatenate(([0], np.cumsum(counts)))
         places = [
             (before[encoding.char_to_token(first)], before[encoding.char_to_token(end - 1) + 1])

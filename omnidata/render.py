@@ -1,7 +1,7 @@
 """Conversation -> input_ids + labels: what the model reads, and what it learns to write.
 
 Supervised are each assistant turn's content and the control token that closes it (``</s>``), and nothing
-else::
+else; with reasoning or calls of tools (text/transcript.py), all that the assistant writes::
 
     <|user|>\\nHi</s>\\n<|assistant|>\\nHello</s>        (Zephyr)
                                        ^^^^^^^^^ supervised
@@ -42,19 +42,20 @@ from omnidata.schema import (
     TextPart,
     UserError,
 )
-from omnidata.text.chat_template import ChatTemplate, Shape
+from omnidata.text.chat_template import ChatTemplate, Shape, prints_zephyr
 from omnidata.text.closings import Closings
 from omnidata.text.encoder import IMAGE_GUARD, Encoder, refuse_surrogates
-from omnidata.text.spans import interleave, token_range
+from omnidata.text.lines import Line, written_texts
+from omnidata.text.spans import interleave, labels_of, refuse_unsupervised, widened
 from omnidata.text.token_roles import content_tokens_of
 from omnidata.text.tokenizer import template_text
+from omnidata.text.transcript import Scribe
 
 SURE = 8  # tokens by which a beginning, rendered alone, may be shorter than where it stands in the whole
 DEFAULT_SYSTEM = (
     "You are an artificial intelligence assistant, which gives helpful, detailed, "
     "and polite answers to the human's questions."
 )
-ZEPHYR_PROBE = "<|system|>\na{eos}\n<|user|>\nb{eos}\n<|assistant|>\nc{eos}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class _Draft:
     ]  # characters: first of the content, after the closing token, slack
     num_images: int
     ends: tuple[tuple[int, int], ...] = ()  # (message, characters up to its end) of each assistant turn
+    notes: tuple[str, ...] = ()  # what the report should tell besides
 
 
 class Renderer:
@@ -120,6 +122,7 @@ class Renderer:
         self.content_tokens = self._find_content_tokens(content_tokens)  # that the tokenizer has
         self._encoder = Encoder(tokenizer, content_tokens=(*content_tokens, *self.content_tokens))
         self._closings = Closings(self._template, self._encoder)
+        self._scribe = Scribe(self._template, self._encoder, self._closings)
         self._slice_guards = None if slice_tokens is None else self._encoder.require(slice_tokens)
         self.is_omnilmm = self._is_omnilmm()
         self.default_system = (
@@ -133,7 +136,7 @@ class Renderer:
         return ChatTemplate(text, self.tokenizer.special_tokens_map, date=date)
 
     def _is_omnilmm(self) -> bool:
-        return self._encoder.image_ids is not None and self._prints_zephyr()
+        return self._encoder.image_ids is not None and prints_zephyr(self._template, self.tokenizer.eos_token)
 
     # --- what users call ----------------------------------------------------------------------------------
 
@@ -181,9 +184,7 @@ class Renderer:
     def _make_plan(self, roles: tuple[str, ...], generation_prompt: bool) -> _Plan:
         shape = self._template.shape(roles, generation_prompt)
         pieces = [self._encoder.guard(piece) for piece in shape.pieces]
-        if self.is_omnilmm:
-            pieces[0] = self._bos + pieces[0]
-            pieces[-1] = pieces[-1] if generation_prompt else pieces[-1].removesuffix("\n")
+        self._dress(pieces, generation_prompt)
         turns, slacks = [], {}  # what one header begins with, it always does: a template is asked once
         for i, role in enumerate(roles):
             if role == "assistant" and shape.marked[i]:
@@ -193,6 +194,12 @@ class Renderer:
                 closing = self._closings.length(pieces[i + 1], is_last=i + 1 == len(roles))
                 turns.append(_Turn(i, closing, slacks[header]))
         return _Plan(shape, tuple(pieces), tuple(turns))
+
+    def _dress(self, pieces: list[str], generation_prompt: bool) -> None:
+        """OmniLMM's beginning and end."""
+        if self.is_omnilmm:
+            pieces[0] = self._bos + pieces[0]
+            pieces[-1] = pieces[-1] if generation_prompt else pieces[-1].removesuffix("\n")
 
     def _slack(self, roles: tuple[str, ...], header: str) -> int:
         """Blanks that the template prints between the generation prompt and the content.
@@ -210,17 +217,14 @@ class Renderer:
 
     def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
         messages = self._with_system(conversation.messages)
+        if not conversation.is_plain:
+            return self._draft_transcript(messages, conversation.tools, generation_prompt)
         roles = tuple(message.role for message in messages)
         contents = [self._content(message) for message in messages]
         plan = self._plan(roles, generation_prompt)
         self._template.prove(plan.shape, roles, contents, generation_prompt=generation_prompt)
         printed = plan.shape.contents(contents)
-        images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
-        num_images = sum(part.num_blocks for part in images)
-        if num_images and self._encoder.image_ids is None:
-            raise UserError(
-                "the tokenizer lacks <im_patch>, <im_start> or <im_end>; run omnidata prepare-tokenizer"
-            )
+        num_images = self._num_images(messages)
         starts, text = interleave(plan.pieces, printed)
         spans = tuple(
             (
@@ -236,6 +240,29 @@ class Renderer:
             for turn in plan.turns
         )
         return _Draft(text, spans, num_images, ends)
+
+    def _draft_transcript(
+        self, messages: Sequence[Message], tools: Sequence[Any], generation_prompt: bool
+    ) -> _Draft:
+        """A conversation with tools, calls or reasoning."""
+        lines = [Line(message, (self._content(message),)) for message in messages]
+        script = self._scribe.write(lines, tools, generation_prompt=generation_prompt)
+        pieces = list(script.pieces)
+        self._dress(pieces, generation_prompt)
+        starts, text = interleave(pieces, script.contents)
+        replies = list(script.places(starts))
+        spans = tuple(span for i, mine in replies if messages[i].supervised for span in mine)
+        ends = tuple((i, mine[-1][1]) for i, mine in replies)
+        return _Draft(text, spans, self._num_images(messages), ends, script.notes)
+
+    def _num_images(self, messages: Sequence[Message]) -> int:
+        """Image blocks."""
+        images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
+        if images and self._encoder.image_ids is None:
+            raise UserError(
+                "the tokenizer lacks <im_patch>, <im_start> or <im_end>; run omnidata prepare-tokenizer"
+            )
+        return sum(part.num_blocks for part in images)
 
     def _content(self, message: Message) -> str:
         text = "".join(
@@ -265,19 +292,13 @@ class Renderer:
         length = self._length(draft, encoding)
         if self.max_length is not None and length > self.max_length:
             return self._truncate(conversation, draft, encoding, length)
-        labels = np.full_like(ids, IGNORE_INDEX)
-        for span in draft.spans:
-            first, end = token_range(encoding, span)
-            labels[first:end] = ids[first:end]
+        labels = labels_of(ids, encoding, draft.spans)
         starts: tuple[int, ...] = ()
         if draft.num_images:
             self._ignore_tiles(ids, labels)
             ids, labels = self._widen(ids, labels)
             starts = tuple(np.flatnonzero(ids == self._encoder.image_ids[0]).tolist())
-        if not (labels != IGNORE_INDEX).any():
-            raise RejectError(
-                "no_supervision", "no assistant turn is supervised, so there is nothing to learn"
-            )
+        refuse_unsupervised(labels)
         return Rendered(
             *(ids, labels),
             num_images=draft.num_images,
@@ -287,7 +308,7 @@ class Renderer:
         )
 
     def _notes(self, draft: Any) -> tuple[str, ...]:
-        return self._closings.notes(draft.text, [end for _, end in draft.ends])
+        return (*self._closings.notes(draft.text, [end for _, end in draft.ends]), *draft.notes)
 
     def _length(self, draft: _Draft, encoding: Any, stop: int | None = None) -> int:
         """Tokens of the sample, or of what stands before token ``stop`` of the encoding, images widened."""
@@ -303,20 +324,9 @@ class Renderer:
             labels[start : end + 1] = IGNORE_INDEX
 
     def _widen(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each image's one token becomes its block, which is never supervised."""
-        places = np.flatnonzero(ids == self._encoder.image_id)
-        if len(places) == 0:
+        if self._encoder.image_ids is None:
             return ids, labels
-        start, patch, end = self._encoder.image_ids
-        counts = np.ones(len(ids), dtype=np.intp)
-        counts[places] = self.num_query + 2
-        labels[places] = IGNORE_INDEX
-        wide_labels = np.repeat(labels, counts)
-        ids[places] = patch
-        wide = np.repeat(ids, counts)
-        first = places + np.arange(len(places)) * (self.num_query + 1)
-        wide[first], wide[first + self.num_query + 1] = start, end
-        return wide, wide_labels
+        return widened(ids, labels, self._encoder.image_id, self._encoder.image_ids, self.num_query)
 
     def _truncate(self, conversation: Conversation, draft: _Draft, encoding: Any, length: int) -> Rendered:
         """Cut whole turns from the end, down to an assistant turn after which everything fits.
@@ -374,21 +384,11 @@ class Renderer:
         found: dict[str, None] = {}
         for message in conversation.messages:
             if message.role == "assistant" and message.supervised:
-                found |= dict.fromkeys(self._encoder.spelled(message.text))
+                for text in written_texts(message):
+                    found |= dict.fromkeys(self._encoder.spelled(text))
         return list(found)
 
     # --- what kind of tokenizer -----------------------------------------------------------------------------
-
-    def _prints_zephyr(self) -> bool:
-        messages = [
-            {"role": role, "content": text}
-            for role, text in (("system", "a"), ("user", "b"), ("assistant", "c"))
-        ]
-        try:
-            printed = self._template.render(messages)
-        except RejectError:  # a template without system turns
-            return False
-        return printed == ZEPHYR_PROBE.format(eos=self.tokenizer.eos_token)
 
     def _find_bos(self) -> str:
         """The guard of BOS where the tokenizer itself puts BOS in front, else nothing."""

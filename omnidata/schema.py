@@ -63,8 +63,14 @@ IMAGE_TOKENS = (IM_PATCH, IM_START, IM_END)
 SLICE_TOKENS = ("<slice>", "</slice>")  # around a picture's tiles; other names: --slice-tokens
 CONTENT_TOKENS = ("<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>")  # may be written in content
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool", "function"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool", "function")
+TOOL_ROLES: tuple[Role, ...] = (
+    "tool",
+    "function",
+)  # what a tool answered; once: function
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # of an assistant's turn; templates read one
 
 
 def shard_name(split: str, number: int) -> str:
@@ -136,6 +142,9 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
     supervised: bool = True  # of an assistant's turn: is it to be learned?
+    # Keys that the chat template is given besides: reasoning_content, tool_calls, name, … as the record has
+    # them; "content": None where the record says so.
+    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -145,7 +154,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A validated dialogue: an optional system turn, then turns that alternate and include an assistant's."""
+    """A validated dialogue with an assistant's turn; the order of turns: conversation.py."""
 
     id: str
     messages: tuple[Message, ...]
@@ -155,6 +164,14 @@ class Conversation:
     columns: dict[str, Any] | None = (
         None  # values that --keep-column takes into the index; None: it is not on
     )
+    tools: tuple[dict[str, Any], ...] = ()  # that the assistant may call, as apply_chat_template takes them
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but texts and pictures of system, user and assistant: no tools, calls or reasoning."""
+        return not self.tools and not any(
+            message.more or message.role in TOOL_ROLES for message in self.messages
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,8 +245,8 @@ REASONS: dict[str, str] = {
     "near_duplicate": "nearly the same images and text were already built (--dedup near)",
     # conversation
     "empty_conversation": "no messages",
-    "bad_role": "a role that is not system, user or assistant",
-    "role_order": "turns do not alternate, or a system turn is not the first",
+    "bad_role": "a role that is not system, user, assistant, tool or function, by any of their names",
+    "role_order": "turns do not alternate, or a system turn is not the first (--turn-order template)",
     "no_assistant": "no assistant turn, so nothing to learn",
     "bad_content": "content is neither a string nor a list of known parts, or is empty where it may not be",
     "empty_reply": "an assistant turn says nothing (--allow-empty-replies builds it)",
@@ -245,6 +262,7 @@ REASONS: dict[str, str] = {
     "image_forbidden": "a URL that --allow-http does not permit, or a path that leads out of the image root",
     # rendering
     "template_refused": "the chat template raises an error on the conversation (say, on a system turn)",
+    "not_printed": "the chat template does not print the tools, calls, reasoning or tool turns of the record",
     "mask_unproven": "the chat template's rendering does not show where the assistant's turns are",
     "too_long": "longer than --max-length with no supervised token left after cutting at a turn boundary",
     "no_supervision": "no supervised token",

@@ -84,7 +84,7 @@ def test_the_assistant_may_open_and_the_user_may_close():
         ({"text": "no json"}, "bad_record"),
         ({"conversations": []}, "empty_conversation"),
         ({"messages": [], "texts": []}, "empty_conversation"),
-        ({"conversations": llava(("tool", "x"), ("gpt", "A"))}, "bad_role"),
+        ({"conversations": llava(("narrator", "x"), ("gpt", "A"))}, "bad_role"),
         ({"conversations": llava((None, "x"), ("gpt", "A"))}, "bad_role"),
         ({"conversations": llava(("human", "a"), ("human", "b"), ("gpt", "A"))}, "role_order"),
         ({"conversations": llava(("human", "a"), ("gpt", "A"), ("gpt", "B"))}, "role_order"),

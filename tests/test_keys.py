@@ -275,7 +275,7 @@ def test_names_stand_for_pictures_in_brackets_only():
     "keys",
     [
         {"label": False}, {"label": "False"}, {"train": False}, {"weight": 0}, {"rejected": "5"}, {"chosen": [REPLY]},
-        {"rejected_response": "5"}, {"history": [["a", "b"]]}, {"tools": [{"name": "x"}]}, {"loss_weight": 0.0},
+        {"rejected_response": "5"}, {"history": [["a", "b"]]}, {"documents": [{"title": "x"}]}, {"loss_weight": 0.0},
         {"desirable": False}, {"is_correct": False}, {"loss_mask": [0, 1]}, {"meta": {"rejected": "5"}},
     ],
 )  # fmt: skip
@@ -319,10 +319,23 @@ def test_all_turns_switched_off_is_a_reject():
         supervised({"weight": 0})
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "thinking", "function_call"])
-def test_more_of_a_turn_than_its_text_is_a_reject(key):
-    with pytest.raises(RejectError, match=key):
-        supervised({key: "x"})
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"tool_calls": "x"},
+        {"tool_calls": [{"function": {"arguments": {}}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]},
+        {"function_call": "x"},
+        {"tool_calls": [{"name": "f"}], "function_call": {"name": "f"}},
+        {"thinking": ["x"]},
+        {"thinking": "x", "reasoning_content": "y"},
+        {"refusal": "x"},
+        {"thoughts": "x"},
+    ],
+)
+def test_more_of_a_turn_that_is_not_understood_is_a_reject(turn):
+    with pytest.raises(RejectError, match=next(iter(turn))):
+        supervised(turn)
 
 
 def test_marks_that_an_unread_key_fills_in_are_a_reject():

@@ -68,6 +68,7 @@ class BuildSettings:
     caption_prompt: tuple[str, ...] = ()  # what asks for a caption; one of them by the record's id
     allow_empty_replies: bool = False
     train_on: str = "all"  # all | last: which assistant turns are supervised
+    turn_order: str | None = None  # alternate | template; None: alternate for OmniLMM's format only
     max_pixels: int = MAX_PIXELS  # of one picture
     keep_column: tuple[str, ...] = ()  # keys of records whose values become columns of the index, or "all"
 
@@ -135,14 +136,14 @@ class BuildSettings:
         """What the index keeps besides its own columns: those of records, and hashes for ``dedup near``."""
         return (*self.keep_column, *(NEAR_COLUMNS if self.dedup == "near" else ()))
 
-    @property
-    def reading(self) -> Reading:
-        """How records are understood."""
+    def reading(self, *, is_omnilmm: bool) -> Reading:
+        """How records are understood, for a tokenizer of OmniLMM's format or another."""
         return Reading(
             self.image_key,
             self.caption_prompt,
             self.allow_empty_replies,
             self.train_on,
+            turn_order=self.turn_order or ("alternate" if is_omnilmm else "template"),
             keep_column=self.keep_column,
         )
 

@@ -93,6 +93,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.slicing = self.settings.slicing
+        self.reading = self.settings.reading(is_omnilmm=self.renderer.is_omnilmm)
         self.profile = OmniLMMProfile(self.settings.num_query, self.settings.image_size)
         tokens = self.renderer.content_tokens
         ids = self.renderer.tokenizer.convert_tokens_to_ids(list(tokens))
@@ -114,7 +115,7 @@ class Stages:
         num_records = BATCH_RECORDS if not self.settings.model else BATCH_WITH_PICTURES
         for batch in batches(records, note, num_records=num_records):
             note(f"{_place(batch[0][1])} … {_place(batch[-1][1])}")
-            talks = [_converse(record, self.settings.reading) for _, record in batch]
+            talks = [_converse(record, self.reading) for _, record in batch]
             cut = [self._look(record, talk, note) for (_, record), talk in zip(batch, talks, strict=True)]
             talks = [talk for talk, _ in cut]
             rendered = iter(self.renderer.render_batch([t for t in talks if isinstance(t, Conversation)]))

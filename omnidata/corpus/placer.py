@@ -49,7 +49,8 @@ class Placer:
         """The parts of every turn."""
         parts = []
         for turn, pool in zip(self._turns, self._pools, strict=True):
-            placed = tuple(self._place(turn.content, pool or self._pool))
+            is_null = turn.content is None and "tool_calls" in turn.more  # a turn that only calls
+            placed = () if is_null else tuple(self._place(turn.content, pool or self._pool))
             parts.append(placed if pool is None else self._lead(turn, placed, pool))
         return self._finish(parts)
 

@@ -7,7 +7,8 @@
     text                                       JSON of the above, or a caption
     caption                                    with --caption-prompt
 
-A turn of an assistant may carry a switch: ``weight`` (0 or 1), ``loss`` or ``train`` (booleans).
+A turn of an assistant may carry a switch: ``weight`` (0 or 1), ``loss`` or ``train`` (booleans). Its
+reasoning, its calls of tools and what the tools answered (calls.py) go on to the chat template.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 import orjson
 
+from omnidata.corpus.calls import read_calls, written_calls
 from omnidata.corpus.keys import is_empty, shown
-from omnidata.schema import Record, RejectError, Role
+from omnidata.schema import REASONING_KEYS, TOOL_ROLES, Record, RejectError, Role
 
 SPEAKERS: dict[str, Role] = {
     "system": "system",
@@ -30,15 +32,19 @@ SPEAKERS: dict[str, Role] = {
     "assistant": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "function",
 }
+CALLERS = ("function_call", "tool_call")  # an assistant's turn whose content is JSON of a call
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # of a record, beside its turns
 _SWITCHES = ("weight", "loss", "train")
-# What a turn may hold besides its text, and no template of today's rendering is given.
-_MORE_OF_A_TURN = (
-    *("tool_calls", "tool_call", "function_call", "tool_responses", "reasoning_content", "reasoning"),
-    *("thinking", "thought", "thoughts", "refusal"),
-)
-_MORE_OF_A_RECORD = ("tools", "functions", "documents")
+_TOOLS_OWN = ("name", "tool_call_id")  # of a tool's turn
+# What a turn or record may hold besides, and no chat template is given.
+_MORE_OF_A_TURN = ("tool_call", "tool_responses", "thought", "thoughts", "refusal")
+_MORE_OF_A_RECORD = ("documents",)
 _LISTS = ("conversations", "messages", "conversation")
 
 
@@ -50,6 +56,8 @@ class Turn:
     content: Any
     rest: dict[str, Any] = field(default_factory=dict)  # keys that are neither speaker, content nor switch
     switch: bool | None = None  # is it to be learned? None: nothing is said
+    more: dict[str, Any] = field(default_factory=dict)  # keys that the chat template is given besides
+    is_call: bool = False  # written as a turn of its own, so it goes on the assistant's turn before it
 
 
 def read_turns(record: Record, caption_prompt: Sequence[str] = ()) -> tuple[list[Turn], set[str]]:
@@ -116,21 +124,72 @@ class _Captions:
 
 
 def _read_list(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
-    return [_turn(value) for value in _objects(payload[key])], set()
+    return _joined([_turn(value) for value in _objects(payload[key])]), set()
 
 
 def _turn(value: dict[str, Any]) -> Turn:
     """A turn with the keys of either convention, or a mixture of both."""
     speaker, content = _either(value, "role", "from"), _either(value, "content", "value")
-    used = {"role", "from", "content", "value", *_SWITCHES}
+    if isinstance(speaker, str) and speaker.lower() in CALLERS:
+        calls = written_calls(content, f"the content of a {speaker} turn")
+        return _turn_of("assistant", "", {**value, "tool_calls": calls}, is_call=True)
+    return _turn_of(_role(speaker), content, value)
+
+
+def _turn_of(role: Role, content: Any, value: dict[str, Any], *, is_call: bool = False) -> Turn:
+    more = _more(role, value)
+    used = {"role", "from", "content", "value", *_SWITCHES, *more}
+    used |= {"function_call"} if "tool_calls" in more else set()
     rest = {key: inner for key, inner in value.items() if key not in used}
+    for key in (*REASONING_KEYS, "tool_calls", "function_call"):
+        if not is_empty(rest.get(key)):
+            raise RejectError("unread_content", f"the key {key!r} is an assistant's, not a {role}'s")
     for key in _MORE_OF_A_TURN:
         if not is_empty(rest.get(key)):
             raise RejectError(
                 "unread_content", f"the key {key!r} of a turn is not rendered, so it would be lost"
             )
-    role = _role(speaker)
-    return Turn(role, content, rest, _switch(value, role))
+    return Turn(role, content, rest, _switch(value, role), more, is_call)
+
+
+def _more(role: Role, value: dict[str, Any]) -> dict[str, Any]:
+    """The keys that ``apply_chat_template`` takes beside role and content."""
+    if role in TOOL_ROLES:
+        return {key: value[key] for key in _TOOLS_OWN if not is_empty(value.get(key))}
+    if role != "assistant":
+        return {}
+    more = {key: value[key] for key in REASONING_KEYS if not is_empty(value.get(key))}
+    for key, text in more.items():
+        if not isinstance(text, str):
+            raise RejectError("bad_content", f"{key!r} of a turn is {shown(text)}, no text")
+    if len(set(more.values())) > 1:
+        raise RejectError("bad_record", f"a turn has {' and '.join(more)}, and they differ")
+    calls = {key: value[key] for key in ("tool_calls", "function_call") if not is_empty(value.get(key))}
+    if len(calls) > 1:
+        raise RejectError("bad_record", "a turn has tool_calls and function_call; leave one of them")
+    if "tool_calls" in calls:
+        more["tool_calls"] = read_calls(calls["tool_calls"], "the key 'tool_calls' of a turn")
+    elif calls:
+        more["tool_calls"] = written_calls(calls["function_call"], "the key 'function_call' of a turn")
+    return more
+
+
+def _joined(turns: list[Turn]) -> list[Turn]:
+    """Calls that are written as turns of their own become those of the assistant's turn before them."""
+    joined: list[Turn] = []
+    for turn in turns:
+        before = joined[-1] if joined else None
+        if before is None or not turn.is_call or before.role != "assistant":
+            joined.append(turn)
+            continue
+        if before.switch != turn.switch:
+            raise RejectError(
+                "unread_content", "a turn's switches differ from those of the call that goes with it"
+            )
+        calls = [*before.more.get("tool_calls", ()), *turn.more["tool_calls"]]
+        more = {**turn.more, **before.more, "tool_calls": calls}
+        joined[-1] = Turn("assistant", before.content, {**turn.rest, **before.rest}, turn.switch, more)
+    return joined
 
 
 def _either(value: dict[str, Any], first: str, second: str) -> Any:
@@ -217,7 +276,7 @@ def _read_text(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[
             Turn("user", dialogue[0]),
             Turn("assistant", dialogue[1]),
         ], set()  # question, chosen, rejected
-    return [_turn(value) for value in _objects(dialogue)], set()
+    return _joined([_turn(value) for value in _objects(dialogue)]), set()
 
 
 def _read_caption(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
@@ -243,7 +302,8 @@ _READERS: dict[str, Reader] = {
 def _role(speaker: Any) -> Role:
     role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise RejectError("bad_role", f"the speaker {shown(speaker)} is none of {', '.join(SPEAKERS)}")
+        known = ", ".join((*SPEAKERS, *CALLERS))
+        raise RejectError("bad_role", f"the speaker {shown(speaker)} is none of {known}")
     return role
 
 

@@ -49,6 +49,8 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
+ZEPHYR_PROBE = "<|system|>\na{eos}\n<|user|>\nb{eos}\n<|assistant|>\nc{eos}\n"
+
 NONCE = secrets.token_hex(8)  # 64 random bits a process: no text can contain a mark by intent or accident
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 GENERATION_START, GENERATION_END = f"\ufdd0{NONCE}g\ufdd1", f"\ufdd0{NONCE}G\ufdd1"
@@ -142,7 +144,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool = False) -> str:
         """What the template prints; RejectError where it refuses the messages."""
-        return _without_marks(self._render(messages, generation_prompt))
+        return without_marks(self.print(messages, generation_prompt))
 
     def prove(
         self, shape: Shape, roles: Sequence[str], contents: Sequence[str], *, generation_prompt: bool
@@ -157,16 +159,24 @@ class ChatTemplate:
                 "the chat template changes a content, or reacts to one, so its place is unknown",
             )
 
-    def _render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
+    def content_of(self, role: str, parts: Sequence[str | None]) -> Any:
+        """A turn's content as the template wants it; a picture (None) is the renderer's to write as text."""
+        text = "".join(part or "" for part in parts)
+        return [{"type": "text", "text": text}] if role in self._parts_roles else text
+
+    def print(
+        self, messages: Sequence[dict[str, Any]], generation_prompt: bool = False, tools: Any = None
+    ) -> str:
+        """What the template prints, generation marks included; RejectError if it refuses."""
         try:
             pieces = self._template.generate(
                 messages=messages,
                 add_generation_prompt=generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._variables,
             )
-            return "".join(_bounded(pieces, messages))
+            return "".join(_bounded(pieces, [messages, tools]))
         except jinja2.TemplateError as error:
             if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
                 raise UserError(NO_DATE) from error
@@ -183,17 +193,18 @@ class ChatTemplate:
 
     def shape_of(self, num_contents: int, printed: Callable[[Sequence[str]], str]) -> Shape:
         """The shape around so many contents, of what ``printed`` gives for them."""
-        marks = [f"{_MARK}{i}\ue001" for i in range(num_contents)]
-        bare = _split(printed(marks), marks)
-        padded = _split(printed([f"{_LEFT}{mark}{_RIGHT}" for mark in marks]), marks)
-        pieces = [_without_marks(piece) for piece in bare]
-        strips = _find_strips(pieces, [_without_marks(piece) for piece in padded])
-        return Shape(tuple(pieces), strips, self._marked(bare))
+        marks = [mark(i) for i in range(num_contents)]
+        bare = split_at(printed(marks), marks)
+        padded = split_at(printed([f"{_LEFT}{mark}{_RIGHT}" for mark in marks]), marks)
+        pieces = [without_marks(piece) for piece in bare]
+        strips = _find_strips(pieces, [without_marks(piece) for piece in padded])
+        return Shape(tuple(pieces), strips, self.marked(bare))
 
     def _print(self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool) -> str:
-        return self._render(self._messages(roles, contents), generation_prompt)
+        return self.print(self._messages(roles, contents), generation_prompt)
 
-    def _marked(self, pieces: list[str]) -> tuple[bool, ...]:
+    def marked(self, pieces: Sequence[str]) -> tuple[bool, ...]:
+        """For each content between pieces as printed: is it inside ``{% generation %}``?"""
         if not self.has_generation_marks:
             return (True,) * (len(pieces) - 1)
         depth, marked = 0, []
@@ -201,6 +212,16 @@ class ChatTemplate:
             depth += piece.count(GENERATION_START) - piece.count(GENERATION_END)
             marked.append(depth > 0)
         return tuple(marked)
+
+
+def prints_zephyr(template: ChatTemplate, eos: str) -> bool:
+    """Are the template's turns those of Zephyr?"""
+    turns = (("system", "a"), ("user", "b"), ("assistant", "c"))
+    try:
+        printed = template.render([{"role": role, "content": text} for role, text in turns])
+    except RejectError:  # a template without system turns
+        return False
+    return printed == ZEPHYR_PROBE.format(eos=eos)
 
 
 NO_DATE = (
@@ -228,15 +249,17 @@ _MISTAKES = (
 )
 
 
-def _bounded(pieces: Iterable[str], messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _bounded(pieces: Iterable[str], given: list[Any]) -> Iterator[str]:
     """The pieces; RejectError for a template that prints without end."""
-    held = sum(len(message["content"]) for message in messages if isinstance(message["content"], str))
-    held += sum(
-        len(part.get("text", ""))
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
+    held, open_values = 0, given
+    while open_values:
+        value = open_values.pop()
+        if isinstance(value, str):
+            held += len(value)
+        elif isinstance(value, dict):
+            open_values += value.values()
+        elif isinstance(value, list | tuple):
+            open_values += value
     left, until = MAX_PRINTED + MAX_COPIES * held, time.monotonic() + MAX_SECONDS
     for piece in pieces:
         left -= len(piece)
@@ -249,7 +272,12 @@ _MARK = "\ue000"  # private use; stands in place of contents, so it need not be 
 _LEFT, _RIGHT = "  \n", "\n"  # blanks of different lengths, so that it shows which of them were removed
 
 
-def _split(text: str, marks: Sequence[str]) -> list[str]:
+def mark(number: int) -> str:
+    """What stands in place of a content."""
+    return f"{_MARK}{number}\ue001"
+
+
+def split_at(text: str, marks: Sequence[str]) -> list[str]:
     """The text around the marks, each of which must stand there once, in order."""
     pieces, rest = [], text
     for i, mark in enumerate(marks):
@@ -280,7 +308,8 @@ def _find_strips(pieces: Sequence[str], padded: Sequence[str]) -> tuple[tuple[bo
     return tuple(zip(lefts[:-1], rights[1:], strict=True))
 
 
-def _without_marks(text: str) -> str:
+def without_marks(text: str) -> str:
+    """What is printed, without the marks of ``{% generation %}``."""
     return text.replace(GENERATION_START, "").replace(GENERATION_END, "")
 
 

@@ -20,6 +20,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, RejectError, UserError
@@ -74,6 +75,21 @@ class Encoder:
         if self._first_characters.isdisjoint(text):
             return []
         return list(dict.fromkeys(self._pattern.findall(text)))
+
+    def may_spell(self, text: str) -> bool:
+        """Does a text spell a control token, or could it complete one with what stands beside it?"""
+        starts, ends, longest = self._affixes
+        sizes = range(1, min(longest, len(text)) + 1)
+        return bool(self.spelled(text)) or any(
+            text[-size:] in starts or text[:size] in ends for size in sizes
+        )
+
+    @cached_property
+    def _affixes(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """Proper beginnings and ends of control tokens, and the characters of the longest."""
+        cuts = [(token[:i], token[i:]) for token in self.guards for i in range(1, len(token))]
+        longest = max((len(token) for token in self.guards), default=0)
+        return frozenset(cut[0] for cut in cuts), frozenset(cut[1] for cut in cuts), longest
 
     def ids(self, guards: Sequence[str]) -> list[int]:
         """The tokens' ids."""

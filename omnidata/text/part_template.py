@@ -77,7 +77,7 @@ class PartTemplate(ChatTemplate):
         owners = tuple(i for i, (_, kinds) in enumerate(structure) for kind in kinds if kind == "t")
 
         def printed(texts: Sequence[str]) -> str:
-            return self._render(self._with_texts(structure, texts), generation_prompt)
+            return self.print(self._with_texts(structure, texts), generation_prompt)
 
         shape = self.shape_of(len(owners), printed)
         images = tuple(piece.count(self.image_token) for piece in shape.pieces)
@@ -104,17 +104,19 @@ class PartTemplate(ChatTemplate):
     def _with_texts(self, structure: Structure, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Messages as apply_chat_template takes them."""
         left = iter(texts)
-        messages: list[dict[str, Any]] = []
-        for role, kinds in structure:
-            if role in self.text_roles:
-                text = "".join([next(left) if kind == "t" else self.image_token for kind in kinds])
-                messages.append({"role": role, "content": text})
-                continue
-            parts = [
-                {"type": "text", "text": next(left)} if kind == "t" else {"type": "image"} for kind in kinds
-            ]
-            messages.append({"role": role, "content": parts})
-        return messages
+        return [
+            {
+                "role": role,
+                "content": self.content_of(role, [next(left) if kind == "t" else None for kind in kinds]),
+            }
+            for role, kinds in structure
+        ]
+
+    def content_of(self, role: str, parts: Sequence[str | None]) -> Any:
+        """A turn's content as the template wants it; None: a picture."""
+        if role in self.text_roles:
+            return "".join([self.image_token if part is None else part for part in parts])
+        return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
 
 
 def parts_of(message: Message) -> tuple[Any, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from omnidata.schema import RejectError
+import numpy as np
+
+from omnidata.schema import IGNORE_INDEX, RejectError
 
 
 def interleave(pieces: Sequence[str], contents: Sequence[str]) -> tuple[list[int], str]:
@@ -34,3 +36,37 @@ def token_range(encoding: Any, span: tuple[int, int, int]) -> tuple[int, int]:
     if encoding.token_to_chars(last)[1] > end:
         raise RejectError("mask_unproven", "the tokenizer joins the end of a reply with the text after it")
     return first, last + 1
+
+
+def labels_of(ids: np.ndarray, encoding: Any, spans: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Labels int32 [L]: the ids of the tokens in the spans, IGNORE_INDEX elsewhere."""
+    labels = np.full_like(ids, IGNORE_INDEX)
+    for span in spans:
+        first, end = token_range(encoding, span)
+        labels[first:end] = ids[first:end]
+    return labels
+
+
+def refuse_unsupervised(labels: np.ndarray) -> None:
+    """RejectError if nothing is learned."""
+    if not (labels != IGNORE_INDEX).any():
+        raise RejectError("no_supervision", "no assistant turn is supervised, so there is nothing to learn")
+
+
+def widened(
+    ids: np.ndarray, labels: np.ndarray, image_id: int, block: tuple[int, int, int], num_query: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each image's one token becomes its block (start, patches, end), which is never supervised."""
+    places = np.flatnonzero(ids == image_id)
+    if len(places) == 0:
+        return ids, labels
+    start, patch, end = block
+    counts = np.ones(len(ids), dtype=np.intp)
+    counts[places] = num_query + 2
+    labels[places] = IGNORE_INDEX
+    wide_labels = np.repeat(labels, counts)
+    ids[places] = patch
+    wide = np.repeat(ids, counts)
+    first = places + np.arange(len(places)) * (num_query + 1)
+    wide[first], wide[first + num_query + 1] = start, end
+    return wide, wide_labels
