@@ -323,7 +323,7 @@ def test_all_turns_switched_off_is_a_reject():
     "turn",
     [
         {"tool_calls": "x"},
-        {"tool_calls": [{"function": {"arguments": {}}}]},
+        {"tool_calls": [{"function": {"arguments": {"a": 1}}}]},
         {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]},
         {"function_call": "x"},
         {"tool_calls": [{"name": "f"}], "function_call": {"name": "f"}},

@@ -55,7 +55,8 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
             raise RejectError("bad_content", f"{where} has {shown(call)}, which names no function")
         if not isinstance(function.get("arguments", {}), Mapping | str):
             raise RejectError(
-                "bad_content", f"the arguments of a call are {shown(function['arguments'])}, no object"
+                "bad_content",
+                f"{where}: the arguments of a call are {shown(function['arguments'])}, no object",
             )
     _refuse_deep(value, where)
     return value

@@ -141,10 +141,11 @@ class _Draft:
         message = self._lines[slot.line].message
         what = f"turn {slot.line + 1}"
         if slot.key != "content":
-            read = [key for key in REASONING_KEYS if key in self._scribe.template.text]
-            hint = "; some templates print it in the last turns only" if slot.key in read else ""
-            if read and not hint:
-                hint = f"; it reads {read[0]!r}"
+            template = self._scribe.template.text
+            read = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", template)]
+            hint = f"; it reads {read[0]!r}" if read else ""
+            if slot.key in read:  # as Qwen3's: before the last question reasoning is dropped
+                hint = "; it drops that of earlier turns: leave it out there, or make a record of each reply"
             return _not_printed(f"{slot.key!r} of {what}", hint)
         if message.role in TOOL_ROLES:
             return _not_printed(f"{what}, which is the {message.role}'s")
