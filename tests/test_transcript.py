@@ -214,7 +214,7 @@ def test_a_cut_conversation_keeps_its_tools_and_ends_with_an_assistants_turn():
     ("name", "messages", "tools", "what"),
     [
         ("qwen2_5", THOUGHT, None, "'reasoning_content' of turn 2"),
-        ("qwen3", [*THOUGHT, *THOUGHT], None, "'reasoning_content' of turn 2; it drops that of earlier turns"),
+        ("qwen3", [*THOUGHT, *THOUGHT], None, "'reasoning_content' of turn 2; it drops that of earlier"),
         ("gptoss", THOUGHT, None, "'reasoning_content' of turn 2; it reads 'thinking'"),
         ("llama3", [USER, says()], TOOLS, "the tool 'weather'"),
         ("llama3", [USER, says("", tool_calls=[CALL])], None, "a call of 'weather' in turn 2"),

@@ -27,7 +27,7 @@ from omnidata.builder.settings import BuildSettings, RunOptions
 BAD = {
     "image_missing": ("llava.json", 7),
     "image_corrupt": ("llava.json", 11),
-    "role_order": ("llava.json", 13),
+    "bad_role": ("llava.json", 13),
     "placeholder_mismatch": ("llava.json", 17),
     "no_assistant": ("chat.jsonl", 3),
     "bad_json": ("chat.jsonl", 5),
@@ -85,7 +85,7 @@ def write_corpus(folder: Path, *, num_llava: int = 60, num_chat: int = 40, bad: 
     if bad:
         llava[7]["image"] = ["nowhere.jpg"]
         llava[11] |= {"image": ["torn.jpg", "1.jpg"]}
-        llava[13]["conversations"].insert(0, {"from": "human", "value": "Twice in a row"})
+        llava[13]["conversations"].insert(0, {"from": "narrator", "value": "Once upon a time"})
         llava[17]["conversations"][0]["value"] += "<image>"
         chat[3] = json.dumps({"id": "chat-3", "messages": [{"role": "user", "content": "Anybody?"}]})
         chat[5] = '{"id": "chat-5", "messages": ['
