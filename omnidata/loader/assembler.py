@@ -7,7 +7,7 @@ lay_out                      ids and labels end to end
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,7 +113,11 @@ class Assembler:
             if images is None:
                 images = tuple([image for sample in kept for image in sample.images])
             parts = lay_out(kept, images, im_start=self._im_start, num_skipped=len(failed))
-        if isinstance(parts, LoadError) or failed:
+        if isinstance(parts, LoadError):
+            return parts
+        groups = _groups(read)
+        parts = parts if groups is None else replace(parts, groups=groups)
+        if failed:
             return parts
         return self._checked(parts, work, sum(len(sample.images) for sample in kept))
 
@@ -176,3 +180,9 @@ class Assembler:
             position_ids=position_ids,
             num_skipped=num_skipped,
         )
+
+
+def _groups(read: Reads) -> np.ndarray | None:
+    """int64 ``[D]``: what the documents that were read are counted under; None if nothing is."""
+    groups = [document.group for document, sample in read if isinstance(sample, Sample)]
+    return np.array(groups, np.int64) if groups and groups[0] is not None else None

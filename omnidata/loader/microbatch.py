@@ -50,6 +50,10 @@ class Microbatch:
     epoch: int
     num_skipped: int = 0  # unreadable samples left out under on_error="skip"
     token_type_ids: torch.Tensor | None = None  # int64 [T], a processor's: 1 at its image tokens, else 0
+    groups: torch.Tensor | None = (
+        None  # int64 [D], of each document (PackLoader.group_names); None: not asked
+    )
+    supervised_groups: torch.Tensor | None = None  # int64 [N], of each supervised label, in their order
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +74,7 @@ class Parts:
     num_skipped: int
     position_ids: np.ndarray | None = None  # int64 [4, T]; None: they follow from the lengths
     token_types: np.ndarray | None = None  # bool [T]
+    groups: np.ndarray | None = None  # int64 [D]
 
 
 def lay_out(
@@ -128,6 +133,10 @@ def expand(
         images = {name: host(array) for name, array in images.items()}
     positions = np.arange(len(starts)) - starts if parts.position_ids is None else parts.position_ids
     types = None if parts.token_types is None else host(parts.token_types.astype(np.int64))
+    groups = supervised_groups = None
+    if parts.groups is not None:
+        groups = host(parts.groups)
+        supervised_groups = host(np.repeat(parts.groups, parts.lengths)[parts.labels != IGNORE_INDEX])
     return Microbatch(
         input_ids=host(parts.input_ids.astype(np.int64)),
         labels=host(parts.labels.astype(np.int64)),
@@ -142,4 +151,6 @@ def expand(
         epoch=epoch,
         num_skipped=parts.num_skipped,
         token_type_ids=types,
+        groups=groups,
+        supervised_groups=supervised_groups,
     )

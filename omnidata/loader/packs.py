@@ -19,6 +19,7 @@ import numpy as np
 
 from omnidata.loader.assembler import Assembler, OnError, Work
 from omnidata.loader.augment import Augment
+from omnidata.loader.groups import Groups
 from omnidata.loader.microbatch import Microbatch, Parts, expand
 from omnidata.loader.pixel_source import normalisation_of, open_pixels
 from omnidata.loader.reader import Document, LoadError, SampleReader
@@ -65,6 +66,8 @@ class PackLoader:
         tail: an epoch's last packs, too few for a step, are a step with empty microbatches (pad) or dropped.
         image_size: pixels per side of the square that images become; None: the manifest's.
         raw_pixels: a processor's tensors as bytes, to be normalised on the device by ``normalise``.
+        group_by: mark documents and supervised tokens with their dataset ("dataset") or a column of the
+            index, say "source"; ``group_names`` has the names. None: no mark, and no cost.
         on_error: an unreadable sample stops the run, or is left out and counted.
         worker_timeout: seconds of waiting for one microbatch until the worker that has it in hand is named,
             killed and replaced.
@@ -91,6 +94,7 @@ class PackLoader:
         decode_images: bool = True,
         raw_pixels: bool = False,
         augment: Augment | Mapping[str, float] | None = None,
+        group_by: str | None = None,
         on_error: OnError = "raise",
         checksum: bool = True,
         remote: Remote | Mapping[str, Any] | None = None,
@@ -110,6 +114,7 @@ class PackLoader:
             oversize=oversize,
             window_samples=window_samples,
         )
+        self._groups = Groups(self.plan.sources, group_by) if group_by else None
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
         self.num_epochs, self.packs_per_microbatch = num_epochs, packs_per_microbatch
         self.microbatches_per_step = -(-global_batch // (world_size * packs_per_microbatch))
@@ -171,6 +176,11 @@ class PackLoader:
                 )
             total += -(-packs // self.global_batch) if pad else packs // self.global_batch
         return total
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The name of each group; () without ``group_by``."""
+        return self._groups.names if self._groups else ()
 
     @property
     def normalise(self) -> Any:
@@ -239,7 +249,7 @@ class PackLoader:
         while self.num_epochs is None or state.epoch < self.num_epochs:
             begun = state
             plan = self.plan.at_epoch(state.epoch)
-            places = _PlacesOfWindows(plan)
+            places = _PlacesOfWindows(plan, self._groups)
             for step in plan.steps(self.world_size, start=Position(state.window, state.pack), **self._steps):
                 state = State(state.step + 1, state.epoch, step.after.window, step.after.pack)
                 yield step, state, places
@@ -285,7 +295,8 @@ def _as(kind: type, value: Any) -> Any:
 class _PlacesOfWindows:
     """Where the samples of the last two windows are (a step may reach from one into the next)."""
 
-    def __init__(self, plan: EpochPlan) -> None:
+    def __init__(self, plan: EpochPlan, groups: Groups | None = None) -> None:
+        self._groups = groups
         self._plan = plan
         self._places: dict[int, dict[int, Places]] = {}  # read -> dataset -> places
 
@@ -304,7 +315,15 @@ class _PlacesOfWindows:
             mine = np.flatnonzero(pack.dataset == dataset)
             for position, each in zip(mine.tolist(), found.pixels(pack.lengths.rows[mine]), strict=True):
                 pixels[position] = each[: int(pack.lengths.images[position])]
-        return [Document(*values) for values in zip(*columns, pixels, strict=True)]
+        if self._groups is None:
+            return [Document(*values) for values in zip(*columns, pixels, strict=True)]
+        groups = [0] * len(places)
+        for dataset in of_dataset:
+            mine = np.flatnonzero(pack.dataset == dataset)
+            codes = self._groups.codes(dataset, pack.lengths.rows[mine])
+            for position, code in zip(mine.tolist(), codes, strict=True):
+                groups[position] = code
+        return [Document(*values) for values in zip(*columns, pixels, groups, strict=True)]
 
     def _of_window(self, window: Window) -> dict[int, Places]:
         read = window.number // self._plan.windows_a_read  # an ordered window has samples of every shard

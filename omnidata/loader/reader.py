@@ -52,6 +52,7 @@ class Document(NamedTuple):
     num_images: int
     passes: int  # times that the dataset had been exhausted before
     image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors, of a processor's dataset
+    group: int | None = None  # what it is counted under (groups.py); None: nothing is counted
 
 
 class Shards(Protocol):

@@ -255,19 +255,32 @@ class IndexCatalog:
             )
         return found.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)[rows]
 
+    def texts_of(self, column: str) -> tuple[list[str | None], np.ndarray]:
+        """A column's distinct values as text, and the code of every row of the split among them."""
+        encoded = self._column(column).dictionary_encode(null_encoding="encode")
+        values = [None if value is None else str(value) for value in encoded.dictionary.to_pylist()]
+        return values, encoded.indices.to_numpy().astype(np.int64)
+
     def _column(self, column: str) -> pa.Array:
         """A column of the whole split.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it is one of lists.
         """
+        import pyarrow as pa
+
         names = self._parquet[0].schema_arrow.names
         if column not in names:
             near = difflib.get_close_matches(column, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"{self.name} has no column {column!r}{hint}; it has {', '.join(sorted(names))}")
         if column not in self._columns:
-            self._columns[column] = self._table(range(len(self._groups)), [column])[column].combine_chunks()
+            found = self._table(range(len(self._groups)), [column])[column].combine_chunks()
+            if pa.types.is_list(found.type):
+                raise UserError(
+                    f"{self.name}: {column} is a column of lists, which have no order and no groups"
+                )
+            self._columns[column] = found
         return self._columns[column]
 
     @property
