@@ -26,9 +26,11 @@ from omnidata.near.hashing import (
     minhash,
     normalise,
     parse_image_hashes,
+    parse_text_hashes,
+    text_hash,
 )
 from omnidata.near.pairs import MAX_DISTANCE, MIN_SIMILARITY, Hashes, near_pairs
-from omnidata.schema import NEAR, RejectError
+from omnidata.schema import NEAR, Conversation, Message, RejectError, TextPart
 
 WORDS = [
     f"{first}{last}"
@@ -102,6 +104,19 @@ def test_minhash_estimates_what_texts_have_in_common():
         exact = len(runs[0] & runs[1]) / len(runs[0] | runs[1])
         assert abs((minhash(texts[0]) == minhash(texts[1])).mean() - exact) < 0.25
     assert normalise("  ＡBC—dé!\n1,5 ") == "abc dé 1 5"
+
+
+def test_calls_and_reasoning_are_part_of_what_is_said():
+    def talk(more) -> Conversation:
+        asked = Message("user", (TextPart("What is the weather like over there?"),), False)
+        return Conversation("7", (asked, Message("assistant", (), True, more)))
+
+    calls = [{"function": {"name": "weather", "arguments": {"city": city}}} for city in ("Oslo", "Lima")]
+    hashes = [text_hash(talk({"tool_calls": [call]})) for call in (*calls, calls[0])]
+    assert hashes[0] == hashes[2]
+    equal, numbers = parse_text_hashes(hashes)
+    assert equal[0] != equal[1] or (numbers[0] == numbers[1]).mean() < 1
+    assert text_hash(talk({"reasoning_content": "a"})) != text_hash(talk({"reasoning_content": "b"}))
 
 
 # --- pairs ------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -26,7 +27,7 @@ import xxhash
 from omnidata.schema import RejectError, UserError
 
 if TYPE_CHECKING:
-    from omnidata.schema import Conversation, EncodedImage
+    from omnidata.schema import Conversation, EncodedImage, Message
 
 NUM_NUMBERS = 64  # of a text's MinHash
 IMAGE_WORDS = 5  # uint64 of a picture's hash: 256 bits of greys, then eight bytes of colours
@@ -107,12 +108,26 @@ def normalise(text: str) -> str:
 
 def text_hash(talk: Conversation) -> str:
     """The MinHash of a conversation's texts, and what must be equal, as base64."""
-    turns = [(message.role, normalise(message.text)) for message in talk.messages]
-    whole = "\n".join(text for role, text in turns if role != "system")
+    turns = [(message.role, normalise(_said(message))) for message in talk.messages]
+    tools = [normalise(_json(tool)) for tool in talk.tools]
+    whole = "\n".join([*(text for role, text in turns if role != "system"), *tools])
     digits = re.findall(r"\d+", whole)
     short = [text for role, text in turns if role == "assistant" and len(text) <= SHORT_REPLY]
     equal = xxhash.xxh3_64_digest(repr((digits, short)).encode())
     return base64.b64encode(equal + minhash(whole).astype("<u2").tobytes()).decode()
+
+
+def _said(message: Message) -> str:
+    """A turn's text with its reasoning and its calls: what differs there is another turn."""
+    return " ".join([message.text, *(_json(value) for _, value in sorted(message.more.items()))])
+
+
+def _json(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    )
 
 
 def minhash(text: str) -> np.ndarray:
