@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from corpus import prose
+from vocabularies import NAMES
 from vocabularies import tokenizer as tokenizer_of
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,19 +32,20 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=4000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    result = measure(options.records)
-    print(
-        json.dumps(result)
-        if options.json
-        else "\n".join(f"{name:36} {value:10.3f}" for name, value in result.items())
-    )
+    result = {name: measure(name, options.records) for name in NAMES}
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, figures in result.items():
+        print(f"{name}'s vocabulary")
+        print("\n".join(f"  {figure:36} {value:10.3f}" for figure, value in figures.items()))
 
 
-def measure(num_records: int) -> dict[str, float]:
+def measure(vocabulary: str, num_records: int) -> dict[str, float]:
     """Microseconds a record of each side, and their ratios."""
     from omnidata.render import Renderer
 
-    tokenizer = tokenizer_of("Mistral")
+    tokenizer = tokenizer_of(vocabulary)
     renderer = Renderer(tokenizer, max_length=None)
     words = prose()
     conversations = [talk(i, words) for i in range(num_records)]
@@ -52,6 +54,7 @@ def measure(num_records: int) -> dict[str, float]:
     backend = tokenizer.backend_tokenizer
     sides = {
         "encode_batch": lambda batch: [e.ids for e in backend.encode_batch(texts[batch])],
+        "encode_batch_fast": lambda batch: [e.ids for e in backend.encode_batch_fast(texts[batch])],
         "render_batch": lambda batch: renderer.render_batch(conversations[batch]),
         "apply_chat_template": lambda batch: [
             tokenizer.apply_chat_template(messages, return_dict=False) for messages in plain[batch]

@@ -22,7 +22,6 @@ ids are exactly those of ``apply_chat_template(messages)``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -45,6 +44,7 @@ from omnidata.schema import (
 from omnidata.text.chat_template import ChatTemplate, Shape, prints_zephyr
 from omnidata.text.closings import Closings
 from omnidata.text.encoder import IMAGE_GUARD, Encoder, refuse_surrogates
+from omnidata.text.guarding import added_tokens
 from omnidata.text.lines import Line, written_texts
 from omnidata.text.spans import interleave, labels_of, refuse_unsupervised, widened
 from omnidata.text.token_roles import content_tokens_of
@@ -362,7 +362,7 @@ class Renderer:
     # --- facts for the manifest -----------------------------------------------------------------------------
 
     def _find_content_tokens(self, given: Sequence[str]) -> tuple[str, ...]:
-        added = json.loads(self.tokenizer.backend_tokenizer.to_str())["added_tokens"]
+        added = added_tokens(self.tokenizer.backend_tokenizer)
         of_model = content_tokens_of(self._template, added)
         wanted = {*given, *of_model}
         return tuple(token["content"] for token in added if token["content"] in wanted)

@@ -11,7 +11,8 @@ Everything else in the copy is the same (normalizer, pre-tokenizer, model), so t
 the whole rendering with the tokenizer itself, wherever no control token was typed. An image is one guard
 here; the renderer widens it to <im_start> <im_patch> ... <im_end> once the ids are known.
 
-Where the tokenizer allows it, texts are put together from words that were encoded before (words.py).
+Where the tokenizer allows it, texts are put together from words that were encoded before: words.py for
+sentencepiece's kind of BPE, spaced_words.py for byte-level ones.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 from omnidata.schema import IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, RejectError, UserError
 from omnidata.text.chat_template import NONCE
+from omnidata.text.guarding import added_tokens, described, guarded
+from omnidata.text.spaced_words import SpacedWords
 from omnidata.text.words import Words
 
 IMAGE_GUARD = f"\ufdd0{NONCE}image\ufdd1"
@@ -41,19 +44,18 @@ class Encoder:
                 f"{type(tokenizer).__name__} is not a fast tokenizer; load one with tokenizer.json"
             )
         _refuse_image_tokens(content_tokens)
-        state = json.loads(backend.to_str())
+        added = added_tokens(backend)
         self.guards = {
-            token: f"\ufdd0{NONCE}{i}\ufdd1" for i, token in enumerate(_control_tokens(state, content_tokens))
+            token: f"\ufdd0{NONCE}{i}\ufdd1" for i, token in enumerate(_control_tokens(added, content_tokens))
         }
-        self.image_ids = _image_ids(state)  # (<im_start>, <im_patch>, <im_end>), or None where one is missing
+        self.image_ids = _image_ids(added)  # (<im_start>, <im_patch>, <im_end>), or None where one is missing
         self._pattern = _alternation(self.guards)
         self._first_characters = frozenset(token[0] for token in self.guards)
         self.control_guard = _alternation(self.guards.values())
-        self._backend = _guarded(state, self.guards)
-        _limit_cache(self._backend)
-        self._words = Words.of(state, self._backend)
+        self._backend = guarded(backend, self.guards, IMAGE_GUARD)
+        self._words = _words_of(self._backend, [*self.guards.values(), IMAGE_GUARD])
         self.image_id = self._backend.token_to_id(IMAGE_GUARD)
-        self._check_ids(backend)
+        self._check_ids(added)
 
     def guard(self, text: str) -> str:
         """The template's own text, with its control tokens replaced by their guards."""
@@ -101,9 +103,10 @@ class Encoder:
             return self._words.encode_batch(texts)
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
-    def _check_ids(self, backend: Any) -> None:
-        for token, guard in self.guards.items():
-            assert self._backend.token_to_id(guard) == backend.token_to_id(token), token
+    def _check_ids(self, added: list[dict[str, Any]]) -> None:
+        for token in added:
+            name = self.guards.get(token["content"], token["content"])
+            assert self._backend.token_to_id(name) == token["id"], token
 
 
 def refuse_surrogates(text: str) -> None:
@@ -125,7 +128,7 @@ def _refuse_image_tokens(content_tokens: Sequence[str]) -> None:
         )
 
 
-def _control_tokens(state: dict[str, Any], content_tokens: Sequence[str]) -> list[str]:
+def _control_tokens(added: list[dict[str, Any]], content_tokens: Sequence[str]) -> list[str]:
     """The added tokens that content may not produce.
 
     All special ones, and of the others those that look like markup: a tokenizer's owner often adds role
@@ -133,14 +136,24 @@ def _control_tokens(state: dict[str, Any], content_tokens: Sequence[str]) -> lis
     """
     return [
         token["content"]
-        for token in state["added_tokens"]
+        for token in added
         if token["content"] not in content_tokens
         and (token["special"] or _BRACKETED.fullmatch(token["content"]))
     ]
 
 
-def _image_ids(state: dict[str, Any]) -> tuple[int, int, int] | None:
-    ids = {token["content"]: token["id"] for token in state["added_tokens"]}
+def _words_of(backend: Any, guards: Sequence[str]) -> SpacedWords | Words | None:
+    """What encodes texts by their words, if that is proven to be the same."""
+    description = described(backend)
+    words = SpacedWords.of(description, backend, guards)
+    if words is not None:
+        return words
+    splitter = description["pre_tokenizer"] or {"type": "Metaspace"}
+    return Words.of(json.loads(backend.to_str()), backend) if splitter["type"] == "Metaspace" else None
+
+
+def _image_ids(added: list[dict[str, Any]]) -> tuple[int, int, int] | None:
+    ids = {token["content"]: token["id"] for token in added}
     wanted = (IM_START, IM_PATCH, IM_END)
     return tuple(ids[token] for token in wanted) if all(token in ids for token in wanted) else None
 
@@ -149,47 +162,3 @@ def _alternation(tokens: Any) -> re.Pattern[str]:
     """Matches any of the tokens, the longest where several fit, as the tokenizers library does."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _guarded(state: dict[str, Any], guards: dict[str, str]) -> Any:
-    from tokenizers import Tokenizer
-
-    for token in state["added_tokens"]:
-        token["content"] = guards.get(token["content"], token["content"])
-    _rename_pieces(state["model"], guards)
-    state["post_processor"] = None  # BOS is the renderer's business; ByteLevel's would trim offsets
-    state["truncation"] = state["padding"] = None
-    state["added_tokens"].append(_image_token(state))
-    return Tokenizer.from_str(json.dumps(state))
-
-
-def _limit_cache(backend: Any) -> None:
-    """Keep few texts in memory where words are not split off: nothing but the template's own comes back.
-
-    Left alone, the model keeps the first ten thousand texts under 256 bytes with their pieces.
-    """
-    if backend.pre_tokenizer is None and hasattr(backend.model, "_resize_cache"):
-        backend.model._resize_cache(64)
-
-
-def _image_token(state: dict[str, Any]) -> dict[str, Any]:
-    """One token that stands for a whole image block; it takes the next free id."""
-    free = 1 + max(
-        [token["id"] for token in state["added_tokens"]] + [len(state["model"].get("vocab", ())) - 1],
-        default=-1,
-    )
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": free, "content": IMAGE_GUARD} | flags
-
-
-def _rename_pieces(model: dict[str, Any], guards: dict[str, str]) -> None:
-    """Control tokens that are also pieces of the model's vocabulary get their secret names there too."""
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {guards.get(piece, piece): i for piece, i in vocab.items()}
-    else:  # Unigram: [[piece, score], ...]
-        model["vocab"] = [[guards.get(piece, piece), score] for piece, score in vocab]
-    if model.get("unk_token") in guards:
-        model["unk_token"] = guards[model["unk_token"]]
-    if "merges" in model:  # a merge that makes a control token would make it out of typed text
-        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in guards]
