@@ -129,7 +129,7 @@ class SpacedWords:
         for position, part in enumerate(self._split.split(text)):
             if position % 2:
                 words.append(part)
-            elif _WHITE_BEFORE_BLANK.search(part):
+            elif not part.isprintable() and _WHITE_BEFORE_BLANK.search(part):  # what prints is not white
                 words += _kept_together(_WORD.findall(part))
             elif part:
                 words += _WORD.findall(part)
