@@ -81,6 +81,7 @@ def test_loops_have_our_losses_and_go_on_after_a_kill(name, place, made, own, tm
     assert found == pytest.approx(own, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:Checkpoint directory .* is not empty")
 def test_lightning_has_our_losses_and_goes_on_after_a_kill(made, own, tmp_path, monkeypatch):
     lightning = pytest.importorskip("lightning")
@@ -120,6 +121,7 @@ def test_ranks_of_a_stream_share_the_plans_step(made):
     assert len(Stream(ranks[0])) == 2 * sum(ranks[0].steps_per_epoch(epoch) for epoch in range(3))
 
 
+@pytest.mark.slow
 def test_energon_has_the_losses_of_the_same_documents_alone_and_goes_on(made, tmp_path, monkeypatch, capsys):
     """Energon's own order, so the reference is each step's documents, one by one, by their keys."""
     pytest.importorskip("megatron.energon")

@@ -67,7 +67,7 @@ def losses(trainer):
 # --- the numbers of microbatches ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_numbers_are_dealt_as_the_plan_deals(made, world_size):
     settings = {**SETTINGS, "global_batch": 4}
     loaders = [
@@ -100,7 +100,7 @@ def test_the_state_of_a_step_is_the_loaders(made):
 # --- training -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])
+@pytest.mark.parametrize("name", ["hf_trainer", pytest.param("trl_sft", marks=pytest.mark.slow)])
 def test_losses_are_those_of_our_own_loop_and_a_killed_run_goes_on(name, made, own, tmp_path, monkeypatch):
     """The example scripts themselves, 30 steps, killed behind the checkpoint at step 12."""
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
