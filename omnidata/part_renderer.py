@@ -192,9 +192,8 @@ class PartRenderer(Renderer):
                 "mask_unproven", f"the chat template prints {sum(images)} image tokens for {wanted} pictures"
             )
         written = self._written(conversation, pieces, script.contents, images)
-        replies = list(script.places(written.starts))
-        spans = [span for i, mine in replies if messages[i].supervised for span in mine]
-        return written.draft(_joined(spans), tuple((i, mine[-1][1]) for i, mine in replies), script.notes)
+        spans, ends = script.places(written.starts, [message.supervised for message in messages])
+        return written.draft(_joined(spans), ends, script.notes)
 
     def _written(
         self,

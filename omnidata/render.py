@@ -128,6 +128,7 @@ class Renderer:
         self.default_system = (
             (DEFAULT_SYSTEM if self.is_omnilmm else None) if default_system == "auto" else default_system
         )
+        self._system = Message("system", (TextPart(self.default_system or ""),))
         self._bos = self._find_bos()
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
         self.end_of_turn = self._find_end_of_turn()  # ids of the tokens that close an assistant's turn
@@ -245,14 +246,15 @@ class Renderer:
         self, messages: Sequence[Message], tools: Sequence[Any], generation_prompt: bool
     ) -> _Draft:
         """A conversation with tools, calls or reasoning."""
-        lines = [Line(message, (self._content(message),)) for message in messages]
+        lines = [
+            Line(message, (self._content(message),), is_default=message is self._system)
+            for message in messages
+        ]
         script = self._scribe.write(lines, tools, generation_prompt=generation_prompt)
         pieces = list(script.pieces)
         self._dress(pieces, generation_prompt)
         starts, text = interleave(pieces, script.contents)
-        replies = list(script.places(starts))
-        spans = tuple(span for i, mine in replies if messages[i].supervised for span in mine)
-        ends = tuple((i, mine[-1][1]) for i, mine in replies)
+        spans, ends = script.places(starts, [message.supervised for message in messages])
         return _Draft(text, spans, self._num_images(messages), ends, script.notes)
 
     def _num_images(self, messages: Sequence[Message]) -> int:
@@ -283,7 +285,7 @@ class Renderer:
     def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         if self.default_system is None or (messages and messages[0].role == "system"):
             return tuple(messages)
-        return (Message("system", (TextPart(self.default_system),)), *messages)
+        return (self._system, *messages)
 
     # --- step 4: encoding -> ids and labels -----------------------------------------------------------------
 

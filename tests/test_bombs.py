@@ -87,8 +87,8 @@ def test_a_template_that_never_ends_is_refused(name):
 
 def test_a_cut_asks_the_template_as_often_for_many_turns_as_for_few(monkeypatch):
     asked = []
-    original = ChatTemplate._render
-    monkeypatch.setattr(ChatTemplate, "_render", lambda *a, **k: asked.append(1) or original(*a, **k))
+    original = ChatTemplate.print
+    monkeypatch.setattr(ChatTemplate, "print", lambda *a, **k: asked.append(1) or original(*a, **k))
     counts = []
     for turns in (20, 400):
         renderer = Renderer(byte_level_tokenizer("thinking"), max_length=300)

@@ -17,6 +17,7 @@ from throwaway import TEMPLATES, _add, byte_level_tokenizer, sentencepiece_token
 from omnidata.conversation import Reading, to_conversation
 from omnidata.render import Renderer
 from omnidata.schema import IGNORE_INDEX, Record, RejectError
+from omnidata.text.chat_template import ChatTemplate
 from omnidata.text.forms import ARGUMENTS, ROLE
 from omnidata.text.transcript import PARTLY
 
@@ -205,6 +206,21 @@ def test_a_cut_conversation_keeps_its_tools_and_ends_with_an_assistants_turn():
     found = render(shorter, CALLS, TOOLS)
     assert found.num_truncated_messages == 2
     assert found.input_ids.tolist() == render(renderer, CALLS[:2], TOOLS).input_ids.tolist()
+
+
+def test_many_turns_are_handed_to_the_template_a_few_times_and_no_more(monkeypatch):
+    handed = []
+    original = ChatTemplate.print
+    monkeypatch.setattr(
+        ChatTemplate,
+        "print",
+        lambda self, turns, *more: handed.append(len(turns)) or original(self, turns, *more),
+    )
+    _, renderer = opened("qwen3")
+    for calls in (10, 40):
+        handed.clear()
+        render(renderer, [USER, *([says("", tool_calls=[CALL]), TOOL] * calls), says()], TOOLS)
+        assert sum(handed) < 12 * calls + 30  # not calls × calls
 
 
 # --- what a template leaves out -----------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def _bounded(pieces: Iterable[str], given: list[Any]) -> Iterator[str]:
 
 
 _MARK = "\ue000"  # private use; stands in place of contents, so it need not be a secret
+_MARKED = re.compile(f"({_MARK}\\d+\ue001)")
 _LEFT, _RIGHT = "  \n", "\n"  # blanks of different lengths, so that it shows which of them were removed
 
 
@@ -279,15 +280,17 @@ def mark(number: int) -> str:
 
 def split_at(text: str, marks: Sequence[str]) -> list[str]:
     """The text around the marks, each of which must stand there once, in order."""
-    pieces, rest = [], text
-    for i, mark in enumerate(marks):
-        piece, found, rest = rest.partition(mark)
-        if not found or mark in rest or _MARK in piece:
-            raise RejectError(
-                "mask_unproven", f"the chat template does not print message {i + 1} once and in order"
-            )
-        pieces.append(piece)
-    return [*pieces, rest]
+    parts = _MARKED.split(text)  # text, mark, text, …
+    found = parts[1::2]
+    if found != list(marks):
+        wrong = (i for i, each in enumerate(marks) if found[i : i + 1] != [each] or found.count(each) > 1)
+        place = next(wrong, len(marks) - 1)
+        raise RejectError(
+            "mask_unproven", f"the chat template does not print message {place + 1} once and in order"
+        )
+    if any(_MARK in piece for piece in parts[::2]):
+        raise RejectError("mask_unproven", "the chat template takes a content apart")
+    return parts[::2]
 
 
 def _find_strips(pieces: Sequence[str], padded: Sequence[str]) -> tuple[tuple[bool, bool], ...]:

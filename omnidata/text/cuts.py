@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from omnidata.text.data import Hidden, escaped
 
+Span = tuple[int, int, int]  # characters to supervise: first, end, blanks before it
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -19,6 +21,34 @@ class Reply:
         """The same, its contents counted otherwise."""
         spans = ((places[first], places[last], *more) for first, last, *more in self.spans)
         return Reply(self.line, tuple(spans))
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is printed: guarded pieces around contents, some of which are empty and only mark a border."""
+
+    pieces: tuple[str, ...]
+    contents: tuple[str, ...]
+    replies: tuple[Reply, ...]
+    notes: tuple[str, ...]
+
+    def places(
+        self, starts: Sequence[int], supervised: Sequence[bool]
+    ) -> tuple[tuple[Span, ...], tuple[tuple[int, int], ...]]:
+        """Characters to supervise, and (line, characters up to its end) of each reply.
+
+        ``starts``: where each content starts in the text; ``supervised``: is it learned, of each line?
+        """
+        spans: list[Span] = []
+        ends = []
+        for reply in self.replies:
+            mine = [
+                (starts[first], starts[last] + len(self.contents[last]) + closing, slack)
+                for first, last, closing, slack in reply.spans
+            ]
+            spans += mine if supervised[reply.line] else ()
+            ends.append((reply.line, mine[-1][1]))
+        return tuple(spans), tuple(ends)
 
 
 class Cuts:

@@ -15,6 +15,7 @@ class Line:
 
     message: Message
     parts: tuple[str | None, ...]  # texts; None: a picture
+    is_default: bool = False  # a system turn that the record does not have
 
     @property
     def is_spoken(self) -> bool:

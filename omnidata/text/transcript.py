@@ -22,40 +22,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from omnidata.schema import REASONING_KEYS, TOOL_ROLES, Message, RejectError
 from omnidata.text.chat_template import GENERATION_START, ChatTemplate, mark, split_at, without_marks
 from omnidata.text.closings import Closings
-from omnidata.text.cuts import Cuts, Reply, contents_in
+from omnidata.text.cuts import Cuts, Reply, Transcript, contents_in
 from omnidata.text.data import Hidden, is_printed, leaves, missing_of
 from omnidata.text.encoder import Encoder
 from omnidata.text.forms import Form, forms_of
 from omnidata.text.lines import Line, Slot, slots_of
 
 PARTLY = "have tools of which the chat template does not print all"
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """What is printed: guarded pieces around contents, some of which are empty and only mark a border."""
-
-    pieces: tuple[str, ...]
-    contents: tuple[str, ...]
-    replies: tuple[Reply, ...]
-    notes: tuple[str, ...]
-
-    def places(self, starts: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """(line, spans in characters) of each reply, by where the contents start."""
-        for reply in self.replies:
-            yield (
-                reply.line,
-                [
-                    (starts[first], starts[last] + len(self.contents[last]) + closing, slack)
-                    for first, last, closing, slack in reply.spans
-                ],
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +69,18 @@ class _Draft:
         self, scribe: Scribe, lines: Sequence[Line], tools: Sequence[dict[str, Any]], form: Form
     ) -> None:
         self._scribe, self._lines, self._form = scribe, lines, form
-        self._slots = [slot for i, line in enumerate(lines) for slot in slots_of(i, line)]
+        of_lines = [list(slots_of(i, line)) for i, line in enumerate(lines)]
+        self._slots = [slot for slots in of_lines for slot in slots]
         self._hidden = Hidden(scribe.encoder)
         self._data = [self._data_of(line.message) for line in lines]
         self._shown = [self._hidden.hide(data) for data in self._data]
         self._tools = list(tools) or None
         self._shown_tools = self._hidden.hide(self._tools)
-        self._prompts: dict[str, str] = {}
+        self._prompts: dict[str, str] = {}  # by kind of turn
+        self._headers: dict[str, list[str]] = {}
+        self._first_user = next((i for i, line in enumerate(lines) if line.message.role == "user"), 0)
+        self._before = [0, *accumulate(map(len, of_lines))]  # texts in front of each turn
+        self._marked = self._messages([mark(i) for i in range(len(self._slots))], self._shown)
 
     def _data_of(self, message: Message) -> dict[str, Any]:
         data = {key: message.more[key] for key in ("name", "tool_call_id") if key in message.more}
@@ -104,13 +88,10 @@ class _Draft:
 
     # --- printing ----------------------------------------------------------------------------------------
 
-    def _num_slots(self, upto: int) -> int:
-        return sum(slot.line < upto for slot in self._slots)
-
-    def _messages(self, upto: int, texts: Sequence[str], data: Sequence[dict[str, Any]]) -> list[dict]:
-        """The first turns as apply_chat_template takes them, with these texts."""
+    def _messages(self, texts: Sequence[str], data: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The turns as apply_chat_template takes them, with these texts."""
         left, messages = iter(texts), []
-        for line, more in zip(self._lines[:upto], data, strict=False):
+        for line, more in zip(self._lines, data, strict=True):
             role = self._form.role_of(line.message)
             keys = [key for key in REASONING_KEYS if key in line.message.more]
             thought = dict.fromkeys(keys, next(left)) if keys else {}
@@ -121,25 +102,36 @@ class _Draft:
             messages.append({"role": role, "content": content, **thought, **more})
         return messages
 
-    def _marked(self, upto: int, generation_prompt: bool) -> str:
-        texts = [mark(i) for i in range(self._num_slots(upto))]
-        messages = self._messages(upto, texts, self._shown)
-        return self._scribe.template.print(messages, generation_prompt, self._shown_tools)
-
     def _real(self, generation_prompt: bool, tools: Any) -> str:
-        messages = self._messages(len(self._lines), [slot.text for slot in self._slots], self._data)
+        messages = self._messages([slot.text for slot in self._slots], self._data)
         return without_marks(self._scribe.template.print(messages, generation_prompt, tools))
 
-    def _split(self, upto: int, generation_prompt: bool) -> list[str]:
-        printed = self._marked(upto, generation_prompt)
-        for i, slot in enumerate(self._slots[: self._num_slots(upto)]):
-            if mark(i) not in printed:
+    def _split(self, generation_prompt: bool) -> list[str]:
+        """The whole around its texts, generation marks included."""
+        printed = self._scribe.template.print(self._marked, generation_prompt, self._shown_tools)
+        marks = [mark(i) for i in range(len(self._slots))]
+        for text, slot in zip(marks, self._slots, strict=True):
+            if text not in printed:
                 raise self._left_out(slot)
-        return split_at(printed, [mark(i) for i in range(self._num_slots(upto))])
+        return split_at(printed, marks)
+
+    def _tail(self, lines: Sequence[int], generation_prompt: bool) -> str:
+        """What is printed behind the last text of these turns."""
+        messages = [self._marked[line] for line in lines]
+        printed = self._scribe.template.print(messages, generation_prompt, self._shown_tools)
+        ends = [self._before[line + 1] for line in lines if self._before[line + 1] > self._before[line]]
+        if ends:
+            _, found, printed = printed.rpartition(mark(ends[-1] - 1))
+            if not found:
+                raise self._left_out(self._slots[ends[-1] - 1])
+        return without_marks(printed)
+
+    def _name(self, line: int) -> str:
+        return f"turn {line + 1 - self._lines[0].is_default}"  # as the record counts
 
     def _left_out(self, slot: Slot) -> RejectError:
         message = self._lines[slot.line].message
-        what = f"turn {slot.line + 1}"
+        what = self._name(slot.line)
         if slot.key != "content":
             template = self._scribe.template.text
             read = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", template)]
@@ -157,7 +149,7 @@ class _Draft:
 
     def transcript(self, generation_prompt: bool) -> Transcript:
         """Everything, or RejectError."""
-        split = self._split(len(self._lines), generation_prompt)
+        split = self._split(generation_prompt)
         pieces = [without_marks(piece) for piece in split]
         marked = self._scribe.template.marked(split)
         real = self._real(generation_prompt, self._tools)
@@ -191,7 +183,7 @@ class _Draft:
         return found
 
     def _reply(self, line: int, cuts: Cuts, marked: Sequence[bool], split: Sequence[str]) -> Reply:
-        first, end = self._num_slots(line), self._num_slots(line + 1)
+        first, end = self._before[line], self._before[line + 1]
         if None in self._lines[line].parts:
             raise RejectError(
                 "mask_unproven",
@@ -241,21 +233,24 @@ class _Draft:
         guards = [match.end() for match in self._scribe.encoder.control_guard.finditer(guarded)]
         if guards[-1:] != [len(guarded)] and not (closings.literal and end.endswith(closings.literal)):
             raise RejectError(
-                "mask_unproven", f"the chat template prints no control token at the end of turn {line + 1}"
+                "mask_unproven", f"the chat template prints no control token at the end of {self._name(line)}"
             )
         return start, stop, 0, 0
 
     def _end_in(self, rest: str, line: int) -> str:
         """What of the text behind a turn's last content is the turn's.
 
-        As the last, a turn may begin with more: Qwen3 prints an empty thought there, and drops it later.
+        As the last, a turn may begin with more: Qwen3 prints an empty thought there, and drops it later. All
+        turns before it are printed only if it does not end as it does right after the first question.
         """
-        tail = without_marks(self._split(line + 1, False)[-1]).rstrip()
-        for at in range(len(tail)):
-            if rest.startswith(tail[at:]):
-                return tail[at:]
+        for lines in ([*range(min(line, self._first_user + 1)), line], range(line + 1)):
+            with contextlib.suppress(RejectError):
+                tail = self._tail(lines, False).rstrip()
+                at = next((at for at in range(len(tail)) if _is_continued(tail, at, rest)), None)
+                if at is not None:
+                    return tail[at:]
         raise RejectError(
-            "mask_unproven", f"the chat template ends turn {line + 1} otherwise if turns follow"
+            "mask_unproven", f"the chat template ends {self._name(line)} otherwise if turns follow"
         )
 
     def _guarded(self, piece: str) -> str:
@@ -263,13 +258,17 @@ class _Draft:
 
     # --- where a reply starts ----------------------------------------------------------------------------
 
-    def _prompt(self, line: int) -> str:
-        """What is printed between the text before a turn and what the model writes."""
+    def _kind(self, line: int) -> str:
+        """Turns after a text of one role are of a kind: what is printed in front of them is the same."""
         before = self._lines[line - 1] if line else None
         is_text = before is not None and any(before.parts) and "tool_calls" not in before.message.more
-        key = before.message.role if before is not None and is_text else f"{line}"
-        if key not in self._prompts:  # after one role it is always the same; where not, the check below fails
-            self._prompts[key] = without_marks(self._split(line, True)[-1]) if line else ""
+        return before.message.role if before is not None and is_text else f"{line}"
+
+    def _prompt(self, line: int) -> str:
+        """What is printed between the text before a turn and what the model writes."""
+        key = self._kind(line)
+        if key not in self._prompts:
+            self._prompts[key] = self._tail(range(line), True) if line else ""
         return self._prompts[key]
 
     def _header(self, line: int, piece: str) -> str:
@@ -288,7 +287,7 @@ class _Draft:
         if not found:
             raise RejectError(
                 "mask_unproven",
-                f"the chat template starts turn {line + 1} otherwise than its generation prompt does",
+                f"the chat template starts {self._name(line)} otherwise than its generation prompt does",
             )
         # A tokenizer may join the last blanks with those that follow.
         blanks = re.match(r"\s*", piece[len(found) :])[0] if found[-1].isspace() else ""
@@ -302,11 +301,17 @@ class _Draft:
         prompt = self._guarded(self._prompt(asked[0])) if asked else ""
         return frozenset(self._scribe.encoder.control_guard.findall(prompt))
 
-    def _plain_headers(self, line: int) -> Iterator[str]:
+    def _plain_headers(self, line: int) -> list[str]:
         """What is printed before the content of a turn that only has one: the last, and one that is not."""
-        count, role = self._num_slots(line), self._lines[line].message.role
+        key = self._kind(line)
+        if key not in self._headers:
+            self._headers[key] = list(self._print_headers(line))
+        return self._headers[key]
+
+    def _print_headers(self, line: int) -> Iterator[str]:
+        count, role = self._before[line], self._lines[line].message.role
         texts = [mark(i) for i in range(count + 2)]
-        before = self._messages(line, texts, self._shown)
+        before = self._marked[:line]
         spoken = [
             {"role": who, "content": self._scribe.template.content_of(who, [text])}
             for who, text in ((role, texts[count]), ("user", texts[count + 1]))
@@ -334,7 +339,7 @@ class _Draft:
         [(first, last, _, _)] = reply.spans
         text = "".join(plain[i + 1] + contents[i + 1] for i in range(first, last))
         if missing := missing_of(calls, text):
-            raise _not_printed(f"{missing} in turn {reply.line + 1}")
+            raise _not_printed(f"{missing} in {self._name(reply.line)}")
         is_null = self._form.empty(self._lines[reply.line].message) is None
         if is_null and "None" in text and not any("None" in str(leaf) for leaf in leaves(calls)):
             raise RejectError("mask_unproven", "the chat template prints null as None")
@@ -368,6 +373,11 @@ class _Draft:
             if real == without or (isinstance(name, str) and not is_printed(name, text)):
                 raise _not_printed(f"the tool {name!r} of the record's 'tools'" if name else "'tools'")
         return () if all(is_printed(leaf, text) for leaf in leaves(self._tools)) else (PARTLY,)
+
+
+def _is_continued(tail: str, at: int, rest: str) -> bool:
+    """Does the rest begin with all of the tail from there on?"""
+    return tail.startswith(rest[: min(16, len(tail) - at)], at) and rest.startswith(tail[at:])
 
 
 def _not_printed(what: str, hint: str = "") -> RejectError:
