@@ -57,20 +57,21 @@ def kept_fields(found: pa.Schema, where: str = "the table") -> list[pa.Field]:
     """The columns of an index beyond INDEX_COLUMNS: those that ``--keep-column`` kept.
 
     Raises:
-        UserError: one is of a type that no build writes.
+        UserError: one holds neither numbers, texts nor true and false.
     """
     import pyarrow as pa
 
-    own, types = (
-        {column.name for column in INDEX_COLUMNS},
-        (pa.bool_(), pa.int64(), pa.float64(), pa.string()),
-    )
+    own = {column.name for column in INDEX_COLUMNS}
+    kinds = [
+        getattr(pa.types, f"is_{name}")
+        for name in ("boolean", "integer", "floating", "string", "large_string")
+    ]
     fields = []
     for field in found:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if field.name in own:
             continue
-        if kind not in types:
+        if not any(is_kind(kind) for is_kind in kinds):
             raise UserError(
                 f"{where}: {field.name} is a column of {kind}, which no build writes: it is damaged"
             )

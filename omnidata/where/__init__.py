@@ -14,7 +14,7 @@ The grammar, from the loosest to the tightest::
                 | column "is" ["not"] "null"
                 | column                                        of true and false
     value       = column | literal
-    literal     = 12, -0.5, 1e-3, "text", 'text', true, false
+    literal     = 12, -0.5, 1e-3, "text", 'text', true, false          a backslash before " or \\ in a text
 
 A column whose name is no word stands in backquotes. A sample that has no value in a column meets no
 comparison with it, ``!=`` and ``not in`` included; ``is null`` asks for such samples.
@@ -44,7 +44,7 @@ class Where:
     """A parsed condition.
 
     >>> str(Where("n_images<=8 and source!='ocr.json'"))
-    "n_images <= 8 and source != 'ocr.json'"
+    'n_images <= 8 and source != "ocr.json"'
 
     Raises:
         UserError: what is wrong with the text, and at which character.

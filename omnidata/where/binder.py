@@ -114,7 +114,7 @@ class Binder:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             return "number"
-        if pa.types.is_string(kind):
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return "text"
         if pa.types.is_boolean(kind):
             return "true or false"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from omnidata.schema import UserError
 
 MAX_LENGTH = 20_000  # characters
+MAX_DIGITS = 40  # of a whole number
 MAX_DEPTH = 50  # of parentheses and `not`
 KEYWORDS = frozenset(("and", "or", "not", "in", "is", "null", "true", "false"))
 OPERATORS = ("==", "!=", "<=", ">=", "<", ">")
@@ -61,6 +61,8 @@ def spell(node: Any, *, inside: str = "") -> str:
         is_word = re.fullmatch(r"[^\W\d][\w.]*", node.name) and node.name.lower() not in KEYWORDS
         return node.name if is_word else f"`{node.name}`"
     if not isinstance(node, Node):
+        if isinstance(node, str):
+            return '"' + node.replace("\\", "\\\\").replace('"', '\\"') + '"'
         return str(node).lower() if isinstance(node, bool) else repr(node)
     what, operands = node.operation, node.operands
     if what in ("and", "or"):
@@ -105,17 +107,23 @@ class Parser:
 
     def _token(self, kind: str, text: str, at: int) -> Token:
         if kind == "number":
-            value = float(text) if re.search(r"[.eE]", text) else int(text)
-            return Token("literal", value, at)
+            return Token("literal", self._number(text, at), at)
         if kind == "text":
-            try:
-                return Token("literal", ast.literal_eval(text.replace("\n", "\\n")), at)
-            except (SyntaxError, ValueError) as error:
-                raise self._error(f"{text} is no text ({error})", at) from None
+            value = re.sub(r"\\(.)", r"\1", text[1:-1], flags=re.DOTALL)
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise self._error("a text with half a character", at)
+            return Token("literal", value, at)
         if kind == "word" and text.lower() in KEYWORDS:
             literal = {"true": True, "false": False}.get(text.lower())
             return Token("keyword", text.lower(), at) if literal is None else Token("literal", literal, at)
         return Token("sign" if kind == "sign" else "column", text, at)
+
+    def _number(self, text: str, at: int) -> int | float:
+        if re.search(r"[.eE]", text):
+            return float(text)
+        if len(text) > MAX_DIGITS:
+            raise self._error(f"a number of more than {MAX_DIGITS} digits", at)
+        return int(text)
 
     def _error(self, what: str, at: int) -> UserError:
         return UserError(f"where: {what}, at character {at + 1} of {self._text!r}; write it as {_EXAMPLE}")
