@@ -20,7 +20,7 @@ from omnidata import __version__
 from omnidata.options import build_options, cost_options
 from omnidata.printable import printable, to_json
 from omnidata.schema import UserError
-from omnidata.start import keep_pandas_out, worker_imports
+from omnidata.start import TOKENIZER, keep_pandas_out, worker_imports
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 UNUSABLE_PATH = (
@@ -71,7 +71,8 @@ def build_shards(**flags: Any) -> int:
     if missing:
         raise click.UsageError(f"Missing {', '.join('--' * (name != 'source') + name for name in missing)}.")
     if flags["executor"] == "local" and not (flags["dry_run"] or flags["finalize"]):
-        start_server(worker_imports(model=flags["model"], max_slices=flags["max_slices"]))
+        warm = {TOKENIZER: flags["tokenizer"]}
+        start_server(worker_imports(model=flags["model"], max_slices=flags["max_slices"]), **warm)
     from omnidata.builder.settings import options_of, settings_of
 
     settings, options = settings_of(flags), options_of(flags)

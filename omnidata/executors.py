@@ -192,13 +192,13 @@ class _Worker:
     task: Any = None
 
 
-def start_server(preload: Sequence[str]) -> None:
+def start_server(preload: Sequence[str], **environment: str) -> None:
     """Let the server that workers are forked from import ``preload``, while this process does something else.
 
-    There is one a process: only the first call says what it imports.
+    There is one a process: only the first call says what it imports, and in which environment.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
-    with one_thread():
+    with one_thread(**environment):
         multiprocessing.forkserver.ensure_running()
 
 
@@ -282,10 +282,10 @@ class ProcessExecutor:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread(**more: str) -> Iterator[None]:
     """Environment in which libraries that are imported use one thread: the workers are the parallelism."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    wanted = dict.fromkeys(names, "1") | {"TOKENIZERS_PARALLELISM": "false"}
+    wanted = dict.fromkeys(names, "1") | {"TOKENIZERS_PARALLELISM": "false"} | more
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

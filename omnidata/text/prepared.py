@@ -10,12 +10,15 @@ are the same as there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from omnidata.text.guarding import added_tokens
 
 GENERIC = "TokenizersBackend"
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -41,6 +44,7 @@ _KEPT = _HARMLESS - frozenset(
 _LEGACY = "special_tokens_map.json"  # read where the configuration does not list the added tokens
 # Files beside the two of which transformers may take tokens or templates.
 _OTHERS = ("added_tokens.json", "additional_chat_templates", "chat_template.json")
+_BACKENDS: dict[bytes, Any] = {}  # by hash of the file; workers inherit it from the server (builder/warm.py)
 # Models whose early tokenizers transformers warns of (more than 100,000 tokens, saved before 5.0).
 _WARNED_OF = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 
@@ -118,25 +122,35 @@ def load_prepared(folder: str | Path) -> PreparedTokenizer | None:
     if not (folder / FILES[0]).is_file():
         return None
     try:
-        state = json.loads((folder / FILES[0]).read_bytes())
+        backend = _backend(folder / FILES[0])
         config = _read(folder / FILES[1])
         if "added_tokens_decoder" not in config:
             config = _with_legacy(config, _read(folder / _LEGACY))
     except (ValueError, TypeError):
         return None  # transformers says what is wrong
-    if not _is_plain(config, state, folder):
+    if not _is_plain(config, backend, folder):
         return None
-    from tokenizers import Tokenizer
-
     return PreparedTokenizer(
-        backend_tokenizer=_as_generic(Tokenizer.from_file(str(folder / FILES[0]))),
+        backend_tokenizer=_as_generic(backend),
         chat_template=_template(config, folder),
         special_tokens_map={role: _content(config[role]) for role in _ROLES if config.get(role)},
-        added_tokens_encoder={token["content"]: token["id"] for token in state["added_tokens"]},
+        added_tokens_encoder={token["content"]: token["id"] for token in added_tokens(backend)},
         name_or_path=str(folder),
         config={key: config[key] for key in config if key in _KEPT} | {"tokenizer_class": GENERIC},
         is_as_in_folder=_is_generic(config, folder),
     )
+
+
+def _backend(file: Path) -> Any:
+    """The tokenizer of a file; of equal files the same one: reading 150,000 words takes half a second."""
+    from tokenizers import Tokenizer
+
+    data = file.read_bytes()
+    digest = hashlib.blake2b(data).digest()
+    if digest not in _BACKENDS:
+        _BACKENDS.clear()  # one is all that a command needs
+        _BACKENDS[digest] = Tokenizer.from_buffer(data)
+    return _BACKENDS[digest]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -152,10 +166,9 @@ def _with_legacy(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, An
 
 def _is_generic(config: dict[str, Any], folder: Path) -> bool:
     """Whether other people's loaders find the generic class, and nothing that it does not need."""
-    known = {*_KEPT, *_ROLES, *_EXTRA, "chat_template"}
     return (
         config.get("tokenizer_class") == GENERIC
-        and config.keys() <= known
+        and "auto_map" not in config
         and (folder / FILES[1]).is_file()
         and not (folder / _LEGACY).is_file()
     )
@@ -177,19 +190,17 @@ def _as_generic(backend: Any) -> Any:
     return backend
 
 
-def _is_plain(config: Any, state: Any, folder: Path) -> bool:
+def _is_plain(config: Any, backend: Any, folder: Path) -> bool:
     """Whether transformers' generic class would add nothing to what tokenizer.json computes."""
-    if not isinstance(state, dict) or not {"added_tokens", "model"} <= state.keys():
-        return False
     if config.keys() - _HARMLESS - set(_ROLES) - set(_EXTRA):
         return False
     if not isinstance(config.get("chat_template") or "", str):
         return False
-    if state.get("truncation") or state.get("padding"):
+    if backend.truncation or backend.padding:
         return False
-    if any((folder / name).exists() for name in _OTHERS) or _is_warned_of(state, folder):
+    if any((folder / name).exists() for name in _OTHERS) or _is_warned_of(backend, folder):
         return False
-    return _adds_no_token(config, state["added_tokens"])
+    return _adds_no_token(config, added_tokens(backend))
 
 
 def _adds_no_token(config: dict[str, Any], added: list[dict[str, Any]]) -> bool:
@@ -217,9 +228,9 @@ def _with_flags(token: dict[str, Any]) -> dict[str, Any]:
     return flags | {"normalized": not token.get("special", False)} | token
 
 
-def _is_warned_of(state: dict[str, Any], folder: Path) -> bool:
+def _is_warned_of(backend: Any, folder: Path) -> bool:
     """Whether transformers may say that the file's pattern is faulty."""
-    if len(state["model"].get("vocab", ())) <= 100_000 or not (folder / "config.json").is_file():
+    if backend.get_vocab_size() <= 100_000 or not (folder / "config.json").is_file():
         return False
     try:
         return _read(folder / "config.json").get("model_type") in (None, *_WARNED_OF)
