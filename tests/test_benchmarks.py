@@ -46,3 +46,11 @@ def test_families():
     [row] = json.loads(run_benchmark("families.py", *arguments))
     assert set(row["build_records_per_second"]) == {"ours, shrink", "ours, keep", "datasets.map + processor"}
     assert set(row["load_pictures_per_second"]) == {"ours", "ours, normalised", "DataLoader + processor"}
+
+
+@pytest.mark.slow
+def test_trl_learns_the_same_from_our_packs():
+    report = json.loads(run_benchmark("trl_sft.py", "--records", "24", "--json").splitlines()[-1])
+    packs, alone = report["TRL on our packs"], report["TRL alone"]
+    assert packs["supervised_tokens"] == alone["supervised_tokens"] > 1000
+    assert abs(packs["loss"] - alone["loss"]) < 1e-5
