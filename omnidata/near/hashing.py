@@ -91,10 +91,14 @@ def parse_image_hashes(texts: Sequence[str]) -> np.ndarray:
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Bits in which hashes differ, NUM_BITS where colours do; broadcasts over all but the last axis."""
     bits = np.bitwise_count(first[..., :-1] ^ second[..., :-1]).sum(axis=-1, dtype=np.int64)
-    colours = [
-        np.ascontiguousarray(each[..., -1:]).view(np.uint8).astype(np.int16) for each in (first, second)
-    ]
-    return np.where(np.abs(colours[0] - colours[1]).max(axis=-1) > MAX_COLOUR, NUM_BITS, bits)
+    return np.where(same_colours(first, second), bits, NUM_BITS)
+
+
+def same_colours(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """bool: are the colours of two pictures' quarters near? Broadcasts as ``distances``."""
+    colours = [np.ascontiguousarray(each[..., -1:]).view(np.uint8) for each in (first, second)]
+    apart = np.maximum(*colours) - np.minimum(*colours)
+    return apart.max(axis=-1) <= MAX_COLOUR
 
 
 # --- texts ------------------------------------------------------------------------------------------------

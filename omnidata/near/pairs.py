@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from omnidata.near.hashing import NUM_NUMBERS, distances
+from omnidata.near.hashing import IMAGE_WORDS, MAX_COLOUR, NUM_NUMBERS, distances
 
 MIN_SIMILARITY = 0.7  # share of the runs of five characters that near texts have in common
 MAX_DISTANCE = 48  # bits of 256 in which near pictures differ
@@ -42,9 +42,13 @@ class Hashes:
     images: np.ndarray  # uint64 [M, IMAGE_WORDS], sample by sample
     starts: np.ndarray  # int64 [N + 1]: a sample's images are images[starts[i]:starts[i + 1]]
 
+    def images_of(self, sample: int) -> np.ndarray:
+        """Hashes of a sample's pictures."""
+        return self.images[self.starts[sample] : self.starts[sample + 1]]
+
     def distance(self, first: int, second: int) -> int | None:
         """The largest of two samples' pictures; None: too large, or another number of pictures."""
-        mine, other = (self.images[self.starts[i] : self.starts[i + 1]] for i in (first, second))
+        mine, other = self.images_of(first), self.images_of(second)
         if len(mine) != len(other):
             return None
         most = int(distances(mine, other).max(initial=0))
@@ -59,11 +63,12 @@ def near_pairs(hashes: Hashes) -> list[Pair]:
     repeats: dict[int, Pair] = {}
     leaders: dict[int, list[int]] = {}  # first member of a group -> its members that repeat none of the group
     for members in _groups(hashes):
-        mine = leaders[members[0]] = []
+        group = _Leaders(len(hashes.images_of(members[0])))
+        leaders[members[0]] = group.samples
         for sample in members:
-            found = _nearest(hashes, sample, mine)
+            found = group.nearest(hashes.images_of(sample))
             if found is None:
-                mine.append(sample)
+                group.add(sample, hashes.images_of(sample))
             else:
                 repeats[sample] = Pair(found[0], sample, 1.0, found[1])
     edges: dict[int, list[Pair]] = defaultdict(list)
@@ -97,18 +102,38 @@ def _groups(hashes: Hashes) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def _nearest(hashes: Hashes, sample: int, others: list[int]) -> tuple[int, int] | None:
-    """The first of ``others`` (with as many pictures) that is near, and how far it is."""
-    if not others:
-        return None
-    width = int(hashes.starts[sample + 1] - hashes.starts[sample])
-    if not width:
-        return others[0], 0
-    places = hashes.starts[others][:, None] + np.arange(width)
-    mine = hashes.images[hashes.starts[sample] : hashes.starts[sample + 1]]
-    most = distances(hashes.images[places], mine).max(axis=1)
-    near = np.flatnonzero(most <= MAX_DISTANCE)
-    return (others[near[0]], int(most[near[0]])) if len(near) else None
+class _Leaders:
+    """The samples of a group that repeat none of it, with their pictures side by side."""
+
+    def __init__(self, num_images: int) -> None:
+        self.samples: list[int] = []
+        self._images = np.zeros((1, num_images, IMAGE_WORDS), np.uint64)
+        self._colours = np.zeros(1, np.int16)  # one of the first picture's: passes over most at once
+
+    def add(self, sample: int, images: np.ndarray) -> None:
+        """One more."""
+        if len(self.samples) == len(self._images):
+            self._images = np.concatenate([self._images, np.zeros_like(self._images)])
+            self._colours = np.concatenate([self._colours, np.zeros_like(self._colours)])
+        self._images[len(self.samples)] = images
+        self._colours[len(self.samples)] = _a_colour(images)
+        self.samples.append(sample)
+
+    def nearest(self, images: np.ndarray) -> tuple[int, int] | None:
+        """The first that is near a sample with these pictures, and how far it is."""
+        if not self.samples:
+            return None
+        if not len(images):
+            return self.samples[0], 0
+        apart = np.abs(self._colours[: len(self.samples)] - _a_colour(images))
+        alike = np.flatnonzero(apart <= MAX_COLOUR)
+        most = distances(self._images[alike], images).max(axis=1)
+        near = np.flatnonzero(most <= MAX_DISTANCE)
+        return (self.samples[alike[near[0]]], int(most[near[0]])) if len(near) else None
+
+
+def _a_colour(images: np.ndarray) -> np.int16:
+    return np.int16(images[0, -1] & np.uint64(0xFF)) if len(images) else np.int16(0)
 
 
 def _near_groups(hashes: Hashes, firsts: list[int]) -> Iterator[tuple[int, int, float]]:
