@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import part_templates
@@ -11,6 +13,7 @@ import pytest
 import torch
 from processors import FAMILIES
 
+from omnidata.conversation import Reading, to_conversation
 from omnidata.part_renderer import PartRenderer
 from omnidata.profiles.folder import chat_template
 from omnidata.profiles.processor import ProcessorProfile
@@ -20,6 +23,7 @@ from omnidata.schema import (
     ImagePart,
     ImageRef,
     Message,
+    Record,
     RejectError,
     TextPart,
     UserError,
@@ -193,6 +197,43 @@ def test_a_template_that_marks_what_is_learned_agrees(opened):
     np.testing.assert_array_equal(
         found.labels != IGNORE_INDEX, np.asarray(expected["assistant_masks"][0], dtype=bool)
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_6", "lfm2_2_5_vl"])
+def test_tools_calls_and_reasoning_beside_pictures(name):
+    """The model's own template with the processor's own call is the oracle."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    processor = processors.make("lfm2_vl" if name.startswith("lfm2") else "qwen3_vl", small=True)
+    processor.chat_template = (folder / f"{name}.jinja").read_text()
+    renderer = renderer_of(processor)
+    call = {"type": "function", "function": {"name": "look", "arguments": {"place": "Oslo"}}}
+    spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+    if name != "qwen3_vl":  # whose template has no place for it
+        spoken["reasoning_content"] = "I must look."
+    picture, word = {"type": "image"}, {"type": "text", "text": "Where?"}
+    turns = [{"role": "user", "content": [picture, word]}, spoken]
+    turns += [{"role": "tool", "content": [word, picture]}, {"role": "assistant", "content": "There."}]
+    record = {"messages": turns, "images": ["a.jpg", "b.jpg"], "tools": [{"type": "function", **call}]}
+    talk = to_conversation(Record("a", "1", "1", record), Reading(turn_order="template"))
+    found = renderer.render(replace(talk, image_sizes=((64, 48), (100, 30))))
+    images = iter(
+        [torch.zeros((3, height, width), dtype=torch.uint8) for width, height in ((64, 48), (100, 30))]
+    )
+    for turn in (turns[0], turns[2]):
+        turn["content"] = [
+            {**part, "image": next(images)} if part is picture else part for part in turn["content"]
+        ]
+    expected = processor.apply_chat_template(
+        turns,
+        tools=record["tools"],
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", "input_data_format": "channels_first"},
+    )
+    np.testing.assert_array_equal(found.input_ids, np.asarray(expected["input_ids"][0]))
+    text = processor.tokenizer.decode(found.labels[found.labels != IGNORE_INDEX])
+    assert "look" in text and "There." in text and "Where" not in text
+    assert ("I must look." in text) == (name != "qwen3_vl")
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "gemma3", "smolvlm"])

@@ -1,11 +1,12 @@
 """Forms: how turns that call tools are handed to a chat template.
 
-As the record has them, first of all. Templates disagree on three things that records can't all suit, so
+As the record has them, first of all. Templates disagree on things that records can't all suit, so
 another form is taken if, and only if, the template refuses the record's or does not print all of it:
 
     arguments    an object (as transformers says), or its JSON as text (as OpenAI writes)
     content      null or "", of a turn that only calls
     role         "function", as OpenAI once wrote, or "tool"
+    text         what a tool answered, as a string where others are lists of parts
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, starmap
 from typing import Any
 
-from omnidata.schema import Message, RejectError
+from omnidata.schema import TOOL_ROLES, Message, RejectError
+from omnidata.text.chat_template import ChatTemplate
 
 ARGUMENTS = {
     "objects": "have calls whose arguments, JSON as text, were handed to the chat template as objects",
@@ -32,6 +34,7 @@ class Form:
     arguments: str = ""  # "": as they are; objects | texts
     swap_empty: bool = False  # null for "" and "" for null
     role: str = "function"
+    answers_as_text: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -42,6 +45,14 @@ class Form:
     def role_of(self, message: Message) -> str:
         """The role that the template is told."""
         return self.role if message.role == "function" else message.role
+
+    def content(self, message: Message, parts: Sequence[str | None], template: ChatTemplate) -> Any:
+        """A turn's content; None among the parts: a picture."""
+        if not parts:
+            return self.empty(message)
+        if self.answers_as_text and message.role in TOOL_ROLES and None not in parts:
+            return "".join(part or "" for part in parts)
+        return template.content_of(self.role_of(message), parts)
 
     def empty(self, message: Message) -> str | None:
         """What an empty turn's content is."""
@@ -75,8 +86,12 @@ def forms_of(messages: Sequence[Message]) -> Iterator[Form]:
     arguments += ["texts"] * any(isinstance(each, Mapping) for each in given)
     silent = any("tool_calls" in message.more and not message.parts for message in messages)
     roles = ("function", "tool") if any(message.role == "function" for message in messages) else ("function",)
-    for role, each, swap in product(roles, arguments, (False, True) if silent else (False,)):
-        yield Form(each, swap, role)
+    answers = any(message.role in TOOL_ROLES for message in messages)
+    yield from starmap(Form, product(arguments, _both(silent), roles, _both(answers)))
+
+
+def _both(matters: bool) -> tuple[bool, ...]:
+    return (False, True) if matters else (False,)
 
 
 def _object(text: str) -> Any:

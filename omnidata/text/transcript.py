@@ -96,9 +96,7 @@ class _Draft:
             keys = [key for key in REASONING_KEYS if key in line.message.more]
             thought = dict.fromkeys(keys, next(left)) if keys else {}
             parts = [next(left) if part else part for part in line.parts if part != ""]
-            content = (
-                self._scribe.template.content_of(role, parts) if parts else self._form.empty(line.message)
-            )
+            content = self._form.content(line.message, parts, self._scribe.template)
             messages.append({"role": role, "content": content, **thought, **more})
         return messages
 
