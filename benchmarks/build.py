@@ -1,7 +1,7 @@
 """Speed, quality and memory of ``omnidata build-shards``, beside its peers and the floors.
 
     python benchmarks/build.py [--samples 4000] [--workers 2] [--repeat 3] [--only keep] [--json]
-                               [--peers-python .bench/bin/python] [--folder DIR]
+                               [--vocabulary Qwen] [--peers-python .bench/bin/python] [--folder DIR]
     python benchmarks/build.py --memory [--workers 2] [--json]
 
 (1) A corpus: LLaVA JSON lines, real photographs of mixed sizes (benchmarks/corpus.py), a real tokenizer.
@@ -34,7 +34,6 @@ import argparse
 import ctypes
 import io
 import json
-import lzma
 import os
 import shutil
 import subprocess
@@ -49,11 +48,12 @@ from typing import Any
 import numpy as np
 from corpus import make_photos, prose, write_records
 from PIL import Image
+from vocabularies import NAMES as VOCABULARIES
+from vocabularies import prepared
 
 HERE = Path(__file__).parent
 FEW_TURNS = 2  # enough for a quarter of the records: that is mostly the start, which varies little
 PR_SET_CHILD_SUBREAPER = 36
-TOKENIZER = HERE.parent / "tests" / "golden" / "tokenizer"
 OURS = {
     "ours, shrink": ["--image-policy", "shrink"],
     "ours, keep, quick check": ["--image-policy", "keep", "--check-images", "quick"],
@@ -71,14 +71,12 @@ PEERS = {
 class Corpus:
     """Photographs, two lists of records and a tokenizer in one folder."""
 
-    def __init__(self, folder: Path, *, samples: int, photos: int) -> None:
+    def __init__(self, folder: Path, *, samples: int, photos: int, vocabulary: str = "Mistral") -> None:
         self.folder, self.samples = folder, samples
         self.images = folder / "photos"
         self.names = make_photos(self.images, photos)
         self.tokenizer = folder / "tokenizer"
-        shutil.copytree(TOKENIZER, self.tokenizer, ignore=shutil.ignore_patterns("*.xz"))
-        packed = (TOKENIZER / "tokenizer.json.xz").read_bytes()
-        (self.tokenizer / "tokenizer.json").write_bytes(lzma.decompress(packed))
+        prepared(vocabulary, self.tokenizer)
 
     def counts(self, name: str) -> tuple[int, int]:
         """How many records a contender gets: fewer, and more; the fast ones most, or noise would decide."""
@@ -371,6 +369,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=400, help="different image files")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="Mistral")
     parser.add_argument("--only", default="", help='contenders with this in their names, such as "keep"')
     parser.add_argument("--peers-python", help="interpreter that has benchmarks/peers-requirements.txt")
     parser.add_argument(
@@ -383,7 +382,7 @@ def main() -> None:
         check_peers(args.peers_python)
     adopt_orphans()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        corpus = Corpus(Path(folder), samples=args.samples, photos=args.photos)
+        corpus = Corpus(Path(folder), samples=args.samples, photos=args.photos, vocabulary=args.vocabulary)
         report = measure(corpus, args)
     if args.json:
         print(json.dumps(report, indent=2))

@@ -1,6 +1,6 @@
 """Seconds, and seconds of CPU, from a command's start to its end on next to nothing: what users wait for.
 
-    python benchmarks/start.py [--repeats 5] [--json]
+    python benchmarks/start.py [--repeats 5] [--vocabularies Mistral Qwen] [--json]
 
 A corpus of eight records, half of them with a picture that is shrunk, is built with a throw-away vocabulary
 and with Mistral's and Qwen's real ones, then inspected, planned and verified; each command is a process of
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,17 +32,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PR_SET_CHILD_SUBREAPER = 36  # children of ended children become ours (Linux)
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
+def commands(folder: Path, vocabularies: Sequence[str]) -> dict[str, list[str]]:
     """Name -> arguments; the first one writes what the others read."""
     corpus = write_corpus(folder / "corpus", num_llava=6, num_chat=2, bad=False)
     settings, data = corpus.settings, str(folder / "data")
     build = ["build-shards", *settings.source, "--out", data, "--quiet", "--workers", "1"]
     build += ["--image-root", str(settings.image_root), "--image-size", "32", "--overwrite", "--tokenizer"]
-    for name in NAMES:
+    for name in vocabularies:
         prepared(name, folder / name)
     return {
         "--help": ["--help"],
-        **{f"build-shards, {name}": [*build, str(folder / name)] for name in reversed(NAMES)},
+        **{f"build-shards, {name}": [*build, str(folder / name)] for name in vocabularies},
         "build-shards, 8 records": [*build, settings.tokenizer],
         "inspect": ["inspect", data],
         "inspect --sample 0": ["inspect", data, "--sample", "0"],
@@ -74,13 +75,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="the smallest of so many counts")
+    parser.add_argument("--vocabularies", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     result = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for command, arguments in commands(folder).items():
+        for command, arguments in commands(folder, options.vocabularies).items():
             runs = [seconds(arguments) for _ in range(options.repeats)]
             wall, used = (min(column) for column in zip(*runs, strict=True))
             result[command] = {"s": round(wall, 2), "CPU s": round(used, 2)}

@@ -28,8 +28,14 @@ def test_plan():
 
 
 def test_start():
-    report = json.loads(run_benchmark("start.py", "--repeats", "1", "--json"))
+    report = json.loads(run_benchmark("start.py", "--repeats", "1", "--vocabularies", "--json"))
     assert set(report) >= {"--help", "build-shards, 8 records", "inspect", "plan", "verify"}
+
+
+@pytest.mark.slow
+def test_render():
+    report = json.loads(run_benchmark("render.py", "--records", "64", "--json"))
+    assert all(figures["render_batch, us"] > 0 for figures in report.values()) and len(report) == 2
 
 
 @pytest.mark.slow

@@ -187,6 +187,22 @@ for arguments in {commands!r}:
     assert result.stdout.count("heavy: []") == 4, (result.stdout, result.stderr)
 
 
+def test_workers_find_the_tokenizer_that_their_server_has_read(tmp_path):
+    byte_level_tokenizer("chatml").save_pretrained(tmp_path / "a")
+    load_prepared(tmp_path / "a").save_pretrained(tmp_path / "b")
+    code = f"""
+import os
+from omnidata.start import TOKENIZER
+os.environ[TOKENIZER] = {str(tmp_path / "a")!r}
+import omnidata.builder.warm
+from omnidata.text import prepared
+[held] = prepared._BACKENDS.values()
+print(prepared.load_prepared({str(tmp_path / "b")!r}).backend_tokenizer is held)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "True", result.stderr
+
+
 def test_pandas_is_kept_out_for_a_moment_only():
     pytest.importorskip("pandas")
     code = f"""{HEAVY}
