@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from omnidata.builder.settings import BuildSettings
 from omnidata.conversation import Reading, to_conversation
 from omnidata.schema import Record, RejectError
 
@@ -120,3 +121,15 @@ def test_the_order_of_turns_is_the_templates_business_unless_alternate_is_asked_
         ("assistant", "z"),
     ]
     assert len(read(Reading(), messages=[{"role": role, "content": text} for role, text in parallel])[0]) == 5
+
+
+def test_only_omnilmms_format_has_the_strict_order_by_default():
+    for given, expected in [
+        (None, ["alternate", "template"]),
+        ("template", ["template"] * 2),
+        ("alternate", ["alternate"] * 2),
+    ]:
+        settings = BuildSettings(source=("a",), tokenizer="b", turn_order=given)
+        assert [
+            settings.reading(is_omnilmm=is_omnilmm).turn_order for is_omnilmm in (True, False)
+        ] == expected

@@ -165,6 +165,12 @@ def test_learned_of_current_templates():
         assert ours(tokenizer, render(renderer, messages, tools)) == expected, name
 
 
+def test_a_role_that_is_printed_again_after_a_tools_turn_is_not_learned():
+    tokenizer, renderer = opened("diffusion_gemma")  # its prompt after a tool's turn is empty
+    _, reply = ours(tokenizer, render(renderer, THOUGHTS, TOOLS))
+    assert reply.startswith("<|channel>thought\nGood.") and reply.endswith("Sunny.<turn|>")
+
+
 def test_a_call_is_closed_by_the_role_of_the_tool():
     tokenizer, renderer = opened("glm4moe")
     spoken, reply = ours(tokenizer, render(renderer, CALLS, TOOLS))
