@@ -133,7 +133,7 @@ class _Parser:
             fewest, most = self.quantifier()
             if looks and (fewest, most) != (1, 1):
                 raise NotProven
-            matches = holds_a_blank and fewest <= 1 if is_first else matches and fewest == 0 and not looks
+            matches = holds_a_blank and fewest <= 1 if is_first else matches and fewest == 0
             kinds, is_first = _in_a_row(kinds, _repeated(part, fewest, most)), False
         return kinds, matches
 
