@@ -173,6 +173,30 @@ def test_a_model_whose_documents_see_each_other_is_refused(made):
         hf.train_dataset(made[0], model, **SETTINGS)
 
 
+def test_a_document_that_is_another_in_a_pack_is_refused(made, monkeypatch):
+    """None sees another, but the second one's positions are others than when it is alone."""
+    from omnidata.adapters import isolation
+
+    given = isolation.model_inputs
+
+    def shifted(pack, **options):
+        inputs = given(pack, **options)
+        documents = torch.bucketize(torch.arange(pack.num_tokens), pack.cu_seqlens[1:], right=True)
+        inputs["position_ids"] = inputs["position_ids"].clone()
+        inputs["position_ids"][1:] *= 1 + 50 * documents
+        return inputs
+
+    monkeypatch.setattr(isolation, "model_inputs", shifted)
+    with pytest.raises(UserError, match="a document's loss in a pack differs by"):
+        hf.train_dataset(made[0], hosts.load_model(made[1]), **SETTINGS)
+
+
+def test_a_model_is_asked_if_packs_of_one_document_come_first(made):
+    settings = SETTINGS | {"max_tokens": 72, "global_batch": 1}
+    data = hf.train_dataset(made[0], hosts.load_model(made[1]), **settings)
+    assert len(data.microbatches[0].keys) == 1
+
+
 def test_another_tokenizer_or_too_few_embeddings_are_refused(made, mistral):
     with pytest.raises(UserError, match="was built with another tokenizer"):
         hf.train_dataset(made[0], mistral, **SETTINGS)

@@ -4,14 +4,16 @@
     [ a'| b ]    the same, whatever a says and shows
     [ a | b ]    loss of a
     [ a | b']    the same (pictures may see each other in both directions)
+    [ a ] [ b ]  the losses in the pack, up to rounding
 
-All packs have the same shapes, so rounding is the same and a difference is sight. a' is a with its reply
+The packs have the same shapes, so rounding is the same and a difference is sight. a' is a with its reply
 reversed and its pictures inverted; that a's own loss changes by it shows that the question is one.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.packs import PackLoader, State
 from omnidata.schema import IGNORE_INDEX, UserError
 
+ENOUGH, MOST_STEPS = 16, 64  # documents to choose two from, and steps to look for them in
+ROUNDING, ROUNDING_OF_HALF = 1e-4, 3e-2  # of the loss; packed and alone have other shapes
 TOLERANCE = 1e-5  # of the loss; equal shapes give equal numbers but for the order of a GPU's sums
 REMEDY = (
     'try attn_implementation="sdpa" or "flash_attention_2" when the model is loaded; recurrent and '
@@ -43,7 +47,7 @@ def check_model(model: Any, loader: PackLoader, *, token_types: str | None = Non
 
 @torch.no_grad()
 def check_isolation(model: Any, loader: PackLoader, *, token_types: str | None = None) -> None:
-    """Five short forwards of ``model``, where it is and with its dtype, on two documents of the first step.
+    """Twelve short forwards of ``model``, where it is and with its dtype, on two documents of the first step.
 
     Raises:
         UserError: they see each other, or the model does not take what it is given.
@@ -53,6 +57,7 @@ def check_isolation(model: Any, loader: PackLoader, *, token_types: str | None =
     model.eval()
     try:
         seen = [_sees(model, whole, parts, which, token_types) for which in (0, 1)]
+        apart = [_differs(model, whole, parts, which, token_types) for which in (0, 1)]
     except (ValueError, TypeError, NotImplementedError, KeyError) as error:  # what classes raise on arguments
         raise UserError(f"{name} does not take a pack of this dataset: {error}") from error
     finally:
@@ -63,6 +68,12 @@ def check_isolation(model: Any, loader: PackLoader, *, token_types: str | None =
         raise UserError(
             f"in {name} with attn_implementation={attention} the documents of a pack see each other: "
             f"changing one moves another's loss by {max(seen):.1e} of it; {REMEDY}"
+        )
+    rounding = ROUNDING if next(model.parameters()).dtype.itemsize >= 4 else ROUNDING_OF_HALF
+    if max(apart) > rounding:
+        raise UserError(
+            f"in {name} a document's loss in a pack differs by {max(apart):.1e} of it from its loss alone "
+            f"(allowed: {rounding:.0e}): the class does not know where documents begin; {REMEDY}"
         )
 
 
@@ -89,12 +100,21 @@ def _sees(
     return abs(after - before) / max(abs(before), 1e-30)
 
 
+def _differs(
+    model: Any, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
+) -> float:
+    """By how much a document's loss in the pack differs from its loss alone, as a share of it."""
+    packed, alone = (_loss(model, pack, which, token_types) for pack in (whole, parts[which]))
+    return abs(packed - alone) / max(abs(alone), 1e-30)
+
+
 def _loss(model: Any, pack: Microbatch, which: int, token_types: str | None, number: int = 1) -> float:
     """The loss of one document of two; ``number``: what to divide its sum by."""
     inputs = model_inputs(pack, token_types=token_types)
-    _, middle, _ = pack.cu_seqlens.tolist()
+    middle = int(pack.cu_seqlens[1])
     labels = inputs["labels"].clone()
-    labels[:, slice(middle, None) if which == 0 else slice(None, middle)] = IGNORE_INDEX
+    if len(pack.cu_seqlens) > 2:
+        labels[:, slice(middle, None) if which == 0 else slice(None, middle)] = IGNORE_INDEX
     inputs |= {"labels": labels, "num_items_in_batch": number}
     device = next(model.parameters()).device
     moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
@@ -106,16 +126,19 @@ def _loss(model: Any, pack: Microbatch, which: int, token_types: str | None, num
 
 
 def _two_documents(loader: PackLoader) -> tuple[Microbatch, list[Microbatch]]:
-    """Two documents of the first step as a pack, and each alone: short ones, with pictures if any."""
-    step, after, places = next(loader.steps_from(State()))
+    """Two documents of the first steps as a pack, and each alone: short ones, with pictures if any."""
     found = []
-    for pack in step.packs:
-        supervised = pack.lengths.supervised.tolist()
-        found += zip(places.documents(pack), supervised, strict=True)
+    for step, _, places in islice(loader.steps_from(State()), MOST_STEPS):
+        for pack in step.packs:
+            supervised = pack.lengths.supervised.tolist()
+            found += zip(places.documents(pack), supervised, strict=True)
+        if len(found) >= ENOUGH:
+            break
     found = sorted(found, key=lambda one: (not one[0].num_images, one[1] < 2, one[0].num_tokens))
     if len(found) < 2:
         raise UserError("a dataset of one sample cannot be asked if its documents see each other")
-    return loader.read_documents(found[:2], after), [loader.read_documents([one], after) for one in found[:2]]
+    at = State(step=1)  # any: nothing is counted
+    return loader.read_documents(found[:2], at), [loader.read_documents([one], at) for one in found[:2]]
 
 
 def _changed(whole: Microbatch, parts: list[Microbatch], which: int) -> Microbatch:
