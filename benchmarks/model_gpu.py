@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from model import WORDS, pack, seconds  # noqa: E402
 
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM, attention  # noqa: E402
-from omnimodel.freezing import freeze  # noqa: E402
+from omnimodel.parts import freeze  # noqa: E402
 
 Result = dict[str, Any]
 

@@ -7,7 +7,7 @@ attention   packed documents stay apart
 loss        cross-entropy on supervised positions only
 modeling    all of it as one transformers model
 processing  PIL images and arrays -> pixels for the model
-freezing    which parts train
+parts       which part a parameter belongs to, and freezing
 blocks      activation checkpointing and torch.compile
 weights     assemble, convert and list checkpoints (python -m omnimodel.weights)
 """

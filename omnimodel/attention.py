@@ -1,5 +1,8 @@
 """Attention that keeps packed documents apart, registered with transformers as ``omnilmm``.
 
+Towers that join pictures in one row (``cu_seqlens`` in their forward) get the same without causality, under
+the name ``omnilmm_flash``: transformers takes the joined path if the name says flash.
+
 A pack joins documents in one row: ``[a a a b b c]`` with ``cu_seqlens = [0, 3, 5, 6]``. A token may see
 only earlier tokens of its own document. transformers can infer that from position ids, but silently does
 not when a cache or an attention mask is about; here the boundaries go down to the kernel as they are.
@@ -9,6 +12,9 @@ not when a cache or an attention mask is about; here the boundaries go down to t
     cu_seq_lens given, CPU                   one causal call a document
     otherwise                                transformers' own SDPA and mask (padded batches, cache)
 
+A model whose layers see more than causality allows (Gemma: a picture's tokens see each other) gets its own
+mask, joined with the documents' bounds, by ``packing``: one masked call.
+
 None of these copies anything from the GPU to the host.
 """
 
@@ -17,16 +23,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask
 
 NAME = "omnilmm"
+TOWER_NAME = "omnilmm_flash"
 # torch 2.11's kernel wants a key and value for each query head; they are repeated there.
 KERNEL_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _as_on_gpu = False
@@ -55,6 +63,7 @@ class Pack(NamedTuple):
     max_seqlen: int | None = None  # tokens of the longest; a GPU kernel needs it
     scale: float | None = None  # of the scores; None: 1 / sqrt(width of a head)
     window: int | None = None  # tokens seen, itself included; None: all before it
+    is_causal: bool = True  # False: a tower's pictures, whose patches see each other
 
 
 def omnilmm_attention(
@@ -80,6 +89,9 @@ def omnilmm_attention(
         raise ValueError(
             f"attention_dropout={dropout} is not supported for packed documents; set it to 0 in the config"
         )
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"attention with {' and '.join(unknown)} is not supported for packed documents")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"packed attention takes one row without a cache, got {query.shape[0]} rows with "
@@ -88,9 +100,39 @@ def omnilmm_attention(
     window = sliding_window if sliding_window and sliding_window < (max_length_q or query.shape[2]) else None
     # Under autocast rotary tables, and so queries and keys, are float32; values have the kernel's dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # made by packed_mask
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ValueError("attention that is not causal is not supported for packed documents without a mask")
     attend = _choose(query)
     output_THd = attend(query, key, value, Pack(cu_seq_lens_q, max_length_q, scaling, window))
     return output_THd[None], None
+
+
+def tower_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """The same for a tower: every patch sees all patches of its own stretch of the row."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    pack = Pack(cu_seq_lens_q, max_length_q, scaling, None, is_causal=False)
+    return _choose(query)(query, key, value, pack)[None], None
 
 
 def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -103,7 +145,7 @@ def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
 def per_document_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack
 ) -> torch.Tensor:
-    """One causal SDPA call a document. Reads ``cu_seqlens`` on the host, so only for the CPU."""
+    """One SDPA call per document. Reads ``cu_seqlens`` on the host, so only for the CPU."""
     lengths = pack.cu_seqlens.diff().tolist()
     # split, not slices: its backward pass joins the documents' gradients instead of adding full-size zeros.
     documents = zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -114,7 +156,13 @@ def per_document_attention(
             mask = _causal_window(torch.arange(length, device=q.device), pack.window)
         outputs.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=pack.scale, enable_gqa=True
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=pack.is_causal and mask is None,
+                scale=pack.scale,
+                enable_gqa=True,
             )
         )
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
@@ -124,7 +172,9 @@ def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """One SDPA call with a ``[T, T]`` mask: any device, any dtype, exact, quadratic memory."""
     positions = torch.arange(query.shape[2], device=query.device)
     document = torch.bucketize(positions, pack.cu_seqlens[1:], right=True)
-    mask = _causal_window(positions, pack.window) & (document[:, None] == document[None])
+    mask = document[:, None] == document[None]
+    if pack.is_causal:
+        mask = mask & _causal_window(positions, pack.window)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=pack.scale, enable_gqa=True
     )
@@ -141,8 +191,9 @@ def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # The kernel's window counts the tokens to the left, transformers' the token itself as well.
     left = -1 if pack.window is None else pack.window - 1
+    right = 0 if pack.is_causal else -1
     bounds = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
-    return varlen_attn(q, k, v, *bounds, scale=pack.scale, window_size=(left, 0), **grouped)
+    return varlen_attn(q, k, v, *bounds, scale=pack.scale, window_size=(left, right), **grouped)
 
 
 def _causal_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -152,5 +203,54 @@ def _causal_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
     return causal if window is None else causal & (distance < window)
 
 
+# --- masks ------------------------------------------------------------------------------------------------
+
+_packing: ContextVar[Pack | None] = ContextVar("packing", default=None)
+
+
+@contextlib.contextmanager
+def packing(cu_seqlens: torch.Tensor, max_seqlen: int) -> Iterator[None]:
+    """While a model's forward makes its masks: the row is a pack."""
+    token = _packing.set(Pack(cu_seqlens, max_seqlen))
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def packed_mask(*args: Any, mask_function: Any = causal_mask_function, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask interface: its own SDPA mask, but inside ``packing`` None or one that we apply.
+
+    None if a token may see all before it in its document: ``omnilmm_attention`` does that without a mask.
+    Otherwise bool ``[1, 1, T, T]``, quadratic memory.
+    """
+    pack = _packing.get()
+    if pack is None:
+        return sdpa_mask(*args, mask_function=mask_function, **kwargs)
+    if _is_only_causal(mask_function, pack.max_seqlen):
+        return None
+    positions = torch.arange(kwargs["q_length"], device=pack.cu_seqlens.device)
+    document = torch.bucketize(positions, pack.cu_seqlens[1:], right=True)
+
+    def same_document(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        return document[query] == document[key]
+
+    kwargs |= {"attention_mask": None, "allow_is_causal_skip": False}
+    return sdpa_mask(*args, mask_function=and_masks(mask_function, same_document), **kwargs)
+
+
+def _is_only_causal(mask_function: Any, longest: int | None) -> bool:
+    """Is it the causal mask, maybe within a window that no document of the pack leaves?"""
+    if mask_function is causal_mask_function:
+        return True
+    inside = inspect.getclosurevars(mask_function).nonlocals
+    if mask_function.__qualname__.startswith("sliding_window_overlay."):
+        return longest is not None and longest <= inside["sliding_window"]
+    if mask_function.__qualname__.startswith("and_masks."):
+        return all(_is_only_causal(each, longest) for each in inside["mask_functions"])
+    return False
+
+
 AttentionInterface.register(NAME, omnilmm_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # for padded batches and the cache
+AttentionMaskInterface.register(NAME, packed_mask)  # padded batches and the cache: as sdpa
+AttentionInterface.register(TOWER_NAME, tower_attention)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Mode = Literal["none", "selective", "full"]
 
@@ -33,10 +34,24 @@ KEPT_OPS = {
 }
 
 
+def blocks_of(module: nn.Module, *, without: nn.Module | None = None) -> list[nn.Module]:
+    """The blocks of a tower or decoder, in order; those of the module ``without`` inside it do not count.
+
+    transformers marks them by their class. A timm tower has a list of them, in which one may be dropped.
+    """
+    outside = set(without.modules()) if without is not None else set()
+    marked = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
+    marked = [each for each in marked if each not in outside]
+    if marked:
+        return marked
+    lists = [each for each in module.modules() if hasattr(each, "blocks")]
+    return [block for block in lists[0].blocks if not isinstance(block, nn.Identity)] if lists else []
+
+
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks of tower and language model in the order of the forward pass, without the dropped one."""
-    tower = [block for block in model.model.vision_tower.blocks if not isinstance(block, nn.Identity)]
-    return [*tower, *model.model.layers]
+    """Blocks of tower and language model in the order of the forward pass, without a dropped one."""
+    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+    return [*blocks_of(tower), *blocks_of(decoder, without=tower)]
 
 
 def checkpoint_blocks(model: nn.Module, mode: Mode) -> None:

@@ -36,7 +36,7 @@ class OmniLMMConfig(MistralConfig):
     slicing: dict[str, Any] | None = None  # how the training data cut large pictures (omnidata.images.slices)
     image_fit: str = "squash"  # squash | center_crop: how a picture becomes that square
     end_of_turn: list[int] | None = None  # ids that end an assistant's turn in the training data
-    frozen: list[str] | None = None  # omnimodel.freezing components, frozen again after every load
+    frozen: list[str] | None = None  # omnimodel.parts, frozen again after every load
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_kwargs = dict(self.vision_kwargs or {})

@@ -11,6 +11,8 @@ are alive at a time, and the gradients of hidden states and weight are ready whe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -109,17 +111,46 @@ def _minus_one_hot(probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return probs.scatter_add_(1, labels[:, None], probs.new_full((1, 1), -1.0).expand(probs.shape[0], 1))
 
 
+class LogitScale(NamedTuple):
+    """What some models do to logits behind their head."""
+
+    scale: float = 1.0
+    cap: float | None = None  # cap * tanh(logits / cap), after scaling
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as the loss takes them."""
+        logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
 def summed_loss(
-    lm_head: nn.Module, hidden_ND: torch.Tensor, labels_N: torch.Tensor, *, chunk_rows: int = CHUNK_ROWS
+    lm_head: nn.Module,
+    hidden_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    scale: LogitScale | None = None,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> torch.Tensor:
-    """Sum of cross-entropies, float32, through a LossHead or what LoRA or resizing put in its place."""
+    """Sum of cross-entropies, float32, through a LossHead or any other head, chunk by chunk.
+
+    Args:
+        lm_head: OmniLMM's, another model's, or what LoRA or resizing put in its place.
+        hidden_ND: of the supervised rows.
+        labels_N: int64.
+        scale: of the logits, if the model has one.
+        chunk_rows: rows of logits alive at a time.
+    """
     if isinstance(lm_head, LossHead):
         return lm_head(hidden_ND, labels_N)
+    # Without any row the head is called all the same: sharded ranks meet in it.
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for rows, labels in zip(hidden_ND.split(chunk_rows), labels_N.split(chunk_rows), strict=True):
-        total = total + checkpoint(_head_loss, lm_head, rows, labels, use_reentrant=False)
+        total = total + checkpoint(_head_loss, lm_head, rows, labels, scale, use_reentrant=False)
     return total
 
 
-def _head_loss(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(lm_head(hidden).float(), labels, reduction="sum")
+def _head_loss(
+    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, scale: LogitScale | None
+) -> torch.Tensor:
+    logits = lm_head(hidden).float()
+    return F.cross_entropy(logits if scale is None else scale(logits), labels, reduction="sum")

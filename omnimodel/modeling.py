@@ -26,7 +26,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from omnimodel import attention, loss, vision
 from omnimodel.config import OmniLMMConfig
-from omnimodel.freezing import freeze
+from omnimodel.parts import freeze
 from omnimodel.resampler import Resampler
 
 Images = torch.Tensor | list[torch.Tensor]
@@ -43,6 +43,7 @@ class _OmniLMM:
     """
 
     config_class = OmniLMMConfig
+    connector_name = "resampler"  # among omnimodel.parts
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

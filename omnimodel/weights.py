@@ -28,8 +28,8 @@ from transformers import AutoConfig, MistralForCausalLM
 
 from omnimodel import vision
 from omnimodel.config import EVA02_E, OmniLMMConfig
-from omnimodel.freezing import component
 from omnimodel.modeling import OmniLMMForCausalLM
+from omnimodel.parts import Parts
 
 # In the order of their ids behind the language model's own vocabulary.
 NEW_TOKENS = (
@@ -91,7 +91,7 @@ def assemble(
     state = language | tower | _resampler_weights(model, dtype)
     model.load_state_dict(state, assign=True, strict=True)
     model.save_pretrained(out)
-    return _report(state, new_rows, dropped, token_ids)
+    return _report(model, state, new_rows, dropped, token_ids)
 
 
 def _refuse_filled(out: Path) -> None:
@@ -212,11 +212,15 @@ def _resampler_weights(model: OmniLMMForCausalLM, dtype: torch.dtype) -> Tensors
 
 
 def _report(
-    state: Tensors, new_rows: list[int], dropped: list[str], token_ids: dict[str, int]
+    model: OmniLMMForCausalLM,
+    state: Tensors,
+    new_rows: list[int],
+    dropped: list[str],
+    token_ids: dict[str, int],
 ) -> dict[str, Any]:
-    counts: dict[str, int] = {}
+    parts, counts = Parts(model), {}
     for name, tensor in state.items():
-        counts[component(name)] = counts.get(component(name), 0) + tensor.numel()
+        counts[parts.of(name)] = counts.get(parts.of(name), 0) + tensor.numel()
     return {
         "parameters": counts | {"total": sum(counts.values())},
         "new_token_ids": token_ids,

@@ -1,7 +1,7 @@
 """Datasets for a recipe: opened, checked against each other and the model, and fed to a device.
 
 recipe.data ──open_datasets──▶ Dataset … ──mismatches──▶ one message, before any model work
-Microbatch (CPU) ──model_inputs──▶ keyword arguments of OmniLMMForCausalLM.forward
+Microbatch (CPU) ──model_inputs──▶ keyword arguments of the model's forward
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMConfig
 from pipelines.config import DatasetConfig, Recipe
 from pipelines.parallel import World, to_device
+from pipelines.processor_model import processor_config, processor_mismatches
 
 IMAGE_TOKEN_FIELDS = {"im_patch_token": IM_PATCH, "im_start_token": IM_START, "im_end_token": IM_END}
 SENTENCE_TOKEN_FIELDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad"}
@@ -37,23 +38,30 @@ def open_datasets(configs: Sequence[DatasetConfig]) -> list[Dataset]:
             datasets.append(Dataset(config.path, config.split))
         except UserError as error:
             problems.append(str(error))
-    problems += [
-        f"{dataset.path} was built for {dataset.manifest.profile['processor']} (--model); train.py trains "
-        "OmniLMM. Take its packs with omnidata.loader.PackLoader, or build with --tokenizer"
-        for dataset in datasets
-        if not dataset.manifest.is_omnilmm
-    ]
+    kinds = {dataset.path: _profile_name(dataset.manifest) for dataset in datasets}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{path}: {kind}" for path, kind in kinds.items())
+        problems.append(
+            f"the datasets were built for different models ({found}): build them with one --model"
+        )
     if problems:
         raise UserError("\n  ".join(dict.fromkeys(problems)))
     return datasets
 
 
-def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
-    """The configuration of the model to train.
+def _profile_name(manifest: Manifest) -> str:
+    return "OmniLMM" if manifest.is_omnilmm else manifest.profile["processor"]
 
-    A model with random weights takes from the dataset what its recipe leaves open: the vocabulary, the ids of
-    the special tokens and num_query.
+
+def model_config(recipe: Recipe, dataset: Dataset) -> Any:
+    """The configuration of the model to train: OmniLMM's, or that of the class whose processor built it.
+
+    An OmniLMM with random weights takes from the dataset what its recipe leaves open: the vocabulary, the ids
+    of the special tokens and num_query.
     """
+    manifest = dataset.manifest
+    if not manifest.is_omnilmm:
+        return processor_config(recipe, dataset)
     from_data: dict[str, Any] = {"end_of_turn": manifest.end_of_turn}
     image_fit = {"image_fit": manifest.settings.get("image_fit", "squash")}
     if recipe.model.path is not None:
@@ -75,25 +83,24 @@ def model_config(recipe: Recipe, manifest: Manifest) -> OmniLMMConfig:
     return OmniLMMConfig(**(from_data | recipe.model.config))
 
 
-def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: OmniLMMConfig) -> None:
+def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: Any) -> None:
     """UserError that lists everything in which datasets, model and recipe do not fit."""
-    problems = [line for dataset in datasets for line in _dataset_mismatches(dataset, datasets[0], config)]
-    problems += _slicing_mismatches(datasets, config)
-    if recipe.model.path is not None:
-        problems += _tokenizer_mismatches(recipe.model.path, datasets[0])
-    if recipe.model.config is not None:
-        unknown = set(recipe.model.config) - set(OmniLMMConfig().to_dict())
-        problems += [f"model.config.{key}: OmniLMMConfig has no such field" for key in sorted(unknown)]
+    problems = [line for dataset in datasets for line in _other_tokenizer(dataset)]
+    if datasets[0].manifest.is_omnilmm:
+        problems += _omnilmm_mismatches(recipe, datasets, config)
+    else:
+        problems += processor_mismatches(recipe, datasets, config)
     problems += _missing_packages(recipe)
     if problems:
         raise UserError(
             "the recipe, its datasets and its model do not fit:\n  "
             + "\n  ".join(dict.fromkeys(problems))
-            + "\nBuild the dataset with the model's tokenizer and num_query, or train another model on it."
+            + "\nBuild the dataset with the model's tokenizer and num_query (or its --model), or train "
+            "another model on it."
         )
 
 
-def _dataset_mismatches(dataset: Dataset, first: Dataset, config: OmniLMMConfig) -> Iterator[str]:
+def _other_tokenizer(dataset: Dataset) -> Iterator[str]:
     name, manifest = dataset.path, dataset.manifest
     measured = fingerprint(load_tokenizer(dataset.tokenizer_dir))
     if measured != manifest.tokenizer_fingerprint:
@@ -101,6 +108,21 @@ def _dataset_mismatches(dataset: Dataset, first: Dataset, config: OmniLMMConfig)
             f"{name}: its tokenizer folder now tokenizes differently ({measured[:12]}) from when the dataset "
             f"was built ({manifest.tokenizer_fingerprint[:12]}); this transformers may load it differently"
         )
+
+
+def _omnilmm_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: OmniLMMConfig) -> Iterator[str]:
+    for dataset in datasets:
+        yield from _dataset_mismatches(dataset, datasets[0], config)
+    yield from _slicing_mismatches(datasets, config)
+    if recipe.model.path is not None:
+        yield from _tokenizer_mismatches(recipe.model.path, datasets[0])
+    if recipe.model.config is not None:
+        unknown = set(recipe.model.config) - set(OmniLMMConfig().to_dict())
+        yield from (f"model.config.{key}: OmniLMMConfig has no such field" for key in sorted(unknown))
+
+
+def _dataset_mismatches(dataset: Dataset, first: Dataset, config: OmniLMMConfig) -> Iterator[str]:
+    name, manifest = dataset.path, dataset.manifest
     for field in ("tokenizer_fingerprint", "chat_template_fingerprint"):
         mine, other = getattr(manifest, field), getattr(first.manifest, field)
         if mine != other:
@@ -229,7 +251,7 @@ def tail_of_epoch(recipe: Recipe, world: World, num_packs: int) -> Iterator[str]
 # --- loading ----------------------------------------------------------------------------------------------
 
 
-def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader:
+def train_loader(recipe: Recipe, world: World, config: Any) -> PackLoader:
     """Microbatches of this rank, for as many epochs as the recipe asks."""
     return PackLoader(
         [asdict(config) for config in recipe.data.train],
@@ -238,21 +260,22 @@ def train_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader
         worker_timeout=recipe.data.worker_timeout,
         tail=recipe.data.tail,
         augment=recipe.data.augment,
-        **_shared_settings(recipe, world, image_size),
+        **_shared_settings(recipe, world, config),
     )
 
 
-def val_loader(recipe: Recipe, world: World, *, image_size: int) -> PackLoader:
+def val_loader(recipe: Recipe, world: World, config: Any) -> PackLoader:
     """One pass over the validation data, the same at every evaluation."""
     return PackLoader(
         [asdict(config) for config in recipe.data.val],
         num_epochs=1,
         tail="pad",
-        **_shared_settings(recipe, world, image_size),
+        **_shared_settings(recipe, world, config),
     )
 
 
-def _shared_settings(recipe: Recipe, world: World, image_size: int) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe, world: World, config: Any) -> dict[str, Any]:
+    is_omnilmm = isinstance(config, OmniLMMConfig)
     return {
         "global_batch": recipe.data.global_batch,
         "max_tokens": recipe.data.max_tokens,
@@ -264,23 +287,28 @@ def _shared_settings(recipe: Recipe, world: World, image_size: int) -> dict[str,
         "seed": recipe.run.seed,
         "rank": world.rank,
         "world_size": world.size,
-        "image_size": image_size,
+        "image_size": config.image_size if is_omnilmm else None,
+        "dummy_picture": not is_omnilmm,  # OmniLMM sees to that itself
         "pin_memory": world.device.type == "cuda",
     }
 
 
 def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the model's forward; the copies to a GPU do not wait."""
-    return {
+    inputs = {
         "input_ids": to_device(microbatch.input_ids, device)[None],
-        "position_ids": to_device(microbatch.position_ids, device)[None],
+        "position_ids": to_device(microbatch.position_ids, device).unsqueeze(-2),  # [1, T] or [4, 1, T]
         "shift_labels": to_device(microbatch.labels, device)[None],
         "cu_seqlens": to_device(microbatch.cu_seqlens, device),
         "max_seqlen": microbatch.max_seqlen,
-        "pixel_values": to_device(microbatch.images, device) if len(microbatch.images) else None,
         "num_supervised_tokens": microbatch.num_supervised_tokens,
         "num_supervised_rows": num_supervised(microbatch),
     }
+    if not isinstance(microbatch.images, dict):
+        has_images = len(microbatch.images) > 0
+        return inputs | {"pixel_values": to_device(microbatch.images, device) if has_images else None}
+    inputs |= {name: to_device(tensor, device) for name, tensor in microbatch.images.items()}
+    return inputs | {"token_type_ids": to_device(microbatch.token_type_ids, device)[None]}
 
 
 def num_supervised(microbatch: Microbatch) -> int:

@@ -31,16 +31,20 @@ import transformers
 
 from omnidata import Dataset
 from omnidata.images.slices import slicing_of
+from omnidata.profiles.fingerprint import check_fingerprint
+from omnidata.profiles.opening import processor_folder
 from omnidata.schema import UserError
-from omnidata.text.tokenizer import fingerprint, load_tokenizer
-from omnimodel import OmniLMMForCausalLM
+from omnidata.text.tokenizer import fingerprint
+from omnimodel.packed import class_for, config_of
 from pipelines.config import Recipe
 from pipelines.data import model_inputs, open_datasets, val_loader
 from pipelines.ema import Ema
 from pipelines.model import BuiltModel
 from pipelines.parallel import World, compute_dtype
+from pipelines.prompts import ProcessorPrompts, prompts_for
 from pipelines.questions import (
     Answer,
+    Prompts,
     Question,
     answer_questions,
     answer_share,
@@ -78,7 +82,7 @@ class Evaluation:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean loss over the supervised tokens of the first ``num_batches`` packs."""
-        loader = val_loader(self.recipe, self.world, image_size=self.model.config.image_size)
+        loader = val_loader(self.recipe, self.world, self.model.config)
         num_steps = math.ceil(self.recipe.eval.num_batches / self.recipe.data.global_batch)
         total, tokens, seen = 0.0, 0, set()
         self.model.eval()
@@ -96,24 +100,24 @@ class Evaluation:
     def answers(self) -> dict[str, float]:
         """Exact match and F1 of generated answers, which the ranks share."""
         if self._questions is None:
-            self._questions, self._tokenizer = self._read_questions()
+            self._questions = self._read_questions()
         world = self.world
         with compute_dtype(self.recipe, world):
-            answers = answer_share(self.model, self._tokenizer, self._questions, world)
+            answers = answer_share(self._prompts, self._questions, world)
         exact, f1, count = world.sum(
             [sum(answer.is_exact for answer in answers), sum(answer.f1 for answer in answers), len(answers)]
         )
         return {"val_accuracy": exact / count, "val_f1": f1 / count} if count else {}
 
-    def _read_questions(self) -> tuple[list[Question], Any]:
+    def _read_questions(self) -> list[Question]:
         datasets = open_datasets(self.recipe.data.val)
-        config = self.model.config
+        first = datasets[0]
+        folder = first.tokenizer_dir if first.manifest.is_omnilmm else processor_folder(first.path)
+        self._prompts = prompts_for(self.model, folder, first.manifest.profile)
         questions = itertools.chain.from_iterable(
-            questions_of(dataset, end_tokens=config.end_token_ids, start_token=config.im_start_token)
-            for dataset in datasets
+            questions_of(dataset, self._prompts) for dataset in datasets
         )
-        limit = self.recipe.eval.num_questions
-        return list(itertools.islice(questions, limit)), load_tokenizer(datasets[0].tokenizer_dir)
+        return list(itertools.islice(questions, self.recipe.eval.num_questions))
 
 
 # --- the script -------------------------------------------------------------------------------------------
@@ -158,22 +162,9 @@ def _parser() -> argparse.ArgumentParser:
 def evaluate(options: argparse.Namespace) -> dict[str, float | int]:
     """The figures of one model on one dataset."""
     dataset = Dataset(options.data, options.split)
-    model, tokenizer = load_for_answers(options.model, device=options.device, dtype=options.dtype)
-    if fingerprint(tokenizer) != dataset.manifest.tokenizer_fingerprint:
-        raise UserError(f"{options.model} and {dataset.path} have tokenizers that tokenize differently")
-    config = model.config
-    trained, cut = slicing_of(config.slicing), slicing_of(dataset.manifest.settings)
-    if dataset.manifest.num_images and trained != cut:
-        raise UserError(
-            f"{dataset.path} cuts pictures as {cut and cut.to_json()}, but {options.model} was trained with "
-            f"{config.slicing}: build the dataset with the model's --max-slices, --slice-size, --slice-tokens"
-        )
-    found = questions_of(
-        dataset,
-        end_tokens=config.end_token_ids,
-        start_token=config.im_start_token,
-        with_text_only=options.text_only,
-    )
+    prompts = load_for_answers(options.model, device=options.device, dtype=options.dtype)
+    refuse_other_data(prompts, dataset, options.model)
+    found = questions_of(dataset, prompts, with_text_only=options.text_only)
     questions = list(itertools.islice(found, options.limit))
     if not questions:
         raise UserError(
@@ -185,9 +176,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, float | int]:
         if options.swap_images:
             passes["accuracy_swapped"] = with_swapped_images(questions)
         for name, asked in passes.items():
-            answers = answer_questions(model, tokenizer, asked, batch_size=options.batch_size)
+            answers = answer_questions(prompts, asked, batch_size=options.batch_size)
             report[name] = round(sum(answer.is_exact for answer in answers) / len(answers), 4)
             f1 = sum(answer.f1 for answer in answers) / len(answers)
+            if len(asked) < len(questions):
+                report["num_swapped"] = len(asked)  # the others' pictures have no other of as many tokens
             print(f"{name} {report[name]:.1%} of {len(answers)} questions, word F1 {f1:.1%}", file=sys.stderr)
             for answer in answers if file else ():
                 file.write(json.dumps(_line(answer, name), ensure_ascii=False) + "\n")
@@ -208,16 +201,39 @@ def _line(answer: Answer, figure: str) -> dict[str, Any]:
     }
 
 
-def load_for_answers(folder: str, *, device: str, dtype: str) -> tuple[OmniLMMForCausalLM, Any]:
-    """A trained model and its tokenizer, ready to generate."""
+def refuse_other_data(prompts: Prompts, dataset: Dataset, folder: str) -> None:
+    """UserError for a dataset whose prompts are not those that the model was trained on."""
+    manifest = dataset.manifest
+    if fingerprint(prompts.tokenizer) != manifest.tokenizer_fingerprint:
+        raise UserError(f"{folder} and {dataset.path} have tokenizers that tokenize differently")
+    if isinstance(prompts, ProcessorPrompts) == manifest.is_omnilmm:
+        built = "OmniLMM" if manifest.is_omnilmm else manifest.profile["processor"]
+        raise UserError(f"{dataset.path} was built for {built}, but {folder} is another kind of model")
+    if isinstance(prompts, ProcessorPrompts):
+        check_fingerprint(prompts.profile, manifest.profile["fingerprint"], where=dataset.path)
+        return
+    slicing = prompts.model.config.slicing
+    trained, cut = slicing_of(slicing), slicing_of(manifest.settings)
+    if manifest.num_images and trained != cut:
+        raise UserError(
+            f"{dataset.path} cuts pictures as {cut and cut.to_json()}, but {folder} was trained with "
+            f"{slicing}: build the dataset with the model's --max-slices, --slice-size, --slice-tokens"
+        )
+
+
+def load_for_answers(folder: str, *, device: str, dtype: str) -> Prompts:
+    """A trained model with its prompts, ready to generate."""
     if not (Path(folder) / "config.json").exists():
         raise UserError(
             f"{folder} is no model folder: it has no config.json (a finished run writes RUN/final)"
         )
-    tokenizer = load_tokenizer(folder)
     transformers.utils.logging.disable_progress_bar()
-    model = OmniLMMForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), tokenizer
+    try:
+        config = config_of(folder)
+        model = class_for(config).from_pretrained(folder, config=config, dtype=getattr(torch, dtype))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: {error}") from error
+    return prompts_for(model.to(device).eval(), folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """RUN/final: a folder that from_pretrained loads, with the tokenizer of the data and a card that says whence.
 
     final/config.json  model.safetensors  tokenizer.json …  README.md  recipe.yaml
+    and of any class but OmniLMM the processor's files, so that AutoProcessor opens the folder, too
 
 Adapters are merged into the weights. A bfloat16 run is saved in bfloat16. The folder appears under its name
 when it is whole. RUN/final-ema beside it holds the running mean of the weights, if optim.ema
@@ -16,6 +17,7 @@ kept one. Training writes them at its end; from any checkpoint of a run they are
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -31,25 +33,29 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from omnidata import Dataset
 from omnidata.durable import Store
-from omnidata.schema import TOKENIZER_DIR, UserError
+from omnidata.schema import PROCESSOR_DIR, TOKENIZER_DIR, UserError
 from omnimodel import OmniLMMForCausalLM
+from omnimodel.packed import is_packed
+from pipelines.card import card
 from pipelines.checkpoint import RECIPE, TRAINER
 from pipelines.checkpoint_reader import CheckpointReader
 from pipelines.checksums import verify
-from pipelines.config import DatasetConfig, Recipe, load_recipe, to_yaml
+from pipelines.config import Recipe, load_recipe, to_yaml
 from pipelines.data import model_config, open_datasets, slicing_config
 from pipelines.lora import is_adapter, merged, peft_config
-from pipelines.model import choose_trainable, new_model
+from pipelines.model import choose_trainable, load_model, new_model
 from pipelines.parallel import DTYPES, World
+from pipelines.prompts import PROFILE
 
 
 def export(
-    model: OmniLMMForCausalLM,
+    model: nn.Module,
     recipe: Recipe,
     datasets: Sequence[Dataset],
     world: World,
@@ -92,7 +98,7 @@ def gathered(
 
 
 def write(
-    model: OmniLMMForCausalLM,
+    model: nn.Module,
     state: dict[str, torch.Tensor],
     recipe: Recipe,
     datasets: Sequence[Dataset],
@@ -104,9 +110,12 @@ def write(
     """The folder of a model whose weights, adapters merged, are ``state``; ``text`` is its card."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.config.slicing = slicing_config(datasets)  # pictures of questions must be cut like these
-    _save_model(model, state, temporary, dtype=DTYPES[dtype])
-    _copy_tokenizer(datasets[0], temporary)
+    if is_packed(model):
+        _save_packed(model, state, datasets[0], temporary, dtype=DTYPES[dtype])
+    else:
+        model.config.slicing = slicing_config(datasets)  # pictures of questions must be cut like these
+        _save_model(model, state, temporary, dtype=DTYPES[dtype])
+        _copy_folder(datasets[0], TOKENIZER_DIR, temporary)
     (temporary / "recipe.yaml").write_text(to_yaml(recipe))
     (temporary / "README.md").write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
@@ -127,91 +136,35 @@ def _save_model(
     clean.save_pretrained(folder)
 
 
-def _copy_tokenizer(dataset: Dataset, folder: Path) -> None:
-    """File by file: loading and saving a tokenizer can change it."""
-    source = Path(Store(dataset.path).local_copy(TOKENIZER_DIR))
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+def _save_packed(
+    model: nn.Module, state: dict[str, torch.Tensor], dataset: Dataset, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """As the class's own ``save_pretrained`` does, and the processor beside it."""
+    _copy_folder(dataset, PROCESSOR_DIR, folder)  # its config.json is the base model's, and written over
+    (folder / PROFILE).write_text(json.dumps(dataset.manifest.profile, indent=1))  # arguments of its calls
+    with torch.device("meta"):
+        clean = model.original(type(model.config).from_dict(model.config.to_dict()))
+    tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+    clean.load_state_dict(tensors, assign=True)
+    clean.tie_weights()
+    clean.config.dtype = dtype
+    clean.generation_config = copy.deepcopy(model.generation_config)
+    clean.generation_config.eos_token_id = end_tokens(model, dataset)  # where a reply ends, in any tool
+    clean.generation_config._from_model_config = False  # or a load would derive it anew
+    transformers.utils.logging.disable_progress_bar()
+    clean.save_pretrained(folder)
 
 
-def _share(config: DatasetConfig) -> str:
-    return f"{config.epochs or 1:g} epochs" if config.weight is None else f"weight {config.weight:g}"
+def end_tokens(model: nn.Module, dataset: Dataset) -> list[int]:
+    """Ids that end a reply: of the training data, and those that the model had."""
+    had = model.generation_config.eos_token_id
+    had = had if isinstance(had, list) else [] if had is None else [had]
+    return list(dict.fromkeys([*dataset.manifest.end_of_turn, *had]))
 
 
-def card(
-    recipe: Recipe,
-    datasets: Sequence[Dataset],
-    *,
-    step: int,
-    best: tuple[float, int] | None,
-    is_mean: bool = False,
-) -> str:
-    """The model card; ``is_mean``: of the weights' running mean."""
-    configs = [*recipe.data.train, *recipe.data.val]
-    rows = [
-        f"| {c.path} | {c.split} | {_share(c)} | {len(d):,} | `{d.digest}` |"
-        for c, d in zip(configs, datasets, strict=True)
-    ]
-    return "\n".join(
-        [
-            f"# {Path(recipe.run.dir).name}",
-            "",
-            f"An OmniLMM vision-language model, trained for {step} steps. "
-            + _validation(recipe, step=step, best=best, is_mean=is_mean),
-            *_which_weights(recipe, is_mean=is_mean),
-            "",
-            "```python",
-            "import omnimodel  # tells transformers of the class",
-            "from transformers import AutoModelForCausalLM",
-            'model = AutoModelForCausalLM.from_pretrained("this folder")',
-            "```",
-            "",
-            "## Data",
-            "",
-            "| dataset | split | share | samples | digest |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            f"Tokenizer fingerprint `{datasets[0].manifest.tokenizer_fingerprint}`.",
-            f"A reply ends with one of the ids {datasets[0].manifest.end_of_turn}.",
-            "",
-            "## Recipe",
-            "",
-            "```yaml",
-            to_yaml(recipe).rstrip(),
-            "```",
-            "",
-        ]
-    )
-
-
-def _validation(recipe: Recipe, *, step: int, best: tuple[float, int] | None, is_mean: bool) -> str:
-    """Which loss is whose: ``best`` is of the weights themselves, at the step at which it was lowest."""
-    if best is None:
-        return "No validation data."
-    told = f"Lowest validation loss {best[0]:.4f}, after step {best[1]}"
-    command = f"python pipelines/export.py {recipe.run.dir} --step best"
-    if is_mean:
-        return f"{told}, of the weights themselves; the mean's are `val_loss_ema` in `metrics.jsonl`."
-    if best[1] == step:
-        return f"{told}."
-    return (
-        f"{told}; these weights are those of step {step}. `{command}` writes those of step {best[1]}, if its "
-        "checkpoint was kept."
-    )
-
-
-def _which_weights(recipe: Recipe, *, is_mean: bool) -> list[str]:
-    """Lines of the card of a run that kept both."""
-    if not recipe.optim.ema:
-        return []
-    mean = f"the running mean of the weights (`optim.ema: {recipe.optim.ema}`)"
-    command = f"python pipelines/export.py {recipe.run.dir}"
-    if is_mean:
-        return ["", f"These are {mean}. `{command}` writes the weights themselves."]
-    return [
-        "",
-        f"These are the weights themselves, not {mean}; `{command} --ema` writes that.",
-    ]
+def _copy_folder(dataset: Dataset, name: str, folder: Path) -> None:
+    """File by file: loading and saving a tokenizer or processor can change it."""
+    shutil.copytree(Path(Store(dataset.path).local_copy(name)), folder, dirs_exist_ok=True)
 
 
 # --- from a checkpoint ------------------------------------------------------------------------------------
@@ -244,18 +197,18 @@ def find_checkpoint(run: Path, step: str) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / TRAINER).read_text())
 
 
-def restore(
-    folder: Path, recipe: Recipe, datasets: Sequence[Dataset], *, is_mean: bool
-) -> OmniLMMForCausalLM:
+def restore(folder: Path, recipe: Recipe, datasets: Sequence[Dataset], *, is_mean: bool) -> nn.Module:
     """The model of a checkpoint, in this process's memory, adapters apart; its mean instead if asked."""
-    config = model_config(recipe, datasets[0].manifest)
-    if recipe.model.path is None:
-        model = new_model(config)
-    else:  # what was frozen is not in the checkpoint
-        model = OmniLMMForCausalLM.from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
+    config = model_config(recipe, datasets[0])
+    # What was frozen is not in the checkpoint, but in model.path.
+    model = new_model(config) if recipe.model.path is None else load_model(recipe, config)
     choose_trainable(model, recipe)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict()
+    reader = CheckpointReader(folder)
+    held = reader.read_metadata().state_dict_metadata
+    # So are parameters that take no part in the loss, which training froze when it had asked the model.
+    trained = {name for name in trained if f"model.{name}" in held}
     if recipe.model.path is not None:
         state = {name: tensor for name, tensor in state.items() if name in trained}
     wanted = {"model": state}
@@ -263,15 +216,13 @@ def restore(
         wanted["ema"] = {name: p.detach() for name, p in model.named_parameters() if name in trained}
         shared = {tensor.data_ptr() for tensor in wanted["ema"].values()}
         wanted["model"] = {name: x for name, x in state.items() if x.data_ptr() not in shared}
-    reader = CheckpointReader(folder)
-    held = reader.read_metadata().state_dict_metadata
     if is_mean and not any(name.startswith("ema.") for name in held):
         raise UserError(f"checkpoint {folder} has no running mean of the weights: its run had no optim.ema")
     dcp.load(wanted, storage_reader=reader, no_dist=True)
     return model
 
 
-def export_adapters(model: OmniLMMForCausalLM, recipe: Recipe, folder: Path) -> None:
+def export_adapters(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     """The adapters alone, in peft's own layout."""
     if recipe.model.lora is None:
         raise UserError("the run has no adapters (model.lora)")

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from omnidata.inspect.cost import GPUS, ModelShape, image_flops, token_flops
 from omnidata.loader.microbatch import Microbatch
-from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
-from omnimodel.freezing import component
+from omnimodel import OmniLMMConfig
+from omnimodel.packed import is_packed
+from omnimodel.parts import Parts
 from pipelines.data import num_supervised
+from pipelines.processor_flops import ProcessorFlopCount, count_processor_flops
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,14 @@ class FlopCount:
         return tokens + self.head_flops * supervised + self.image_flops * images
 
 
-def count_flops(model: OmniLMMForCausalLM) -> FlopCount:
+def count_flops(model: nn.Module) -> FlopCount | ProcessorFlopCount:
     """Read shapes and ``requires_grad`` off a model, before anything is wrapped or sharded."""
+    passes = _passes(Parts(model))
+    if is_packed(model):
+        return count_processor_flops(model, passes)
     config, tower = model.config, model.model.vision_tower
-    trained = {component(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     shape = model_shape(config, tower)
     resampler = _resampler_flops(config, shape)
-    passes = _passes(trained)
     one_image = (
         image_flops(shape, config.image_size) * passes["vision_tower"] + resampler * passes["resampler"]
     )
@@ -59,12 +63,15 @@ def count_flops(model: OmniLMMForCausalLM) -> FlopCount:
     )
 
 
-def _passes(trained: set[str]) -> dict[str, int]:
-    """1, 2 or 3 for each component, in the order of the forward pass."""
+def _passes(parts: Parts) -> dict[str, int]:
+    """1, 2 or 3 for each part, in the order of the forward pass."""
     passes, upstream = {}, False
-    for name in ("vision_tower", "resampler", "embeddings", "language_model", "lm_head"):
-        passes[name] = 3 if name in trained else 2 if upstream else 1
-        upstream = upstream or name in trained
+    for name in ("vision_tower", parts.connector_name, "embeddings", "language_model", "lm_head"):
+        is_trained = not parts.is_frozen(
+            "embeddings" if name == "lm_head" and not parts.parameters(name) else name
+        )
+        passes[name] = 3 if is_trained else 2 if upstream else 1
+        upstream = upstream or is_trained
     return passes
 
 

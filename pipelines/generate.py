@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,11 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 
 import torch
 
-from omnidata.conversation import to_conversation, with_grids
-from omnidata.images.slices import Picture, Slicing, read_picture, slicing_of
-from omnidata.render import Renderer
-from omnidata.schema import Conversation, Record, RejectError, UserError
-from omnimodel import OmniLMMForCausalLM
+from omnidata.schema import UserError
 from omnimodel.modeling import SAMPLING
 from pipelines.evaluate import load_for_answers
-from pipelines.questions import pixels, until
-
-Turns = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …]
+from pipelines.prompts import Turns
+from pipelines.questions import Prompts, until
 
 
 @dataclass(frozen=True)
@@ -49,67 +44,27 @@ class Ask:
 
 
 class Answerer:
-    """A model, its tokenizer and how to sample."""
+    """A model with its prompts, and how to sample."""
 
-    def __init__(self, model: OmniLMMForCausalLM, tokenizer: Any, *, sampling: dict[str, Any]) -> None:
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.slicing = slicing_of(model.config.slicing)
-        self.renderer = Renderer(
-            tokenizer,
-            num_query=model.config.num_query,
-            slice_tokens=self.slicing and self.slicing.slice_tokens,
-        )
-
-    def prompt(self, turns: Turns, images: Sequence[str]) -> tuple[torch.Tensor, list[bytes]]:
-        """Ids int64 ``[1, T]`` and the stored images of their blocks, both as a dataset would hold them."""
-        conversation = prompt_conversation(turns, images)
-        pictures = [read_image(image.path, slicing=self.slicing) for image in conversation.images]
-        conversation = with_grids(conversation, [picture.grid for picture in pictures])
-        ids = torch.from_numpy(self.renderer.render_prompt(conversation)).long()[None]
-        return ids, [image.data for picture in pictures for image in picture.images]
+    def __init__(self, prompts: Prompts, *, sampling: dict[str, Any]) -> None:
+        self.prompts, self.sampling = prompts, sampling
 
     @torch.inference_mode()
     def reply(self, turns: Turns, images: Sequence[str], *, stream: bool = False) -> str:
         """The assistant's next words; with ``stream`` they also appear on the terminal as they come."""
         from transformers import TextStreamer
 
-        ids, stored = self.prompt(turns, images)
-        stack = [pixels(data, self.model.config) for data in stored]
-        config = self.model.config
-        output = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=torch.ones_like(ids).to(self.model.device),
-            pixel_values=torch.stack(stack).to(self.model.device) if stack else None,
-            eos_token_id=config.end_token_ids,
-            pad_token_id=config.pad_token_id if config.pad_token_id is not None else config.end_token_ids[0],
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True) if stream else None,
+        prompts = self.prompts
+        ids, stored = prompts.prompt(turns, images)
+        output = prompts.model.generate(
+            **prompts.inputs([ids], [stored]),
+            eos_token_id=prompts.end_tokens,
+            pad_token_id=prompts.pad,
+            streamer=TextStreamer(prompts.tokenizer, skip_prompt=True) if stream else None,
             **self.sampling,
         )
-        new = output[0, ids.shape[1] :].tolist()
-        return self.tokenizer.decode(until(new, config.end_token_ids)).strip()
-
-
-def prompt_conversation(turns: Turns, images: Sequence[str]) -> Conversation:
-    """Turns that end with a question, as the data pipeline understands them.
-
-    It wants a reply to learn from, so one is added for it and taken off again.
-    """
-    payload = {"messages": [*turns, {"role": "assistant", "content": "-"}], "images": list(images)}
-    try:
-        conversation = to_conversation(Record(source="question", locator="", id="question", payload=payload))
-    except RejectError as error:
-        raise UserError(f"the question cannot be asked: {error}") from error
-    return replace(conversation, messages=conversation.messages[:-1])
-
-
-def read_image(path: str, *, slicing: Slicing | None = None) -> Picture:
-    """A picture file as a shard would hold it."""
-    try:
-        return read_picture(Path(path).read_bytes(), slicing=slicing, policy="keep")
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
-    except RejectError as error:
-        raise UserError(f"image {path}: {error}") from error
+        new = output[0, len(ids) :].tolist()
+        return prompts.tokenizer.decode(until(new, prompts.end_tokens)).strip()
 
 
 def read_questions(options: argparse.Namespace) -> Iterator[Ask]:
@@ -164,8 +119,8 @@ def main(arguments: list[str]) -> int:
         parser.error("give exactly one of --question, --questions and --chat")
     torch.manual_seed(options.seed)
     try:
-        model, tokenizer = load_for_answers(options.model, device=options.device, dtype=options.dtype)
-        answerer = Answerer(model, tokenizer, sampling=_sampling(options))
+        prompts = load_for_answers(options.model, device=options.device, dtype=options.dtype)
+        answerer = Answerer(prompts, sampling=_sampling(options))
         if options.chat:
             chat(answerer, options.image)
         else:

@@ -17,15 +17,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from omnidata.schema import UserError
+from omnimodel.parts import Parts
 from pipelines.config import LoraConfig
 
-BASES = {"language_model": ("model.layers.", "model.norm."), "vision_tower": ("model.vision_tower.",)}
+TARGETS = ("language_model", "vision_tower")
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put adapters into the blocks of the targets and freeze the targets themselves."""
-    if not config.targets or set(config.targets) - BASES.keys():
-        raise UserError(f"model.lora.targets is {config.targets}: name one or both of {', '.join(BASES)}")
+    if not config.targets or set(config.targets) - {*TARGETS}:
+        raise UserError(f"model.lora.targets is {config.targets}: name one or both of {', '.join(TARGETS)}")
     try:
         import peft
     except ImportError:
@@ -33,9 +34,9 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     targets = [name for target in config.targets for name in _matrices(model, target, config)]
     peft.inject_adapter_in_model(_settings(config, targets), model)
-    bases = tuple(prefix for target in config.targets for prefix in BASES[target])
+    parts = Parts(model)
     for name, parameter in model.named_parameters():  # peft has frozen everything but its own
-        is_base = name.startswith(bases)
+        is_base = parts.of(name) in config.targets
         parameter.requires_grad_(is_adapter(name) or (trainable[base_name(name)] and not is_base))
 
 
@@ -56,10 +57,16 @@ def peft_config(model: nn.Module, config: LoraConfig) -> Any:
 
 def _matrices(model: nn.Module, target: str, config: LoraConfig) -> list[str]:
     """Full names of the matrices in the target's blocks that get an adapter."""
-    blocks = {"language_model": "model.layers.", "vision_tower": "model.vision_tower.blocks."}[target]
-    names = []
+    parts, names = Parts(model), []
+    tower = set(parts.tower.modules())
+    inside = {
+        module
+        for block in parts.blocks
+        if (block in tower) == (target == "vision_tower")
+        for module in block.modules()
+    }
     for name, module in model.named_modules():
-        if not name.startswith(blocks):
+        if module not in inside:
             continue
         if hasattr(module, "qkv_bias_separate"):
             # timm's EVA reads this matrix without calling its module, and so without the adapter, unless told

@@ -34,6 +34,7 @@ from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from omnimodel.attention import Pack, varlen_attention
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
+from omnimodel.parts import Parts
 from pipelines.config import Recipe
 from pipelines.model import choose_trainable, new_model
 from pipelines.parallel import DTYPES, World
@@ -370,9 +371,9 @@ class _Sizes:
     largest_trainable_unit: int
 
     @classmethod
-    def of(cls, model: OmniLMMForCausalLM) -> _Sizes:
-        tower = list(model.model.vision_tower.parameters())
-        frozen_tower = not any(p.requires_grad for p in tower)
+    def of(cls, model: nn.Module) -> _Sizes:
+        parts = Parts(model)
+        tower, frozen_tower = parts.parameters("vision_tower"), parts.is_frozen("vision_tower")
         replicated = {id(p) for p in tower} if frozen_tower else set()
         sharded = [p for p in model.parameters() if id(p) not in replicated]
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from omnidata.loader.microbatch import Microbatch
-from omnimodel.freezing import COMPONENTS, component
+from omnimodel.parts import Parts
 from pipelines.config import Recipe, to_dict
 from pipelines.data import num_supervised
-from pipelines.flops import FlopCount, peak_flops
+from pipelines.flops import FlopCount, ProcessorFlopCount, peak_flops
 from pipelines.parallel import World
 
 COUNTS = ("tokens", "supervised_tokens", "images", "samples", "skipped_samples", "flops")  # over all ranks
@@ -39,7 +39,7 @@ COUNTS = ("tokens", "supervised_tokens", "images", "samples", "skipped_samples",
 class StepCounts:
     """What this rank did in one step."""
 
-    flop_count: FlopCount
+    flop_count: FlopCount | ProcessorFlopCount
     started: float = field(default_factory=time.perf_counter)
     wait: float = 0.0  # seconds in which the loader had nothing ready
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
@@ -60,7 +60,7 @@ class StepCounts:
         self.keys += microbatch.keys
         self.totals["tokens"] += microbatch.num_tokens
         self.totals["supervised_tokens"] += num_supervised(microbatch)
-        self.totals["images"] += len(microbatch.images)
+        self.totals["images"] += microbatch.num_images
         self.totals["samples"] += len(microbatch.keys)
         self.totals["skipped_samples"] += microbatch.num_skipped
         self.totals["flops"] += self.flop_count.microbatch(microbatch)
@@ -268,8 +268,9 @@ def parameter_table(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Component, parameters, how many of them learn, dtype, peak learning rate."""
     peaks = {group["component"]: group["peak_lr"] for group in optimizer.param_groups}
     rows = [("component", "parameters", "trainable", "dtype", "peak lr")]
-    for name in COMPONENTS:
-        parameters = [p for full, p in model.named_parameters() if component(full) == name]
+    parts = Parts(model)
+    for name in parts.names:
+        parameters = parts.parameters(name)
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
         peak = f"{peaks[name]:.1e}" if name in peaks else "-"

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from torch import nn
 
 from omnidata.schema import UserError
-from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from omnimodel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
-from omnimodel.freezing import freeze
+from omnimodel.packed import class_for, is_packed
+from omnimodel.parts import Parts, freeze
 from pipelines import lora
 from pipelines.config import Recipe
-from pipelines.flops import FlopCount, count_flops
+from pipelines.flops import FlopCount, ProcessorFlopCount, count_flops
 from pipelines.parallel import DTYPES, World, distribute
 
 
@@ -28,12 +30,12 @@ from pipelines.parallel import DTYPES, World, distribute
 class BuiltModel:
     """A model as the loop needs it."""
 
-    model: OmniLMMForCausalLM  # names, state dict, generate
+    model: nn.Module  # names, state dict, generate
     wrapped: nn.Module  # what the loop calls: `model` itself, or DDP around it
-    flop_count: FlopCount
+    flop_count: FlopCount | ProcessorFlopCount
 
 
-def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltModel:
+def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
     """Everything between a recipe and a model whose forward can be called."""
     from_meta = world.is_sharded and recipe.model.path is not None
     torch.manual_seed(recipe.run.seed)  # the same weights on every rank
@@ -41,11 +43,11 @@ def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltMod
         with torch.device("meta"):
             model = new_model(config)
     elif recipe.model.path is not None:
-        model = OmniLMMForCausalLM.from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
+        model = load_model(recipe, config)
     else:
         with world.device:  # a GPU draws billions of numbers in a moment
             model = new_model(config)
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" and not is_packed(model):
             model.reset_buffers()  # computed on the CPU, as when weights are loaded
     model.train()
     choose_trainable(model, recipe)
@@ -55,53 +57,91 @@ def build_model(recipe: Recipe, config: OmniLMMConfig, world: World) -> BuiltMod
         compile_blocks(model)
     if not world.is_sharded:
         model.to(world.device)
+    in_files = names_in_files(model, recipe.model.path) if from_meta else {}
     wrapped = distribute(model, recipe, world, blocks=transformer_blocks(model))
     if from_meta:
         model.to_empty(device=world.device)
         model.reset_buffers()
-        load_shards(model, recipe.model.path, seed=recipe.run.seed)
+        load_shards(model, recipe.model.path, in_files, seed=recipe.run.seed)
     elif world.is_sharded:
         model.to(world.device)  # buffers and the replicated tower; the shards are there already
     return BuiltModel(model, wrapped, flop_count)
 
 
-def new_model(config: OmniLMMConfig) -> OmniLMMForCausalLM:
-    """A model with random weights; UserError for a configuration that cannot be built."""
+def new_model(config: Any) -> nn.Module:
+    """A model with random weights, float32; UserError for a configuration that cannot be built."""
+    config.dtype = torch.float32
     try:
-        return OmniLMMForCausalLM(config)
+        return class_for(config)(config)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model.config cannot be built: {error}") from error
 
 
-def choose_trainable(model: OmniLMMForCausalLM, recipe: Recipe) -> None:
+def load_model(recipe: Recipe, config: Any) -> nn.Module:
+    """The weights of ``model.path``, whole, float32; UserError if they are not this model's."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return class_for(config).from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.path {recipe.model.path}: {error}") from error
+
+
+def choose_trainable(model: nn.Module, recipe: Recipe) -> None:
     """Freeze by component, add adapters, and keep what is frozen in the compute dtype.
 
     Nothing is added to a frozen weight, so float32 would only be a larger copy of what the forward casts.
     """
-    freeze(model, recipe.model.freeze)
+    try:
+        freeze(model, recipe.model.freeze)
+    except ValueError as error:
+        raise UserError(f"model.freeze: {error}") from error
     if recipe.model.lora is not None:
         lora.add_adapters(model, recipe.model.lora)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze leaves nothing to train")
-    tower = model.model.vision_tower
-    if not any(parameter.requires_grad for parameter in tower.parameters()):  # adapters train in float32
-        tower.to(DTYPES[recipe.run.dtype])
+    if not is_packed(model) and Parts(model).is_frozen("vision_tower"):  # adapters train in float32
+        model.model.vision_tower.to(DTYPES[recipe.run.dtype])  # its buffers, too
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(DTYPES[recipe.run.dtype])
 
 
-def load_shards(model: nn.Module, path: str, *, seed: int) -> None:
-    """Each rank reads its own rows of ``path``'s safetensors files, straight into its shards."""
+def names_in_files(model: nn.Module, path: str) -> dict[str, str]:
+    """Name of each weight here -> in the folder's safetensors files. Before the model is sharded.
+
+    Raises:
+        UserError: there are none, or they do not hold this model's weights as they are.
+    """
     if not list(Path(path).glob("*.safetensors")):
         raise UserError(
             f"{path} has no safetensors files, which sharded loading needs; convert it once with "
             "`python -m omnimodel.weights convert`"
         )
-    state = {
-        lora.base_name(name): tensor
-        for name, tensor in model.state_dict().items()
-        if not lora.is_adapter(name)
-    }
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path))
+    names = [lora.base_name(name) for name in model.state_dict() if not lora.is_adapter(name)]
+    if not is_packed(model):
+        return {name: name for name in names}
+    keys = list(dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata)
+    try:
+        found = model.names_in_files(keys)
+    except ValueError as error:
+        raise UserError(
+            f"{error}: sharded loading reads weights as they are. Load and save the model once with the "
+            "installed transformers, or train with parallel.strategy=ddp"
+        ) from error
+    tied = model.all_tied_weights_keys or {}
+    missing = sorted(name for name in names if name not in found and name not in tied)
+    unknown = sorted(set(found) - set(names))
+    if missing or unknown:
+        raise UserError(
+            f"model.path {path} does not hold this model's weights: missing {missing[:8]}, "
+            f"left over {unknown[:8]}"
+        )
+    return found
+
+
+def load_shards(model: nn.Module, path: str, in_files: dict[str, str], *, seed: int) -> None:
+    """Each rank reads its own rows of ``path``'s safetensors files, straight into its shards."""
+    state = {lora.base_name(name): tensor for name, tensor in model.state_dict().items()}
+    wanted = {key: state[name] for name, key in in_files.items()}  # what shares another's memory is read once
+    dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(path))
     lora.reset_adapters(model, seed=seed)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from omnimodel.freezing import component
+from omnimodel.parts import Parts
 from pipelines.config import OptimConfig
 
 UNDECAYED = ("query", "pos_embed", "cls_token", "reg_token")  # raw parameters that are no matrices of a layer
@@ -24,11 +24,13 @@ UNDECAYED = ("query", "pos_embed", "cls_token", "reg_token")  # raw parameters t
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """One group for every (component, decayed or not) that has trainable parameters."""
+    parts = Parts(model)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, decayed = component(name), _is_decayed(name, parameter)
+        part = parts.of(name)
+        decayed = part != "embeddings" and _is_matrix(name, parameter)
         peak = optim.component_lr.get(part, optim.lr)
         settings = {"weight_decay": optim.weight_decay if decayed else 0.0, "lr": peak, "peak_lr": peak}
         group = groups.setdefault((part, decayed), {"component": part, "params": [], **settings})
@@ -36,9 +38,9 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return list(groups.values())
 
 
-def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices decay; norms, biases, embeddings, queries and position tables do not."""
-    return parameter.ndim >= 2 and component(name) != "embeddings" and name.split(".")[-1] not in UNDECAYED
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; norms, biases, queries and position tables do not, nor do embeddings."""
+    return parameter.ndim >= 2 and name.split(".")[-1] not in UNDECAYED
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -82,11 +84,11 @@ class NewTokenRows:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rows: Iterable[int]) -> None:
-        self.rows = sorted(rows)
+        self.rows, parts = sorted(rows), Parts(model)
         self.parameters = [
             parameter
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and component(name) in ("embeddings", "lm_head")
+            if parameter.requires_grad and parts.of(name) in ("embeddings", "lm_head")
         ]
         for group in optimizer.param_groups:
             if group["component"] == "lm_head":

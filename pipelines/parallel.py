@@ -34,6 +34,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from omnidata.schema import UserError
+from omnimodel.packed import is_packed
+from omnimodel.parts import Parts
 from pipelines.config import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -164,6 +166,7 @@ def distribute(model: nn.Module, recipe: Recipe, world: World, *, blocks: Sequen
     if world.strategy == "ddp":
         wrapped = DistributedDataParallel(
             model,
+            find_unused_parameters=is_packed(model),  # some towers have layers behind the one that is used
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             broadcast_buffers=False,
         )
@@ -181,14 +184,14 @@ def _sum_bucket(_, bucket):  # not annotated: DDP refuses annotations that are s
 
 
 def _fully_shard(model: nn.Module, recipe: Recipe, world: World, blocks: Sequence[nn.Module]) -> None:
-    tower = model.get_submodule("model.vision_tower")
-    is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+    parts = Parts(model)
+    tower, is_frozen = parts.tower, parts.is_frozen("vision_tower")
     settings: dict[str, Any] = {
         "mesh": world.mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=DTYPES[recipe.run.dtype], reduce_dtype=DTYPES[recipe.parallel.reduce_dtype]
         ),
-        "ignored_params": set(tower.parameters()) if is_frozen else set(),
+        "ignored_params": set(parts.parameters("vision_tower")) if is_frozen else set(),
     }
     inside_tower = set(tower.modules())
     for block in blocks:

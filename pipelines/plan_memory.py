@@ -45,7 +45,7 @@ def open_for_planning(recipe: Recipe) -> tuple[OmniLMMConfig, Dataset | None]:
             **PUBLISHED
         ), dataset
     if dataset is not None:
-        return model_config(recipe, dataset.manifest), dataset
+        return model_config(recipe, dataset), dataset
     return OmniLMMConfig(**(PUBLISHED | recipe.model.config)), dataset
 
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from omnidata import Dataset
-from omnidata.images.pixels import decode_rgb, fit_rgb
 from omnidata.schema import IGNORE_INDEX, UserError
-from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
-from pipelines.parallel import World, to_device
+from pipelines.parallel import World
+from pipelines.prompts import OmniLMMPrompts, ProcessorPrompts
 
+Prompts = OmniLMMPrompts | ProcessorPrompts
 SLACK = 4  # tokens that an answer may be longer than the truth: blanks, or other words for the same thing
 
 
@@ -34,6 +33,7 @@ class Question:
     prompt: np.ndarray  # ids before the span
     answer: np.ndarray  # ids of the span, without the end token
     images: tuple[bytes, ...]  # of the prompt, encoded
+    runs: tuple[bytes, ...]  # what stands for each of them in the prompt
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,8 @@ class Answer:
         return 2 * common / (said.total() + truth.total()) if said.total() + truth.total() else 1.0
 
 
-def questions_of(
-    dataset: Dataset, *, end_tokens: Sequence[int], start_token: int, with_text_only: bool = False
-) -> Iterator[Question]:
-    """Every question of the dataset, in its order; ``start_token`` is <im_start>'s id.
+def questions_of(dataset: Dataset, prompts: Prompts, *, with_text_only: bool = False) -> Iterator[Question]:
+    """Every question of the dataset, in its order.
 
     Questions without any image before them say nothing about seeing and are left out, unless asked for.
     """
@@ -68,13 +66,13 @@ def questions_of(
         sample = dataset[position]
         for start, stop in supervised_spans(sample.labels):
             prompt = sample.input_ids[:start]
-            num_images = int((prompt == start_token).sum())
-            if not num_images and not with_text_only:
+            runs = prompts.runs(dataset, position, prompt)
+            if not runs and not with_text_only:
                 continue
             answer = sample.input_ids[start:stop]
-            if answer[-1] in end_tokens:
+            if answer[-1] in prompts.end_tokens:
                 answer = answer[:-1]
-            yield Question(sample.key, prompt, answer, sample.images[:num_images])
+            yield Question(sample.key, prompt, answer, sample.images[: len(runs)], runs)
 
 
 def supervised_spans(labels: np.ndarray) -> list[tuple[int, int]]:
@@ -85,19 +83,33 @@ def supervised_spans(labels: np.ndarray) -> list[tuple[int, int]]:
 
 
 def with_swapped_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, every picture replaced by the one half-way down the list of all pictures."""
-    pictures = list(dict.fromkeys(image for question in questions for image in question.images))
-    if len(pictures) < 2:
-        raise UserError("swapping images needs at least two different pictures")
-    shift = len(pictures) // 2
-    other = {picture: pictures[(i + shift) % len(pictures)] for i, picture in enumerate(pictures)}
-    return [
-        replace(question, images=tuple(other[image] for image in question.images)) for question in questions
+    """The same questions, every picture replaced by the one half-way down the list of all pictures.
+
+    Only pictures for which the same stands in the text can take each other's place; questions with one that
+    has no such other are left out, and the caller sees fewer.
+    """
+    alike: dict[bytes, dict[bytes, None]] = {}
+    for question in questions:
+        for run, image in zip(question.runs, question.images, strict=True):
+            alike.setdefault(run, {})[image] = None
+    other: dict[tuple[bytes, bytes], bytes] = {}
+    for run, group in alike.items():
+        pictures = list(group)
+        if len(pictures) > 1:
+            shifted = pictures[len(pictures) // 2 :] + pictures[: len(pictures) // 2]
+            other |= {(run, mine): its for mine, its in zip(pictures, shifted, strict=True)}
+    swapped = [
+        replace(q, images=tuple(other[pair] for pair in zip(q.runs, q.images, strict=True)))
+        for q in questions
+        if all(pair in other for pair in zip(q.runs, q.images, strict=True))
     ]
+    if not any(question.images for question in swapped):
+        raise UserError("swapping images needs at least two different pictures with the same tokens")
+    return swapped
 
 
 def answer_questions(
-    model: OmniLMMForCausalLM, tokenizer: Any, questions: Sequence[Question], *, batch_size: int = 64
+    prompts: Prompts, questions: Sequence[Question], *, batch_size: int = 64
 ) -> list[Answer]:
     """Greedy answers, in the order of the questions.
 
@@ -105,14 +117,13 @@ def answer_questions(
     same in any batch.
     """
     order = by_length(questions)
-    answers = _answers(model, tokenizer, [questions[i] for i in order], batch_size=batch_size)
+    answers = _answers(prompts, [questions[i] for i in order], batch_size=batch_size)
     in_order = dict(zip(order, answers, strict=True))
     return [in_order[number] for number in range(len(questions))]
 
 
 def answer_share(
-    model: OmniLMMForCausalLM,
-    tokenizer: Any,
+    prompts: Prompts,
     questions: Sequence[Question],
     world: World,
     *,
@@ -129,12 +140,12 @@ def answer_share(
     ordered = [questions[number] for number in by_length(questions)]
     mine = ordered[world.rank :: world.size]
     if not world.is_sharded or world.size == 1:
-        return _answers(model, tokenizer, mine, batch_size=batch_size)
+        return _answers(prompts, mine, batch_size=batch_size)
     largest_share = -(-len(ordered) // world.size)
     num_batches = -(-largest_share // batch_size)
     missing = num_batches - -(-len(mine) // batch_size)
     asked = mine + [ordered[-1]] * missing  # shares differ by one question: then all batches before are full
-    answers = _answers(model, tokenizer, asked, batch_size=batch_size, together=True)
+    answers = _answers(prompts, asked, batch_size=batch_size, together=True)
     return answers[: len(mine)]
 
 
@@ -146,14 +157,10 @@ def by_length(questions: Sequence[Question]) -> list[int]:
 
 @torch.no_grad()
 def _answers(
-    model: OmniLMMForCausalLM,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    *,
-    batch_size: int,
-    together: bool = False,
+    prompts: Prompts, questions: Sequence[Question], *, batch_size: int, together: bool = False
 ) -> list[Answer]:
     """The questions batch by batch, as they come; ``together``: a collective of all ranks."""
+    model, tokenizer = prompts.model, prompts.tokenizer
     was_training = model.training
     model.eval()
     answers: list[Answer] = []
@@ -161,48 +168,26 @@ def _answers(
     with torch.compiler.set_stance("force_eager"):
         for first in range(0, len(questions), batch_size):
             batch = questions[first : first + batch_size]
-            for question, ids in zip(batch, _generate(model, batch, together=together), strict=True):
+            for question, ids in zip(batch, _generate(prompts, batch, together=together), strict=True):
                 answers.append(Answer(question, tokenizer.decode(ids), tokenizer.decode(question.answer)))
     model.train(was_training)
     return answers
 
 
-def _generate(model: OmniLMMForCausalLM, batch: Sequence[Question], *, together: bool) -> list[list[int]]:
+def _generate(prompts: Prompts, batch: Sequence[Question], *, together: bool) -> list[list[int]]:
     """New ids for each question, cut at the end token or after what its truth allows."""
-    config = model.config
-    pad = config.pad_token_id if config.pad_token_id is not None else 0
-    input_ids, mask = left_padded([question.prompt for question in batch], pad=pad)
-    images = [pixels(image, config) for question in batch for image in question.images]
+    inputs = prompts.inputs([q.prompt for q in batch], [q.images for q in batch])
     limits = [len(question.answer) + SLACK for question in batch]
-    output = model.generate(
-        input_ids=to_device(input_ids, model.device),
-        attention_mask=to_device(mask, model.device),
-        pixel_values=to_device(torch.stack(images), model.device) if images else None,
+    output = prompts.model.generate(
+        **inputs,
         max_new_tokens=max(limits),
         do_sample=False,
-        eos_token_id=config.end_token_ids,
-        pad_token_id=pad,
+        eos_token_id=prompts.end_tokens,
+        pad_token_id=prompts.pad,
         synced_gpus=together,
     )
-    rows = output[:, input_ids.shape[1] :].tolist()
-    return [until(row[:limit], config.end_token_ids) for row, limit in zip(rows, limits, strict=True)]
-
-
-def left_padded(prompts: Sequence[np.ndarray], *, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 ids ``[B, T]`` that all end in the last column, and the mask of what is no padding."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
-
-
-def pixels(data: bytes, config: OmniLMMConfig) -> torch.Tensor:
-    """An encoded image as the training loader sees it: uint8 ``[3, S, S]``."""
-    square = fit_rgb(decode_rgb(data), config.image_size, fit=config.image_fit)
-    return torch.from_numpy(square).permute(2, 0, 1).contiguous()
+    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [until(row[:limit], prompts.end_tokens) for row, limit in zip(rows, limits, strict=True)]
 
 
 def until(ids: list[int], end_tokens: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Train an OmniLMM: one loop, from a laptop to a cluster.
+"""Train a vision-language model: one loop, from a laptop to a cluster.
 
     python pipelines/train.py pipelines/recipes/tiny_cpu.yaml optim.lr=1e-3
     torchrun --nproc-per-node 8 pipelines/train.py pipelines/recipes/sft.yaml [--profile]
@@ -57,6 +57,7 @@ from pipelines.evaluate import Evaluation
 from pipelines.export import export
 from pipelines.garbage import Garbage
 from pipelines.guard import LossGuard, StopSignal, Watchdog
+from pipelines.isolation import prove_isolation
 from pipelines.memory import check_fits
 from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
 from pipelines.model import BuiltModel, build_model
@@ -132,10 +133,9 @@ def prepare(recipe: Recipe, world: World) -> Training:
     """Build everything; what does not fit is refused before the model is built."""
     run_dir = Path(recipe.run.dir)
     datasets = open_datasets([*recipe.data.train, *recipe.data.val])
-    manifest = datasets[0].manifest
-    config = model_config(recipe, manifest)
+    config = model_config(recipe, datasets[0])
     refuse_mismatches(recipe, datasets, config)
-    loader = train_loader(recipe, world, image_size=config.image_size)
+    loader = train_loader(recipe, world, config)
     total_steps = recipe.optim.steps or sum(loader.steps_per_epoch(e) for e in range(recipe.optim.epochs))
     refuse_empty_epochs(recipe, loader)
     refuse_short_schedule(recipe, total_steps)
@@ -145,9 +145,12 @@ def prepare(recipe: Recipe, world: World) -> Training:
     if not recipe.run.resume:
         checkpoints.refuse_existing()
     built = build_model(recipe, config, world)
+    proven = prove_isolation(recipe, world, built, datasets[0])
+    if world.is_main and proven:
+        print(proven, flush=True)
     optimizer = build_optimizer(built.model, recipe.optim)
     ema = Ema(built.model, recipe.optim.ema) if recipe.optim.ema else None
-    rows = new_token_ids(manifest) if recipe.model.train_only_new_tokens else []
+    rows = new_token_ids(datasets[0].manifest) if recipe.model.train_only_new_tokens else []
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
@@ -256,7 +259,7 @@ def naming_memory(microbatch: Microbatch) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = f"{microbatch.num_tokens:,} tokens and {len(microbatch.images):,} images"
+        what = f"{microbatch.num_tokens:,} tokens and {microbatch.num_images:,} images"
         keys = ", ".join(microbatch.keys) or "none"
         raise UserError(
             f"no memory left for a microbatch of {what} (samples {keys}): lower "

@@ -10,27 +10,24 @@ from ranks import start as start_process
 from tiny_recipe import tiny_recipe, write_recipe
 
 from omnidata import Dataset
-from omnidata.text.tokenizer import load_tokenizer
 from omnimodel.blocks import compile_blocks
 from pipelines.config import load_recipe
 from pipelines.data import model_config
 from pipelines.model import build_model
 from pipelines.parallel import World, start
+from pipelines.prompts import prompts_for
 from pipelines.questions import answer_questions, answer_share, by_length, questions_of
 
 CPU = torch.device("cpu")
 
 
 def opened(recipe, world):
-    """Model, tokenizer and questions: text only, with one picture, with two."""
+    """Prompts and questions: text only, with one picture, with two."""
     dataset = Dataset(recipe.data.train[0].path, "train")
-    config = model_config(recipe, dataset.manifest)
+    config = model_config(recipe, dataset)
     model = build_model(recipe, config, world).model
-    start_token = dataset.manifest.special_tokens["<im_start>"]
-    found = questions_of(
-        dataset, end_tokens=config.end_token_ids, start_token=start_token, with_text_only=True
-    )
-    return model, load_tokenizer(dataset.tokenizer_dir), list(found)
+    prompts = prompts_for(model, dataset.tokenizer_dir)
+    return prompts, list(questions_of(dataset, prompts, with_text_only=True))
 
 
 def texts(answers):
@@ -44,10 +41,9 @@ def one_rank(rank, size, port, path, out):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     recipe = load_recipe(path)
     with start(recipe) as world:
-        model, tokenizer, questions = opened(recipe, world)
+        prompts, questions = opened(recipe, world)
         said = [
-            texts(answer_share(model, tokenizer, questions[:number], world, batch_size=2))
-            for number in (8, 5, 1, 0)
+            texts(answer_share(prompts, questions[:number], world, batch_size=2)) for number in (8, 5, 1, 0)
         ]
         out.with_name(f"{rank}.json").write_text(json.dumps(said))
 
@@ -68,19 +64,18 @@ def test_two_ranks_give_the_answers_of_one(tiny_dataset, tmp_path, strategy):
     assert codes == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     recipe = load_recipe(path, ["parallel.strategy=single"])
-    model, tokenizer, questions = opened(recipe, World(0, 1, CPU, "single"))
+    prompts, questions = opened(recipe, World(0, 1, CPU, "single"))
     assert len({len(question.answer) for question in questions[:8]}) > 1, "some rank must wait for another"
     for number, mine, theirs in zip((8, 5, 1, 0), first, second, strict=True):
         assert not mine.keys() & theirs.keys() and len(mine) - len(theirs) in (0, 1)
-        assert mine | theirs == texts(answer_questions(model, tokenizer, questions[:number], batch_size=3))
+        assert mine | theirs == texts(answer_questions(prompts, questions[:number], batch_size=3))
 
 
 def test_shares_are_of_equal_lengths_and_whole(tiny_dataset, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny_recipe(tiny_dataset, tmp_path / "run")))
-    model, tokenizer, questions = opened(recipe, World(0, 1, CPU, "single"))
+    prompts, questions = opened(recipe, World(0, 1, CPU, "single"))
     shares = [
-        answer_share(model, tokenizer, questions[:7], World(rank, 3, CPU, "ddp"), batch_size=2)
-        for rank in range(3)
+        answer_share(prompts, questions[:7], World(rank, 3, CPU, "ddp"), batch_size=2) for rank in range(3)
     ]
     lengths = [[len(answer.question.answer) for answer in share] for share in shares]
     together = [length for turn in zip(*lengths, strict=False) for length in turn]
@@ -92,17 +87,17 @@ def test_shares_are_of_equal_lengths_and_whole(tiny_dataset, tmp_path):
 
 def test_compiled_blocks_answer_eagerly(tiny_dataset, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny_recipe(tiny_dataset, tmp_path / "run")))
-    model, tokenizer, questions = opened(recipe, World(0, 1, CPU, "single"))
-    expected = texts(answer_questions(model, tokenizer, questions[:3]))
+    prompts, questions = opened(recipe, World(0, 1, CPU, "single"))
+    expected = texts(answer_questions(prompts, questions[:3]))
     compiled = []
 
     def backend(graph, inputs):
         compiled.append(graph)
         return graph.forward
 
-    compile_blocks(model, backend=backend)
-    assert texts(answer_questions(model, tokenizer, questions[:3])) == expected
+    compile_blocks(prompts.model, backend=backend)
+    assert texts(answer_questions(prompts, questions[:3])) == expected
     assert not compiled
     with torch.no_grad():  # what training calls is compiled as before
-        model(input_ids=torch.from_numpy(questions[0].prompt.astype("int64"))[None][:, :1])
+        prompts.model(input_ids=torch.from_numpy(questions[0].prompt.astype("int64"))[None][:, :1])
     assert compiled

@@ -8,13 +8,12 @@ import torch
 from tiny_recipe import MODEL
 
 from omnidata import Dataset
-from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.evaluate import main
+from pipelines.prompts import padded_inputs, prompts_for
 from pipelines.questions import (
     Answer,
     answer_questions,
-    left_padded,
     questions_of,
     supervised_spans,
     with_swapped_images,
@@ -36,13 +35,17 @@ def model(dataset):
     return OmniLMMForCausalLM(config).eval()
 
 
-def ask(dataset, **options):
-    ids = dataset.manifest.special_tokens
-    return list(questions_of(dataset, end_tokens=[ids["eos"]], start_token=ids["<im_start>"], **options))
+@pytest.fixture(scope="module")
+def prompts(dataset, model):
+    return prompts_for(model, dataset.tokenizer_dir)
 
 
-def test_every_supervised_span_is_a_question(dataset):
-    questions = ask(dataset, with_text_only=True)
+def ask(dataset, prompts, **options):
+    return list(questions_of(dataset, prompts, **options))
+
+
+def test_every_supervised_span_is_a_question(dataset, prompts):
+    questions = ask(dataset, prompts, with_text_only=True)
     samples = {dataset[i].key: dataset[i] for i in range(len(dataset))}
     assert len(questions) == sum(2 if int(key[-6:]) % 4 == 0 else 1 for key in samples)
     for question in questions:
@@ -54,9 +57,9 @@ def test_every_supervised_span_is_a_question(dataset):
         assert question.images == samples[question.key].images
 
 
-def test_questions_without_a_picture_are_left_out(dataset):
-    assert all(question.images for question in ask(dataset))
-    assert 0 < len(ask(dataset)) < len(ask(dataset, with_text_only=True))
+def test_questions_without_a_picture_are_left_out(dataset, prompts):
+    assert all(question.images for question in ask(dataset, prompts))
+    assert 0 < len(ask(dataset, prompts)) < len(ask(dataset, prompts, with_text_only=True))
 
 
 def test_spans():
@@ -66,23 +69,23 @@ def test_spans():
 
 
 def test_padding_on_the_left():
-    ids, mask = left_padded([np.array([7, 8, 9]), np.array([5])], pad=0)
-    assert ids.tolist() == [[7, 8, 9], [0, 0, 5]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    found = padded_inputs([np.array([7, 8, 9]), np.array([5])], pad=0, device=torch.device("cpu"))
+    assert found["input_ids"].tolist() == [[7, 8, 9], [0, 0, 5]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_a_batch_answers_as_its_questions_one_by_one(dataset, model):
-    tokenizer = load_tokenizer(dataset.tokenizer_dir)
-    questions = ask(dataset, with_text_only=True)[:9]
-    together = answer_questions(model, tokenizer, questions, batch_size=9)
-    alone = answer_questions(model, tokenizer, questions, batch_size=1)
+def test_a_batch_answers_as_its_questions_one_by_one(dataset, prompts):
+    questions = ask(dataset, prompts, with_text_only=True)[:9]
+    together = answer_questions(prompts, questions, batch_size=9)
+    alone = answer_questions(prompts, questions, batch_size=1)
     assert {len(question.images) for question in questions} == {0, 1, 2}
     for one, other in zip(alone, together, strict=True):
         assert one.text == other.text and one.question is other.question
-        assert one.truth == other.truth == tokenizer.decode(one.question.answer)
+        assert one.truth == other.truth == prompts.tokenizer.decode(one.question.answer)
 
 
-def test_swapped_pictures_are_all_other_ones(dataset):
-    questions = ask(dataset)
+def test_swapped_pictures_are_all_other_ones(dataset, prompts):
+    questions = ask(dataset, prompts)
     swapped = with_swapped_images(questions)
     for question, other in zip(questions, swapped, strict=True):
         assert len(question.images) == len(other.images)

@@ -18,7 +18,8 @@ from omnidata.render import Renderer
 from omnidata.schema import Record
 from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
-from pipelines.generate import Answerer, main, prompt_conversation
+from pipelines.generate import Answerer, main
+from pipelines.prompts import prompt_conversation
 from pipelines.questions import supervised_spans
 
 

@@ -6,7 +6,7 @@ from tiny_model import gradients, pack, tiny_config, tiny_model
 
 from omnidata.schema import UserError
 from omnimodel import OmniLMMForCausalLM
-from omnimodel.freezing import component
+from omnimodel.parts import Parts
 from pipelines.config import LoraConfig
 from pipelines.lora import add_adapters, is_adapter, merged
 
@@ -29,11 +29,11 @@ def test_every_adapter_learns_and_merges(targets, tower):
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             assert grads[name] is not None and grads[name].any(), f"{name} is never used"
-        if component(name) in targets:
+        if Parts(model).of(name) in targets:
             assert is_adapter(name) == parameter.requires_grad, name
         elif not is_adapter(name):
             assert parameter.requires_grad, name
-    adapted = {component(name) for name in grads if is_adapter(name)}
+    adapted = {Parts(model).of(name) for name in grads if is_adapter(name)}
     assert adapted == set(targets)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from omnimodel.freezing import freeze
 from tiny_model import (
     BLOCK,
     END,
@@ -20,7 +21,6 @@ from tiny_model import (
 )
 
 from omnimodel import ImageProcessor, OmniLMMConfig, OmniLMMForCausalLM
-from omnimodel.freezing import freeze
 from omnimodel.weights import expected_shapes
 
 SURPLUS_IMAGE = {"text_then_image_dummy_first", "text_only_extra_image"}

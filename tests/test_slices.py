@@ -332,15 +332,16 @@ def test_the_loader_feeds_overviews_and_tiles(built):
 @pytest.mark.parametrize("position", range(len(RECORDS)))
 def test_the_model_is_asked_as_it_was_trained(model_dir, corpus, built, position):
     """The folder alone tells how to cut: ids and pixels of the prompt are those of the sample."""
-    model, tokenizer = load_for_answers(str(model_dir), device="cpu", dtype="float32")
+    prompts = load_for_answers(str(model_dir), device="cpu", dtype="float32")
+    model = prompts.model
     assert slicing_of(model.config.slicing) == corpus.settings.slicing
     names, question = RECORDS[position]
-    answerer = Answerer(model, tokenizer, sampling={"do_sample": False, "max_new_tokens": 2})
+    answerer = Answerer(prompts, sampling={"do_sample": False, "max_new_tokens": 2})
     turns = [{"role": "user", "content": question}]
-    ids, images = answerer.prompt(turns, [str(corpus.folder / f"{name}.jpg") for name in names])
+    ids, images = prompts.prompt(turns, [str(corpus.folder / f"{name}.jpg") for name in names])
     sample = Dataset(built)[position]
     start = int(np.argmax(sample.labels != -100))
-    assert ids[0].tolist() == sample.input_ids[:start].tolist()
+    assert ids.tolist() == sample.input_ids[:start].tolist()
     [view] = read_views(Dataset(built), [position])
     parts = zip(view.slice_names, images, sample.images, strict=True)
     assert all(asked == trained for name, asked, trained in parts if name.startswith("slice "))

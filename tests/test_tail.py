@@ -6,6 +6,7 @@ from tiny_recipe import losses, tiny_recipe
 
 from omnidata.loader import PackLoader
 from omnidata.schema import UserError
+from omnimodel import OmniLMMConfig
 from pipelines.config import parse_recipe
 from pipelines.data import refuse_empty_epochs, tail_of_epoch, train_loader
 from pipelines.parallel import World
@@ -50,7 +51,7 @@ def test_the_last_step_is_divided_by_its_own_tokens(tiny_dataset):
 
 def test_a_run_of_no_steps_is_refused_with_the_numbers(tiny_dataset, tmp_path):
     recipe = recipe_of(tiny_dataset, tmp_path, global_batch=1000, tail="drop")
-    loader = train_loader(recipe, WORLD, image_size=32)
+    loader = train_loader(recipe, WORLD, OmniLMMConfig(image_size=32))
     with pytest.raises(UserError, match=rf"{loader.plan.totals.num_packs} packs .* a step takes 1000"):
         refuse_empty_epochs(recipe, loader)
     with pytest.raises(UserError, match="no step to train"):

@@ -168,6 +168,10 @@ class Assembler:
         self, samples: list[Sample], pictures: list[list], *, num_skipped: int
     ) -> Parts | LoadError:
         keys = ", ".join(sample.key for sample in samples)
+        has_dummy = self._images.with_dummy and not any(pictures)
+        if has_dummy:
+            dummy = self._images.dummy
+            samples, pictures = [*samples, dummy.sample], [*pictures, [dummy.picture()]]
         try:
             tensors = self._images.tensors(pictures)
             position_ids = self._images.position_ids(samples, tensors)
@@ -179,6 +183,7 @@ class Assembler:
             image_token_ids=self._images.profile.image_token_ids,
             position_ids=position_ids,
             num_skipped=num_skipped,
+            has_dummy=has_dummy,
         )
 
 

@@ -50,15 +50,15 @@ class Microbatch:
     epoch: int
     num_skipped: int = 0  # unreadable samples left out under on_error="skip"
     token_type_ids: torch.Tensor | None = None  # int64 [T], a processor's: 1 at its image tokens, else 0
-    groups: torch.Tensor | None = (
-        None  # int64 [D], of each document (PackLoader.group_names); None: not asked
-    )
+    groups: torch.Tensor | None = None  # int64 [D], of each document (see PackLoader); None: not asked
     supervised_groups: torch.Tensor | None = None  # int64 [N], of each supervised label, in their order
+    num_images: int = 0  # of the samples
+    has_dummy: bool = False  # the last document is no sample but one small picture with nothing supervised
 
     @property
     def num_tokens(self) -> int:
-        """T."""
-        return len(self.input_ids)
+        """Of the samples: T, less a dummy's."""
+        return int(self.cu_seqlens[-2]) if self.has_dummy else len(self.input_ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +75,8 @@ class Parts:
     position_ids: np.ndarray | None = None  # int64 [4, T]; None: they follow from the lengths
     token_types: np.ndarray | None = None  # bool [T]
     groups: np.ndarray | None = None  # int64 [D]
+    num_images: int = 0
+    has_dummy: bool = False
 
 
 def lay_out(
@@ -85,6 +87,7 @@ def lay_out(
     image_token_ids: Sequence[int] | None = None,
     position_ids: np.ndarray | None = None,
     num_skipped: int = 0,
+    has_dummy: bool = False,
 ) -> Parts:
     """Lay samples end to end and shift their labels.
 
@@ -94,6 +97,8 @@ def lay_out(
         im_start: id that opens an image block; None: a processor's dataset.
         image_token_ids: ids that are marked as a picture's, of a processor.
         position_ids: int64 ``[4, T]``, if they are not 1-D.
+        num_skipped: unreadable samples left out.
+        has_dummy: the last of ``samples`` is none, but there for its picture.
     """
     ids = [sample.input_ids for sample in samples] or [np.zeros(1, np.int32)]
     lengths = np.array([len(document) for document in ids])
@@ -106,9 +111,22 @@ def lay_out(
     input_ids = np.concatenate(ids)
     has_blocks = samples and im_start is not None
     positions = np.flatnonzero(input_ids == im_start) + 1 if has_blocks else np.zeros(0, np.int64)
-    keys = tuple(sample.key for sample in samples)
+    real = samples[:-1] if has_dummy else samples
+    keys, num_images = tuple(sample.key for sample in real), sum(len(sample.images) for sample in real)
     types = None if image_token_ids is None else np.isin(input_ids, image_token_ids)
-    return Parts(input_ids, labels, lengths, positions, images, keys, num_skipped, position_ids, types)
+    return Parts(
+        input_ids,
+        labels,
+        lengths,
+        positions,
+        images,
+        keys,
+        num_skipped,
+        position_ids=position_ids,
+        token_types=types,
+        num_images=num_images,
+        has_dummy=has_dummy,
+    )
 
 
 def expand(
@@ -136,7 +154,8 @@ def expand(
     groups = supervised_groups = None
     if parts.groups is not None:
         groups = host(parts.groups)
-        supervised_groups = host(np.repeat(parts.groups, parts.lengths)[parts.labels != IGNORE_INDEX])
+        of_samples = np.repeat(parts.groups, parts.lengths[: len(parts.groups)])  # a dummy has no group
+        supervised_groups = host(of_samples[parts.labels[: len(of_samples)] != IGNORE_INDEX])
     return Microbatch(
         input_ids=host(parts.input_ids.astype(np.int64)),
         labels=host(parts.labels.astype(np.int64)),
@@ -153,4 +172,6 @@ def expand(
         token_type_ids=types,
         groups=groups,
         supervised_groups=supervised_groups,
+        num_images=parts.num_images,
+        has_dummy=parts.has_dummy,
     )

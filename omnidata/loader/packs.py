@@ -68,6 +68,8 @@ class PackLoader:
         raw_pixels: a processor's tensors as bytes, to be normalised on the device by ``normalise``.
         group_by: mark documents and supervised tokens with their dataset ("dataset") or a column of the
             index, say "source"; ``group_names`` has the names. None: no mark, and no cost.
+        dummy_picture: a processor's microbatches without pictures get one small black one in a document of
+            its own, so that sharded ranks all call the tower.
         on_error: an unreadable sample stops the run, or is left out and counted.
         worker_timeout: seconds of waiting for one microbatch until the worker that has it in hand is named,
             killed and replaced.
@@ -93,6 +95,7 @@ class PackLoader:
         image_size: int | None = None,
         decode_images: bool = True,
         raw_pixels: bool = False,
+        dummy_picture: bool = False,
         augment: Augment | Mapping[str, float] | None = None,
         group_by: str | None = None,
         on_error: OnError = "raise",
@@ -129,7 +132,7 @@ class PackLoader:
             fit = manifest.settings.get("image_fit", "squash")
             images: Any = Squares(image_size or manifest.image_size, fit, **changes)
         else:
-            images = open_pixels(datasets, raw=raw_pixels, **changes)
+            images = open_pixels(datasets, raw=raw_pixels, with_dummy=dummy_picture, **changes)
         self._images, self._raw = images, raw_pixels and not manifest.is_omnilmm
         self._assembler = Assembler(
             SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def open_pixels(
-    datasets: Sequence[Dataset], *, raw: bool, augment: Augment | None, seed: int
+    datasets: Sequence[Dataset], *, raw: bool, augment: Augment | None, seed: int, with_dummy: bool = False
 ) -> ProcessorPixels:
     """The first dataset's processor; that of every dataset must do what it did when it was built.
 
@@ -36,7 +36,7 @@ def open_pixels(
             "are normalised, or padded otherwise; leave it out"
         )
     positions = first.manifest.profile["positions"]
-    return ProcessorPixels(profile, processor_folder(first.path), positions, raw, augment, seed)
+    return ProcessorPixels(profile, processor_folder(first.path), positions, raw, augment, seed, with_dummy)
 
 
 @lru_cache(maxsize=4)

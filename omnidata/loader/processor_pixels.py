@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from omnidata.loader.augment import Augment
 from omnidata.loader.reader import Document
 from omnidata.loader.squares import augmented
-from omnidata.schema import Sample, UserError
+from omnidata.schema import IGNORE_INDEX, RejectError, Sample, UserError
 
 if TYPE_CHECKING:
     from omnidata.loader.assembler import Work
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
 ALIGNMENT = 64  # bytes between tensors in shared memory
 BYTES_PER_VALUE = 4  # float32; raw ones take one
 FACTS = 4096  # bytes per picture for the small tensors about it
+DUMMY_SIDES = (32, 56, 64, 112, 224, 448)  # pixels; the one of the fewest tokens is taken
+
+
+@dataclass(frozen=True, eq=False)
+class Dummy:
+    """A document of one small black picture with nothing supervised, for packs without any picture."""
+
+    sample: Sample
+    side: int  # pixels
+    num_pixels: int  # values of its tensors
+
+    def picture(self) -> Any:
+        """Decoded, uint8 ``[3, side, side]``."""
+        import torch
+
+        return torch.zeros(3, self.side, self.side, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class ProcessorPixels:
         folder: the processor's, with the model's config.json if there is one.
         positions: ``mrope`` or ``1d``.
         raw: tensors neither rescaled nor normalised.
+        with_dummy: documents without any picture get the ``dummy`` behind them.
     """
 
     profile: Any
@@ -41,6 +59,7 @@ class ProcessorPixels:
     raw: bool = False
     augment: Augment | None = None
     seed: int = 0  # of the augmentation
+    with_dummy: bool = False
 
     def __post_init__(self) -> None:
         if self.augment is not None and self.augment.crop:
@@ -49,6 +68,8 @@ class ProcessorPixels:
     def num_bytes(self, work: Work) -> int:
         """Room that the tensors take, if no picture is padded far beyond the largest; else they are sent."""
         pixels = [pixels for document in work.documents for pixels in document.image_pixels]
+        if not pixels and self.with_dummy:
+            pixels = [self.dummy.num_pixels]
         return len(pixels) * (max(pixels, default=0) * (1 if self.raw else BYTES_PER_VALUE) + FACTS)
 
     def decode(self, sample: Sample, document: Document, *, epoch: int) -> list[Any]:
@@ -64,6 +85,26 @@ class ProcessorPixels:
                 rgb = augmented(self.augment, rgb, document, number, seed=self.seed, epoch=epoch)
             pictures.append(torch.from_numpy(np.require(rgb, requirements=["C", "W"])).permute(2, 0, 1))
         return pictures
+
+    @cached_property
+    def dummy(self) -> Dummy:
+        """The document of the fewest tokens."""
+        found = []
+        for side in DUMMY_SIDES:
+            try:
+                [run] = self.profile.runs(((side, side),))
+            except RejectError:
+                continue
+            found.append((run.num_tokens, side, run))
+        if not found:
+            raise UserError(
+                f"{type(self.profile.processor).__name__} takes no square picture of {DUMMY_SIDES}"
+            )
+        _, side, run = min(found, key=lambda each: each[:2])
+        ids = self.profile.run_ids(run.text)
+        labels = np.full(len(ids), IGNORE_INDEX, np.int32)
+        # One "image", so that positions count it; its bytes are never read.
+        return Dummy(Sample("", ids, labels, (b"",)), side, run.num_pixels)
 
     def tensors(self, pictures: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
         """The processor's tensors of all documents' pictures, by name."""

@@ -123,16 +123,17 @@ class ProcessorProfile:
 
     @cached_property
     def feature_id(self) -> int:
-        """The id whose embedding the model replaces by a feature: the one that a run repeats most."""
-        ids, counts = np.unique(self.run_ids(self.runs(((640, 480),))[0].text), return_counts=True)
-        return int(ids[counts.argmax()])
+        """The id whose embedding the model replaces by a feature: of the image tokens the commonest."""
+        return self._feature(self.run_ids(self.runs(((640, 480),))[0].text))
 
     def _num_features(self, runs: list[np.ndarray]) -> list[int]:
         """How often each run holds the token that features replace: of the image tokens the commonest."""
-        ids = np.concatenate(runs)
-        found, counts = np.unique(ids[np.isin(ids, self.image_token_ids)], return_counts=True)
-        feature = found[counts.argmax()] if len(found) else -1
+        feature = self._feature(np.concatenate(runs))
         return [int(np.count_nonzero(run == feature)) for run in runs]
+
+    def _feature(self, ids: np.ndarray) -> int:
+        found, counts = np.unique(ids[np.isin(ids, self.image_token_ids)], return_counts=True)
+        return int(found[counts.argmax()]) if len(found) else -1
 
     # --- smaller pictures -----------------------------------------------------------------------------------
 

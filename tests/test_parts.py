@@ -5,26 +5,29 @@ import torch
 from tiny_model import gradients, pack, tiny_model
 
 from omnimodel import OmniLMMForCausalLM
-from omnimodel.freezing import COMPONENTS, component, count_parameters, freeze
+from omnimodel.parts import Parts, freeze
 
 
 def test_every_parameter_belongs_to_one_component():
     model = tiny_model()
-    counts = count_parameters(model)
+    parts = Parts(model)
+    counts = parts.count()
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
     assert all(total > 0 for total, _ in counts.values())
-    assert component("layers.0.mlp.up_proj.weight") == "language_model"  # as OmniLMMModel names it
-    with pytest.raises(ValueError, match="no component"):
-        component("something.else")
+    assert (
+        Parts(model.model).of("layers.0.mlp.up_proj.weight") == "language_model"
+    )  # as OmniLMMModel names it
+    with pytest.raises(AttributeError, match="something"):
+        parts.of("something.else")
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", Parts(tiny_model()).names)
 def test_freezing_one_stops_it_alone(name):
     model = tiny_model()
     freeze(model, [name])
     _, grads = gradients(model, pack())
     for parameter, grad in grads.items():
-        assert (grad is None) == (component(parameter) == name), parameter
+        assert (grad is None) == (Parts(model).of(parameter) == name), parameter
     freeze(model, [])
     assert all(parameter.requires_grad for parameter in model.parameters())
 

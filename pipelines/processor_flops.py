@@ -1,0 +1,128 @@
+"""Model FLOPs of any transformers model, from its modules: matrices, blocks and widths, no family's formula.
+
+    a token of the language model   2 x its matrices + attention to all before it; experts by those it takes
+    a patch of the tower            2 x its matrices + attention to its whole picture
+    a token of a picture            2 x the connector's matrices
+    a supervised token              2 x lm_head
+
+Left out: norms and activations, and that some towers attend in windows or tiles only (the figure is then a
+little high).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from omnidata.loader.microbatch import Microbatch
+from omnimodel.parts import Parts
+
+
+@dataclass(frozen=True)
+class ProcessorFlopCount:
+    """Training FLOPs of one model under one choice of what is trained; multipliers as in pipelines.flops."""
+
+    token_params: float
+    token_attention: float  # layers x width
+    patch_params: float
+    patch_attention: float
+    connector_params: float
+    head_params: float
+    values_per_patch: int  # pixel values of the processor's tensors
+    passes: dict[str, int]  # of each part
+
+    def microbatch(self, microbatch: Microbatch) -> float:
+        """FLOPs of one forward and backward; a dummy picture does not count."""
+        lengths = np.diff(microbatch.cu_seqlens.numpy())
+        supervised = int((microbatch.labels >= 0).sum())
+        values, features = 0, 0
+        if not microbatch.has_dummy:
+            values = num_pixel_values(microbatch.images)
+            features = int(microbatch.token_type_ids.sum())
+        images = microbatch.num_images
+        return self.of(
+            lengths[:-1] if microbatch.has_dummy else lengths,
+            images=images,
+            supervised=supervised,
+            pixel_values=values,
+            features=features,
+        )
+
+    def of(
+        self,
+        lengths: Sequence[float] | np.ndarray,
+        *,
+        images: int,
+        supervised: int,
+        pixel_values: float = 0.0,
+        features: float = 0.0,
+    ) -> float:
+        """FLOPs for documents of ``lengths`` tokens with ``images`` of so many values and tokens together."""
+        lengths = np.asarray(lengths, float)
+        tokens = 2 * self.token_params * lengths.sum() + 2 * self.token_attention * (lengths**2).sum()
+        patches = pixel_values / self.values_per_patch
+        tower = 2 * self.patch_params * patches + 4 * self.patch_attention * patches**2 / max(1, images)
+        return float(
+            tokens * self.passes["language_model"]
+            + tower * self.passes["vision_tower"]
+            + 2 * self.connector_params * features * self.passes["connector"]
+            + 2 * self.head_params * supervised * self.passes["lm_head"]
+        )
+
+
+def num_pixel_values(images: dict[str, torch.Tensor]) -> int:
+    """Values of the tensors that hold pixels."""
+    return sum(tensor.numel() for name, tensor in images.items() if name.startswith("pixel_values"))
+
+
+def count_processor_flops(model: nn.Module, passes: dict[str, int]) -> ProcessorFlopCount:
+    """Read the modules of a model, before anything is wrapped or sharded."""
+    parts, text = Parts(model), model.config.get_text_config()
+    tower = set(parts.tower.modules())
+    of_tower = [block for block in parts.blocks if block in tower]
+    of_decoder = [block for block in parts.blocks if block not in tower]
+    heads = getattr(text, "num_attention_heads", 1)
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    head = model.get_output_embeddings()
+    first = _first_matrix(parts.tower)
+    return ProcessorFlopCount(
+        token_params=_matrices(of_decoder, share=_share_of_experts(text)),
+        token_attention=float(width * sum(_attends(block) for block in of_decoder)),
+        patch_params=_matrices(of_tower),
+        patch_attention=float(first.shape[0] * len(of_tower)),
+        connector_params=float(sum(p.numel() for p in parts.parameters("connector") if p.ndim > 1)),
+        head_params=float(head.weight.numel()),
+        values_per_patch=math.prod(first.shape[1:]),
+        passes=passes,
+    )
+
+
+def _matrices(blocks: Iterable[nn.Module], *, share: float = 1.0) -> float:
+    """Elements of the blocks' matrices that one token meets; experts (3-D) by the share that it takes."""
+    sizes = [parameter for block in blocks for parameter in block.parameters() if parameter.ndim > 1]
+    return float(sum(p.numel() * (share if p.ndim == 3 and min(p.shape) > 1 else 1.0) for p in sizes))
+
+
+def _share_of_experts(text: object) -> float:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
+    taken = getattr(text, "num_experts_per_tok", None)
+    return taken / experts if experts and taken else 1.0
+
+
+def _attends(block: nn.Module) -> bool:
+    """Has the block attention, and no recurrent or convolutional mixer in its place?"""
+    return not any(isinstance(module, nn.Conv1d) for module in block.modules())
+
+
+def _first_matrix(tower: nn.Module) -> torch.Tensor:
+    """What turns the pixels of a patch into its features: ``[D, …]``."""
+    for module in tower.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
+            return module.weight
+    raise ValueError(f"{type(tower).__name__} has no matrix that takes patches")
