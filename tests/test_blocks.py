@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from omnimodel.freezing import freeze
 from tiny_model import gradients, pack, tiny_model
 
 from omnimodel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
+from omnimodel.parts import freeze
 
 
 def saved_bytes(model):

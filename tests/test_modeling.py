@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from omnimodel.freezing import freeze
 from tiny_model import (
     BLOCK,
     END,
@@ -21,6 +20,7 @@ from tiny_model import (
 )
 
 from omnimodel import ImageProcessor, OmniLMMConfig, OmniLMMForCausalLM
+from omnimodel.parts import freeze
 from omnimodel.weights import expected_shapes
 
 SURPLUS_IMAGE = {"text_then_image_dummy_first", "text_only_extra_image"}
