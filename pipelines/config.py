@@ -101,10 +101,11 @@ class ModelConfig:
     """Which weights to start from and which of them learn."""
 
     path: str | None = None  # folder of save_pretrained or of the original checkpoint
-    config: dict[str, Any] | None = None  # or: OmniLMMConfig fields of a model with random weights
+    # or random weights: OmniLMMConfig fields, or changes to the config.json that a processor's dataset keeps
+    config: dict[str, Any] | None = None
     freeze: list[str] = field(
         default_factory=list
-    )  # vision_tower resampler language_model embeddings lm_head
+    )  # vision_tower, connector (OmniLMM: resampler), language_model, embeddings, lm_head
     train_only_new_tokens: bool = False  # of embeddings and lm_head, update the special tokens' rows only
     lora: LoraConfig | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -289,11 +290,11 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
     if (parallel.strategy == "hsdp") != (parallel.shard_size is not None):
         yield "parallel.shard_size: goes with strategy hsdp, and only with it"
     unknown = set(model.freeze) | set(optim.component_lr)
-    unknown -= {"vision_tower", "resampler", "language_model", "embeddings", "lm_head"}
+    unknown -= {"vision_tower", "resampler", "connector", "language_model", "embeddings", "lm_head"}
     if unknown:
         yield (
             f"model.freeze / optim.component_lr: unknown component {sorted(unknown)}; there are "
-            "vision_tower, resampler, language_model, embeddings, lm_head"
+            "vision_tower, resampler (OmniLMM) or connector (others), language_model, embeddings, lm_head"
         )
     if model.train_only_new_tokens and {"embeddings", "lm_head"} <= set(model.freeze):
         yield "model.train_only_new_tokens: embeddings and lm_head are both frozen"

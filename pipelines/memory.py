@@ -189,6 +189,7 @@ class Timeline:
         )
 
 
+ELSEWHERE = "of other classes weights, gradients and moments alone are known before they run"
 NOTHING = Timeline(0, 0, ((0, 0),))  # of a model that was not traced
 
 
@@ -271,6 +272,8 @@ def check_fits(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset, world: W
     estimate of a GPU may be off by some percent, so only what is clearly too large is refused.
     """
     is_planned = recipe.guard.plan_memory
+    if is_planned and not isinstance(config, OmniLMMConfig):
+        raise UserError(f"guard.plan_memory: activations are counted for OmniLMM only; {ELSEWHERE}")
     shape = shape_of(recipe, config, dataset) if is_planned else None
     counted = Traced(planned_model(recipe, config), NOTHING) if shape is None else None
     memory = estimate(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from omnidata.schema import UserError
 from omnimodel.parts import Parts
 from pipelines.config import OptimConfig
 
@@ -25,6 +26,8 @@ UNDECAYED = ("query", "pos_embed", "cls_token", "reg_token")  # raw parameters t
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """One group for every (component, decayed or not) that has trainable parameters."""
     parts = Parts(model)
+    if unknown := sorted(set(optim.component_lr) - set(parts.names)):
+        raise UserError(f"optim.component_lr: no component {unknown}; there are {', '.join(parts.names)}")
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

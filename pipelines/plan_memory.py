@@ -29,7 +29,7 @@ from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.config import Recipe, load_recipe
 from pipelines.data import model_config
 from pipelines.flops import count_flops
-from pipelines.memory import Shape, Traced, estimate, shape_of
+from pipelines.memory import NOTHING, Shape, Traced, estimate, planned_model, shape_of
 
 GPU_MEMORY = {"b200": 180e9, "h200": 141e9, "h100": 80e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}
 PUBLISHED = {"vocab_size": 32009}  # OmniLMM-12B; everything else is OmniLMMConfig's default
@@ -39,6 +39,8 @@ def open_for_planning(recipe: Recipe) -> tuple[OmniLMMConfig, Dataset | None]:
     """The model's configuration, and the first dataset if it is built; what is missing is assumed."""
     source = recipe.data.train[0]
     dataset = Dataset(source.path, source.split) if (Path(source.path) / MANIFEST).exists() else None
+    if dataset is not None and not dataset.manifest.is_omnilmm:
+        return model_config(recipe, dataset), dataset
     if recipe.model.path is not None:
         known = (Path(recipe.model.path) / "config.json").exists()
         return OmniLMMConfig.from_pretrained(recipe.model.path) if known else OmniLMMConfig(
@@ -61,6 +63,8 @@ def plan(
 ) -> list[dict[str, Any]]:
     """Everything that the table shows, for each number of GPUs."""
     config, dataset = open_for_planning(recipe)
+    if not isinstance(config, OmniLMMConfig):
+        return [_plan_weights(recipe, config, dataset, gpus=n, gpu=gpu, mfu=mfu) for n in gpus]
     shape = shape_of(recipe, config, dataset)
     traced = Traced.of(recipe, config, shape)
     flops = step_flops(recipe, traced.model, shape_of(recipe, config, dataset, fullest=False))
@@ -99,10 +103,51 @@ def _plan_one(
     }
 
 
+def _plan_weights(
+    recipe: Recipe, config: Any, dataset: Dataset, *, gpus: int, gpu: str, mfu: float
+) -> dict[str, Any]:
+    """The same for any other class: what its modules say, without activations, which are not traced yet."""
+    traced = Traced(planned_model(recipe, config), NOTHING)
+    microbatches = math.ceil(recipe.data.global_batch / gpus)
+    memory = estimate(
+        recipe, config, None, num_ranks=gpus, device="cuda", microbatches=microbatches, traced=traced
+    )
+    tokens, manifest = recipe.data.max_tokens, dataset.manifest
+    share = tokens / manifest.num_tokens
+    documents = max(1, round(manifest.num_samples * share))
+    images, supervised = (round(n * share) for n in (manifest.num_images, manifest.num_supervised))
+    columns = {name: dataset.index[name] for name in ("image_pixels", "image_tokens")}
+    values, features = (sum(map(sum, column.to_pylist())) * share for column in columns.values())
+    count = count_flops(traced.model)
+    flops = count.of(
+        [tokens / documents] * documents,
+        images=images,
+        supervised=supervised,
+        pixel_values=values,
+        features=features,
+    )
+    busy = recipe.data.global_batch / (microbatches * gpus)
+    seconds = recipe.data.global_batch * flops / (gpus * GPUS[gpu] * mfu * busy)
+    return {
+        "gpus": gpus,
+        "gpu": gpu,
+        "mfu": mfu,
+        "microbatches": microbatches,
+        "shape": asdict(Shape(tokens, images, documents, max(1, supervised))),
+        "memory": asdict(memory),
+        "memory_gb": memory.total / 1e9,
+        "without_activations": True,
+        "fits": memory.total <= 0.95 * GPU_MEMORY[gpu],
+        "step_seconds": seconds,
+        "tokens_per_s": recipe.data.global_batch * tokens / seconds,
+    }
+
+
 def estimate_line(figures: dict[str, Any]) -> str:
     """The line that recipes carry, and that a test compares with the planner."""
+    more = " and activations" if figures.get("without_activations") else ""
     return (
-        f"estimate: {figures['gpus']:>2} x {figures['gpu']}  {figures['memory_gb']:.0f} GB"
+        f"estimate: {figures['gpus']:>2} x {figures['gpu']}  {figures['memory_gb']:.0f} GB{more}"
         f"{'' if figures['fits'] else ' (does not fit)'}  {figures['step_seconds']:.1f} s a step  "
         f"{figures['tokens_per_s'] / 1000:.1f}k tokens/s  (MFU {figures['mfu']:.0%} assumed)"
     )

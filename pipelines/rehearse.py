@@ -81,6 +81,10 @@ def rehearse(
     """Everything that the report shows, for rank 0 of ``gpus``; bytes, FLOPs, seconds."""
     microbatches = min(2, -(-recipe.data.global_batch // gpus))
     breaks = None
+    if not isinstance(config, OmniLMMConfig):
+        raise UserError(
+            "rehearse.py plays OmniLMM's steps only so far; plan_memory.py knows every class's weights"
+        )
     with pretended_world(recipe, gpus) as world:
         playback = play(recipe, config, shape, world, microbatches=microbatches)
         kinds = {"with pictures": playback.collectives}
