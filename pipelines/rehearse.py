@@ -81,10 +81,6 @@ def rehearse(
     """Everything that the report shows, for rank 0 of ``gpus``; bytes, FLOPs, seconds."""
     microbatches = min(2, -(-recipe.data.global_batch // gpus))
     breaks = None
-    if not isinstance(config, OmniLMMConfig):
-        raise UserError(
-            "rehearse.py plays OmniLMM's steps only so far; plan_memory.py knows every class's weights"
-        )
     with pretended_world(recipe, gpus) as world:
         playback = play(recipe, config, shape, world, microbatches=microbatches)
         kinds = {"with pictures": playback.collectives}
@@ -335,6 +331,10 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(options.recipe, overrides)
         config, dataset = open_for_planning(recipe)
+        if not isinstance(config, OmniLMMConfig):
+            raise UserError(
+                "rehearse.py plays OmniLMM's steps only so far; plan_memory.py knows any class's weights"
+            )
         shape = shape_of(recipe, config, dataset)
         report = rehearse(recipe, config, shape, gpus=options.gpus, gpu=options.gpu)
         if not report["fits"]:
