@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from omnimodel.tally import tally
+
 IGNORE_INDEX = -100
 CHUNK_ROWS = 1024  # rows of logits alive at a time: 131 MB in float32 at 32,009 words
 
@@ -83,7 +85,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = F.linear(hidden[rows], weight)
             compute_dtype = logits.dtype  # autocast may have lowered it
             log_probs = logits.float().log_softmax(dim=-1)
-            total -= log_probs.gather(1, labels[rows, None]).sum()
+            losses = -log_probs.gather(1, labels[rows, None]).squeeze(1)
+            total += losses.sum()
+            tally(losses, start)
             if not (needs_hidden or needs_weight):
                 continue
             grad_logits = _minus_one_hot(log_probs.exp_(), labels[rows]).to(compute_dtype)
@@ -143,14 +147,17 @@ def summed_loss(
     if isinstance(lm_head, LossHead):
         return lm_head(hidden_ND, labels_N)
     # Without any row the head is called all the same: sharded ranks meet in it.
-    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    total, start = hidden_ND.new_zeros((), dtype=torch.float32), 0
     for rows, labels in zip(hidden_ND.split(chunk_rows), labels_N.split(chunk_rows), strict=True):
-        total = total + checkpoint(_head_loss, lm_head, rows, labels, scale, use_reentrant=False)
+        total = total + checkpoint(_head_loss, lm_head, rows, labels, scale, start, use_reentrant=False)
+        start += len(rows)
     return total
 
 
 def _head_loss(
-    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, scale: LogitScale | None
+    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, scale: LogitScale | None, start: int
 ) -> torch.Tensor:
     logits = lm_head(hidden).float()
-    return F.cross_entropy(logits if scale is None else scale(logits), labels, reduction="sum")
+    losses = F.cross_entropy(logits if scale is None else scale(logits), labels, reduction="none")
+    tally(losses, start)  # when it is computed again for the backward pass, nothing is open to add to
+    return losses.sum()

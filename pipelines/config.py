@@ -168,6 +168,7 @@ class LogConfig:
     """What is told, and where."""
 
     every: int = 10  # steps between progress lines; metrics.jsonl has every step
+    by: str | None = None  # also loss, tokens and samples of each: source, dataset or a column of the index
     tensorboard: bool = True
     tracker: Literal["none", "wandb", "trackio"] = "none"
     project: str = "omnilmm"  # of the tracker

@@ -285,6 +285,7 @@ def _shared_settings(recipe: Recipe, world: World, config: Any) -> dict[str, Any
         "checksum": recipe.data.checksum,
         "remote": recipe.data.remote,
         "seed": recipe.run.seed,
+        "group_by": recipe.log.by,
         "rank": world.rank,
         "world_size": world.size,
         "image_size": config.image_size if is_omnilmm else None,

@@ -36,6 +36,7 @@ from omnidata.profiles.opening import processor_folder
 from omnidata.schema import UserError
 from omnidata.text.tokenizer import fingerprint
 from omnimodel.packed import class_for, config_of
+from pipelines.by_group import GroupCounts
 from pipelines.config import Recipe
 from pipelines.data import model_inputs, open_datasets, val_loader
 from pipelines.ema import Ema
@@ -74,20 +75,25 @@ class Evaluation:
     def _figures(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         if self.recipe.data.val and self.recipe.eval.num_batches:
-            figures["val_loss"] = self.loss()
+            figures |= self.losses()
         if self.recipe.data.val and self.recipe.eval.num_questions:
             figures |= self.answers()
         return figures
 
-    @torch.no_grad()
     def loss(self) -> float:
         """Mean loss over the supervised tokens of the first ``num_batches`` packs."""
+        return self.losses()["val_loss"]
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """That loss, and with log.by each group's."""
         loader = val_loader(self.recipe, self.world, self.model.config)
         num_steps = math.ceil(self.recipe.eval.num_batches / self.recipe.data.global_batch)
         total, tokens, seen = 0.0, 0, set()
+        by_group = GroupCounts(loader.group_names, self.world.device)
         self.model.eval()
         for microbatch in itertools.islice(loader, num_steps * loader.microbatches_per_step):
-            with compute_dtype(self.recipe, self.world):
+            with compute_dtype(self.recipe, self.world), by_group.watching(microbatch):
                 loss = self.model(**model_inputs(microbatch, self.world.device)).loss
             # Every microbatch was divided by its step's number of tokens: undo that, divide by all of them.
             total += loss.item() * microbatch.num_supervised_tokens
@@ -95,7 +101,8 @@ class Evaluation:
                 seen.add(microbatch.step)
                 tokens += microbatch.num_supervised_tokens
         self.model.train()
-        return self.world.sum([total])[0] / max(1, tokens)
+        figures = {"val_loss": self.world.sum([total])[0] / max(1, tokens)}
+        return figures | by_group.line(self.world, prefix="val_")
 
     def answers(self) -> dict[str, float]:
         """Exact match and F1 of generated answers, which the ranks share."""

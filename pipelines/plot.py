@@ -5,6 +5,7 @@ python pipelines/plot.py runs/demo        writes runs/demo/loss.svg again
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from omnidata.schema import UserError
 
 WIDTH, HEIGHT, MARGIN = 720, 220, 56  # pixels of one panel
 MOST_DOTS = 40
+MOST_GROUPS = 16  # panels of groups
 
 
 def plot(run_dir: Path) -> Path:
@@ -26,6 +28,7 @@ def plot(run_dir: Path) -> Path:
     panels = [
         ("loss", [(line["step"], line["loss"]) for line in steps if line["loss"] is not None], "#1f77b4"),
         ("validation loss", [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x], "#d62728"),
+        *_by_group(lines),
         ("tokens/s", [(line["step"], line["tokens_per_s"]) for line in steps], "#2ca02c"),
     ]
     panels = [panel for panel in panels if panel[1]]
@@ -40,6 +43,15 @@ def plot(run_dir: Path) -> Path:
         f"{body}</svg>\n"
     )
     return path
+
+
+def _by_group(lines: list[dict]) -> list[tuple[str, list, str]]:
+    """A panel for each group's loss (log.by), of training and validation, the first few."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(("loss/", "val_loss/")))
+    return [
+        (html.escape(name), [(x["step"], x[name]) for x in lines if x.get(name) is not None], "#9467bd")
+        for name in sorted(names)[:MOST_GROUPS]
+    ]
 
 
 def _panel(

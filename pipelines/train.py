@@ -39,6 +39,7 @@ from omnidata import Dataset
 from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
+from pipelines.by_group import GroupCounts
 from pipelines.checkpoint import Checkpoints, restore_training_state, training_state
 from pipelines.config import Recipe, load_recipe, to_yaml
 from pipelines.data import (
@@ -181,13 +182,14 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
     with profiler(recipe, world) as profile, Garbage() as garbage:
         while t.step < last_step and not is_stopped:
             counts = StepCounts(t.built.flop_count)
+            by_group = GroupCounts(t.loader.group_names, world.device)
             loss = torch.zeros((), device=world.device)
             # (1) read, one microbatch ahead
             for microbatch, is_last in marking_last(counts.waiting_for(next(steps))):
                 # (2) forward and backward; gradients add up over microbatches, then over ranks
                 now = is_last or recipe.parallel.sync_every_microbatch
                 with reduce_gradients(wrapped, now=now), naming_memory(microbatch):
-                    with compute_dtype(recipe, world):
+                    with compute_dtype(recipe, world), by_group.watching(microbatch):
                         part = wrapped(**model_inputs(microbatch, world.device)).loss
                     part.backward()
                 loss += part.detach()
@@ -216,7 +218,7 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
                 t.checkpoints.fail()
             figures = {"step": t.step, "loss": total_loss, "grad_norm": grad_norm}
             figures |= {"lr": recipe.optim.lr * factor, "epoch": microbatch.epoch}
-            log.step(figures | counts.line(world))
+            log.step(figures | counts.line(world) | by_group.line(world))
             if is_finite:
                 log.warn(t.guard.finite(t.step, total_loss, counts.keys))
             else:
@@ -288,7 +290,10 @@ def evaluate(t: Training, log: MetricsLog) -> bool:
     if not figures:
         return False
     log.write({"step": t.step, **figures})
-    log.say("  validation: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    log.say(
+        "  validation: "
+        + "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
+    )
     loss = figures.get("val_loss")
     if loss is None or (t.best is not None and loss >= t.best[0]):
         return False

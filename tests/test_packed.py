@@ -283,6 +283,7 @@ def run(folder, out, **sections):
         "model": {"path": str(folder / "model")},
         "optim": {"lr": 1e-3, "steps": 4},
         "checkpoint": {"every": 2},
+        "log": {},
     }
     for section, values in sections.items():
         tree[section] |= values
@@ -333,7 +334,13 @@ def test_adapters_and_rates_by_part(family, tmp_path, capsys):
         tmp_path / "lora",
         model={"freeze": ["vision_tower", "embeddings", "lm_head"], "lora": {"rank": 2}},
         optim={"component_lr": {"connector": 1e-2}},
+        log={"by": "dataset"},
     ).state_dict()
+    rows = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        [(name, loss)] = [(name, value) for name, value in row.items() if name.startswith("loss/")]
+        assert loss == pytest.approx(row["loss"], rel=1e-5)
+        assert row[name.replace("loss/", "tokens/")] == row["tokens"]
     assert "connector" in capsys.readouterr().out
     before = load(folder).state_dict()
     changed = {name for name in before if not torch.equal(before[name], tuned[name])}
