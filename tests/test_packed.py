@@ -10,7 +10,9 @@ import pytest
 import tiny_families
 import torch
 import transformers
+import yaml
 from PIL import Image
+from ranks import run_on_ranks
 
 from omnidata import Dataset, cli
 from omnidata.images.pixels import decode_rgb
@@ -273,7 +275,7 @@ def test_names_in_files_reach_every_weight(family, name):
 # --- train.py ---------------------------------------------------------------------------------------------
 
 
-def run(folder, out, **sections):
+def recipe_tree(folder, out, **sections):
     tree = {
         "run": {"dir": str(out), "device": "cpu", "threads": 1},
         "data": {
@@ -284,10 +286,15 @@ def run(folder, out, **sections):
         "optim": {"lr": 1e-3, "steps": 4},
         "checkpoint": {"every": 2},
         "log": {},
+        "parallel": {},
     }
     for section, values in sections.items():
         tree[section] |= values
-    train(parse_recipe(tree))
+    return tree
+
+
+def run(folder, out, **sections):
+    train(parse_recipe(recipe_tree(folder, out, **sections)))
     return transformers.AutoModelForImageTextToText.from_pretrained(out / "final", dtype=torch.float32)
 
 
@@ -373,3 +380,33 @@ def test_random_weights_from_a_changed_configuration(family, tmp_path):
         optim={"steps": 1},
     )
     assert model.config.get_text_config().num_hidden_layers == 1
+
+
+SLOW = pytest.mark.slow
+RANKS = [
+    ("internvl", "fsdp"),
+    *(pytest.param(name, "fsdp", marks=SLOW) for name in ("qwen3_vl", "minicpmv4_6")),
+]
+
+
+@pytest.mark.parametrize(("name", "strategy"), [*RANKS, pytest.param("llava_onevision", "ddp", marks=SLOW)])
+def test_two_ranks_are_one_process(family, tmp_path, name, strategy):
+    """One of them has no pictures in one step, or nothing at all."""
+    folder = family(name)
+    longest = max(len(sample.input_ids) for sample in Dataset(folder / "data"))
+    data = {"max_tokens": longest, "global_batch": 2}
+    ranks = [
+        list(PackLoader(folder / "data", **data, num_epochs=1, rank=rank, world_size=2, dummy_picture=True))
+        for rank in range(2)
+    ]
+    steps = len(ranks[0])
+    assert any(a.has_dummy != b.has_dummy for a, b in zip(*ranks, strict=True))
+    sections = {"data": data, "optim": {"steps": steps}, "parallel": {"strategy": strategy}}
+    one = run(folder, tmp_path / "one", data=data, optim={"steps": steps}).state_dict()
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree(folder, tmp_path / "two", **sections)))
+    run_on_ranks(2, [path])
+    final = tmp_path / "two" / "final"
+    two = transformers.AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float32).state_dict()
+    for parameter, expected in one.items():
+        torch.testing.assert_close(two[parameter], expected, atol=5e-6, rtol=1e-4)
