@@ -127,7 +127,7 @@ class Collator:
     """What users write: the processor called on every batch."""
 
     def __init__(self, folder: Path) -> None:
-        self.processor = transformers.AutoProcessor.from_pretrained(folder / "model")
+        self.processor = transformers.AutoProcessor.from_pretrained(folder / "model", trust_remote_code=False)
 
     def __call__(self, samples: list[tuple[list[dict[str, Any]], Any]]) -> dict[str, torch.Tensor]:
         batch = self.processor.apply_chat_template(
@@ -157,7 +157,9 @@ class _Times(transformers.TrainerCallback):
 
 def run_trainer(folder: Path, options: argparse.Namespace, *, batch: int) -> dict[str, Any]:
     """Samples a second of padded batches of ``batch`` samples, and the losses."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder / "model", dtype=torch.float32, trust_remote_code=False
+    )
     times = _Times()
     trainer = transformers.Trainer(
         model=model,
@@ -191,7 +193,9 @@ def run_trainer(folder: Path, options: argparse.Namespace, *, batch: int) -> dic
 def first_losses(folder: Path) -> tuple[float, float]:
     """Of one batch of eight samples: the class's own on the padded batch, and ours on the packed one."""
     records = Records(folder)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder / "model", dtype=torch.float32, trust_remote_code=False
+    )
     keys = [records.rows[position][0] for position in range(8)]
     with torch.no_grad():
         padded = model(**Collator(folder)([records[position] for position in range(8)])).loss.item()

@@ -85,7 +85,7 @@ def make_records(folder: Path, number: int) -> list[dict[str, Any]]:
 def build(folder: Path, records: list[dict[str, Any]]) -> dict[str, float]:
     """The model's folder and the shards; seconds of the build."""
     hosts.make(folder / "hosts", num_records=6)
-    processor = AutoProcessor.from_pretrained(folder / "hosts" / "model")
+    processor = AutoProcessor.from_pretrained(folder / "hosts" / "model", trust_remote_code=False)
     processor.chat_template = PLAIN
     processor.save_pretrained(folder / "hosts" / "model")
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -132,7 +132,7 @@ def ours(folder: Path, records: list[dict[str, Any]], batch: int) -> dict[str, f
         train_dataset=data,
         data_collator=data.collator,
         callbacks=[data.callback],
-        processing_class=AutoProcessor.from_pretrained(folder / "hosts" / "model"),
+        processing_class=AutoProcessor.from_pretrained(folder / "hosts" / "model", trust_remote_code=False),
     )
     return run(trainer, len(records))
 
@@ -149,7 +149,7 @@ def alone(folder: Path, records: list[dict[str, Any]], batch: int) -> dict[str, 
         for record in records
     ]
     data = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
-    processor = AutoProcessor.from_pretrained(folder / "hosts" / "model")
+    processor = AutoProcessor.from_pretrained(folder / "hosts" / "model", trust_remote_code=False)
     processor.chat_template = processor.tokenizer.chat_template = MARKED
     args = SFTConfig(
         **settings(folder),

@@ -108,6 +108,7 @@ def test_several_workers_of_a_dataloader_are_refused(made):
         next(iter(loader))
 
 
+@pytest.mark.slow
 def test_ranks_of_a_stream_share_the_plans_step(made):
     """Each rank's own batches, whose losses are averaged over ranks and microbatches: the step's loss."""
     model = hosts.load_model(made[1])

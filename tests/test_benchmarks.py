@@ -19,7 +19,7 @@ def run_benchmark(name, *arguments):
 
 def test_reports():
     report = json.loads(run_benchmark("reports.py", "--samples", "1500", "--repeats", "1", "--json"))
-    assert report["samples"] == 1500 and len([name for name in report if name.endswith("(s)")]) == 4
+    assert report["samples"] == 1500 and len([name for name in report if name.endswith("(s)")]) == 5
 
 
 def test_plan():
@@ -44,6 +44,17 @@ def test_train():
     report = json.loads(run_benchmark("train.py", "--records", "60", "--steps", "5", "--json"))
     assert set(report) == {"ours, packed", "HF Trainer", "ours, unpacked"}
     assert all(contender["max_loss_difference"] < 1e-3 for contender in report.values())
+
+
+@pytest.mark.slow
+def test_train_processor():
+    report = json.loads(
+        run_benchmark(
+            *("train_processor.py", "--records", "200", "--steps", "8", "--warmup", "2", "--json")
+        ).splitlines()[-1]
+    )
+    losses = report["loss_of_eight_samples"]
+    assert abs(losses["padded"] - losses["packed"]) < 1e-4 and report["ratio"] > 0
 
 
 @pytest.mark.slow
