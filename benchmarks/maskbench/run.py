@@ -88,7 +88,8 @@ class Bench:
             write_tokenizers(work / "tokenizers", templates)
         self._templates = {template.name: template for template in templates}
         self._tokenizers = {
-            name: AutoTokenizer.from_pretrained(work / "tokenizers" / name) for name in self._templates
+            name: AutoTokenizer.from_pretrained(work / "tokenizers" / name, trust_remote_code=False)
+            for name in self._templates
         }
         for tokenizer in self._tokenizers.values():
             tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)

@@ -18,7 +18,7 @@ def prepare(folder):
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     arguments = DataArguments(template=NAMES.get(folder.name, folder.name), cutoff_len=2048)
     template = get_template_and_fix_tokenizer(tokenizer, arguments)
     attributes = DatasetAttr("file", "maskbench", formatting="sharegpt", messages="messages", tools="tools")

@@ -8,7 +8,7 @@ def prepare(folder):
     """Answers by the tokenizer's own method."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.chat_template = marked_template(folder)
 
     def answer(question):

@@ -15,7 +15,7 @@ def prepare(folder):
     datasets.disable_progress_bars()
     datasets.disable_caching()
     logging.disable(logging.WARNING)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.chat_template = marked_template(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
