@@ -8,6 +8,10 @@ loss        cross-entropy on supervised positions only
 modeling    all of it as one transformers model
 processing  PIL images and arrays -> pixels for the model
 parts       which part a parameter belongs to, and freezing
+mixers      convolutions and recurrent mixers of other models, once per document
+packed      any other vision-language model of transformers, trained on packs
+isolation   does a model keep the documents of a pack apart?
+tally       losses by group, while the loss is computed
 blocks      activation checkpointing and torch.compile
 weights     assemble, convert and list checkpoints (python -m omnimodel.weights)
 """

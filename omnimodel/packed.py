@@ -114,10 +114,9 @@ class _Packed:
     def reset_buffers(self) -> None:
         """Recompute all that is no parameter: after meta -> to_empty it is memory garbage."""
         for module in self.modules():
-            if module._non_persistent_buffers_set or module._buffers:
+            if module._buffers:
                 module._is_hf_initialized = False
-        saved = {name: parameter for name, parameter in self.named_parameters()}
-        for parameter in saved.values():
+        for parameter in self.parameters():
             parameter._is_hf_initialized = True  # these are read from files
         self.initialize_weights()
 
