@@ -77,12 +77,26 @@ def probe(model: nn.Module, text: Probe, picture: Probe) -> Isolation:
         packed = (_hidden(model, documents) - alone_TD).abs().max() / largest
         joined = (_hidden(model, documents, is_joined=True) - alone_TD).abs().max() / largest
         inputs = _inputs([picture])
-        ours = model(**inputs, shift_labels=_labels(inputs)).loss
         own = model(**own_inputs(model, inputs | {"shift_labels": _labels(inputs)})).loss
+        ours = _as_its_own(model, inputs, own)
         figures = [float(value) for value in (packed, joined, own, ours)]
     finally:
         model.train(was_training)
     return Isolation(*figures, dtype=alone_TD.dtype)
+
+
+def _as_its_own(model: nn.Module, inputs: dict[str, Any], own: torch.Tensor) -> torch.Tensor:
+    """Our loss; without the scale of the text model's configuration if the class does not apply it."""
+    ours = model(**inputs, shift_labels=_labels(inputs)).loss
+    scale = model.logit_scale
+    if scale is None or abs(own - ours) <= OWN_TOLERANCE[own.dtype] * abs(own):
+        return ours
+    model.logit_scale = None
+    plain = model(**inputs, shift_labels=_labels(inputs)).loss
+    if abs(own - plain) <= OWN_TOLERANCE[own.dtype] * abs(own):
+        return plain
+    model.logit_scale = scale
+    return ours
 
 
 def unreached(call: nn.Module, model: nn.Module, picture: Probe) -> list[str]:

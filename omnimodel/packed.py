@@ -80,6 +80,7 @@ class _Packed:
         apart = {name: attention.NAME if name == "text_config" else "sdpa" for name in config.sub_configs}
         config._attn_implementation = apart | {"": "sdpa"}
         super().__init__(config, *args, **kwargs)
+        self.logit_scale = logit_scale(self.config)  # until the class's own loss shows that it has none
         self.mixers = mixers.keep_apart(self.get_decoder())
         self._join_pictures()
 
@@ -187,7 +188,7 @@ def packed_forward(
     hidden_BTD = outputs.last_hidden_state
     rows, labels = loss.supervised_rows(hidden_BTD.flatten(0, 1), shift_labels.flatten(), num_supervised_rows)
     count = len(rows) if num_supervised_tokens is None else num_supervised_tokens
-    total = loss.summed_loss(model.get_output_embeddings(), rows, labels, scale=logit_scale(model.config))
+    total = loss.summed_loss(model.get_output_embeddings(), rows, labels, scale=model.logit_scale)
     return CausalLMOutputWithPast(
         loss=total / max(count, 1), hidden_states=(hidden_BTD,) if return_hidden else None
     )

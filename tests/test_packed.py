@@ -216,10 +216,25 @@ def test_mixers_along_the_row_are_refused(family, name, monkeypatch):
 
 
 def test_a_head_that_does_more_is_refused(family, monkeypatch):
-    folder = family("qwen3_vl")
-    monkeypatch.setattr("omnimodel.packed.logit_scale", lambda config: LogitScale(scale=0.5))
+    model = load(family("qwen3_vl"))
+    plain = type(model.lm_head).forward
+    monkeypatch.setattr(
+        "omnimodel.loss._head_loss",
+        lambda head, hidden, labels, scale, start: torch.nn.functional.cross_entropy(
+            plain(head, hidden) * 0.5, labels, reduction="sum"
+        ),
+    )
     with pytest.raises(UserError, match="its own loss on a document is"):
-        prove(folder, load(folder))
+        prove(family("qwen3_vl"), model)
+
+
+def test_a_scale_of_logits_is_taken_if_the_class_takes_it(family):
+    """Configurations name one that some classes around a text model do not apply: the own loss tells."""
+    folder = family("qwen3_vl")
+    model = load(folder, final_logit_softcapping=5.0)
+    assert model.logit_scale == LogitScale(1.0, 5.0)
+    prove(folder, model)
+    assert model.logit_scale is None
 
 
 def test_attention_that_packs_do_not_support_is_refused(family):
