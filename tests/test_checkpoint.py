@@ -1,6 +1,7 @@
 """A run that is killed, stopped or damaged goes on exactly where it was."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -16,10 +17,11 @@ from ranks import run_on_ranks, run_recipes, start
 from safetensors.torch import load_file
 from tiny_recipe import losses, tiny_recipe, write_recipe
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from omnidata.schema import UserError
 from pipelines.checkpoint import rng_state, set_rng_state
-from pipelines.checkpoint_reader import CheckpointReader
+from pipelines.checkpoint_reader import CheckpointReader, _Unpickler
 from pipelines.checksums import verify
 from pipelines.config import load_recipe
 from pipelines.train import train
@@ -241,6 +243,28 @@ def test_a_strangers_checkpoint_runs_no_code(how, tmp_path):
     with pytest.raises(CheckpointException):
         dcp.load({"a": torch.zeros(3)}, storage_reader=reader, no_dist=True)
     assert not marker.exists()
+
+
+class _Got:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
+
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_members_of_enumerations_are_read_as_older_pythons_write_them(tmp_path):
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+
+    def unpickle(value):
+        return _Unpickler(io.BytesIO(pickle.dumps(value))).load()
+
+    assert unpickle(_Got(_MEM_FORMAT_ENCODING, member.name)) is member
+    for planted in (_Got(Path, "unlink"), _Got(_MEM_FORMAT_ENCODING, "__subclasses__")):
+        with pytest.raises(pickle.UnpicklingError, match="which no checkpoint of a run"):
+            unpickle(planted)
 
 
 def test_a_checkpoint_of_ours_is_read(tmp_path):
