@@ -20,6 +20,7 @@ from omnidata.builder import dedup, driver
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.near.hashing import (
     IMAGE_WORDS,
+    MAX_DISTANCE,
     NUM_NUMBERS,
     distances,
     image_hash,
@@ -29,7 +30,7 @@ from omnidata.near.hashing import (
     parse_text_hashes,
     text_hash,
 )
-from omnidata.near.pairs import MAX_DISTANCE, MIN_SIMILARITY, Hashes, near_pairs
+from omnidata.near.pairs import MIN_SIMILARITY, Hashes, near_pairs
 from omnidata.schema import NEAR, Conversation, Message, RejectError, TextPart
 
 WORDS = [
@@ -80,6 +81,24 @@ def test_a_picture_that_is_changed_a_little_keeps_its_hash_and_others_are_far():
         assert distances(before, hashed(*pictures)).max() <= MAX_DISTANCE, name
     apart = distances(before[:, None], before[None])[np.triu_indices(len(before), 1)]
     assert apart.min() > 1.5 * MAX_DISTANCE
+
+
+def drawn(value) -> Image.Image:
+    """``value(y, x)`` of 240 × 240 pixels."""
+    return Image.fromarray(value(*np.indices((240, 240))).astype(np.uint8)).convert("RGB")
+
+
+def test_drawings_of_few_frequencies_are_told_by_their_greys():
+    boards = [drawn(lambda y, x, n=n: (y * n // 240 + x * n // 240) % 2 * 255) for n in (5, 6, 7, 8)]
+    stripes = [drawn(lambda y, x: y // 60 % 2 * 255), drawn(lambda y, x: x // 60 % 2 * 255)]
+    plain = [drawn(lambda y, x, grey=grey: 0 * y + grey) for grey in (0, 128, 255)]
+    originals = [*boards, *stripes, *plain]
+    before = hashed(*map(encode, originals))
+    for size, quality in ((160, 50), (120, 75), (448, 75)):
+        changed = hashed(*(encode(picture.resize((size, size)), quality) for picture in originals))
+        assert distances(before, changed).max() <= MAX_DISTANCE
+    apart = distances(before[:, None], before[None])[np.triu_indices(len(before), 1)]
+    assert apart.min() > MAX_DISTANCE
 
 
 def test_what_is_transparent_counts_as_white():
@@ -136,7 +155,8 @@ def made_up(seed: int, num_samples: int = 120) -> Hashes:
                 text[rng.random(NUM_NUMBERS) < rng.choice([0, 0.05, 0.5])] ^= 1
             if rng.random() < 0.8:
                 flips = rng.choice([0, 7, (1 << 60) - 1]).astype(np.uint64)
-                pictures = images[other] ^ np.array([flips, flips, flips, flips, 0], np.uint64)
+                colours = np.arange(IMAGE_WORDS) == 4
+                pictures = images[other] ^ np.where(colours, np.uint64(0), flips)
         equal.append(rng.integers(0, 2) if rng.random() < 0.1 else 5)
         numbers.append(text)
         images.append(pictures)

@@ -1,7 +1,7 @@
 """Search: each sample of a dataset against all entries of the benchmarks, in parallel over stretches of rows.
 
 A text of a benchmark has leaked into a sample that has half of its runs, or MANY of them; a picture, if one
-of the sample's looks alike (near.pairs.MAX_DISTANCE).
+of the sample's looks alike (near.hashing.MAX_DISTANCE).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from omnidata.executors import InlineExecutor, ProcessExecutor, num_cpus, run_ta
 from omnidata.leaks.benchmark import Table
 from omnidata.leaks.ngrams import ngrams, word_hashes
 from omnidata.leaks.texts import TextReader
-from omnidata.near.hashing import IMAGES, distances, image_hash, parse_image_hashes
-from omnidata.near.pairs import MAX_DISTANCE
+from omnidata.near.hashing import HASH_DIGITS, IMAGES, MAX_DISTANCE, distances, image_hash, parse_image_hashes
 from omnidata.schema import RejectError, Sample, UserError
 
 ROWS_OF_A_TASK = 500
@@ -87,9 +86,9 @@ class Searcher:
         """(entry, bits in which one of its pictures differs from one of the sample's)."""
         if not len(self.table.images) or not sample.images:
             return
-        hashes = (
-            row[IMAGES].split() if row.get(IMAGES) else [self._hash(row, image) for image in sample.images]
-        )
+        hashes = str(row.get(IMAGES) or "").split()
+        if [len(each) for each in hashes] != [HASH_DIGITS] * len(sample.images):  # none, or a kept column's
+            hashes = [self._hash(row, image) for image in sample.images]
         for mine in parse_image_hashes(hashes):
             apart = distances(self.table.images, mine)
             for at in np.flatnonzero(apart <= MAX_DISTANCE).tolist():

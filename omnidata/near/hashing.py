@@ -2,7 +2,9 @@
 
 A picture's is imagehash's phash of 16 × 16 low frequencies of its greys: another size, format, quality or
 brightness flips a few of its 256 bits; unrelated photographs differ in about half. Beside it stand the mean
-colours of its quarters (Cb and Cr, a byte each): a colour wheel is not the photograph of a retina.
+colours of its quarters (Cb and Cr, a byte each): a colour wheel is not the photograph of a retina. And the
+mean greys of 8 × 8 cells, since drawings of few frequencies leave most bits to chance, or all of them 0: all
+stripes have nearly one phash, and a checkerboard's changes with its size.
 
 A text's is datasketch's MinHash over runs of five characters, of which 16 bits are kept: the share of equal
 numbers of two texts estimates the share of runs that they have in common. Beside it stands a hash of what
@@ -30,9 +32,17 @@ if TYPE_CHECKING:
     from omnidata.schema import Conversation, EncodedImage, Message
 
 NUM_NUMBERS = 64  # of a text's MinHash
-IMAGE_WORDS = 5  # uint64 of a picture's hash: 256 bits of greys, then eight bytes of colours
 NUM_BITS = 256
+_BITS, _COLOURS, _GREYS = slice(0, 4), slice(4, 5), slice(5, 13)  # words of a picture's hash
+CELLS = 8  # a side, of greys
+IMAGE_WORDS = 13  # uint64 of a picture's hash: 256 bits, then eight bytes of colours and 64 of greys
+HASH_DIGITS = 16 * IMAGE_WORDS
+MAX_DISTANCE = 48  # bits in which near pictures differ
 MAX_COLOUR = 24  # of 255: more between two quarters, and the pictures are not alike
+MAX_GREY = 64  # the same of two cells; real pictures 1.1 times as bright: at most 23
+# Cells whose greys agree so well are of one picture, whatever its bits: of scikit-image's photographs, copies
+# scaled and compressed have 0.994 and more, two different ones at most 0.990. Flat greys say nothing.
+MIN_CORRELATION, MIN_CONTRAST = 0.995, 16
 SHINGLE = 5  # characters
 SHORT_REPLY = 40  # characters; up to here replies must be equal
 IMAGES, TEXT = "near.images", "near.text"  # columns of the index
@@ -52,7 +62,7 @@ def near_values(talk: Conversation, images: Sequence[EncodedImage]) -> dict[str,
 
 
 def image_hash(data: bytes) -> str:
-    """80 hex digits of an encoded picture.
+    """HASH_DIGITS hex digits of an encoded picture.
 
     Raises:
         RejectError: it does not decode.
@@ -65,9 +75,11 @@ def image_hash(data: bytes) -> str:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is the build's
             picture.draft("RGB", (256, 256))  # a JPEG decodes at a fraction of its size
             shown = _on_white(picture)
-            greys = str(imagehash.phash(shown.convert("L"), hash_size=16))
+            grey = shown.convert("L")
+            bits = str(imagehash.phash(grey, hash_size=16))
             quarters = shown.resize((2, 2), Image.Resampling.BOX).convert("YCbCr")
-            return greys + np.asarray(quarters)[..., 1:].tobytes().hex()
+            cells = grey.resize((CELLS, CELLS), Image.Resampling.BOX)
+            return bits + np.asarray(quarters)[..., 1:].tobytes().hex() + cells.tobytes().hex()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise RejectError("image_corrupt", f"the picture does not decode: {error}") from error
 
@@ -89,16 +101,45 @@ def parse_image_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Bits in which hashes differ, NUM_BITS where colours do; broadcasts over all but the last axis."""
-    bits = np.bitwise_count(first[..., :-1] ^ second[..., :-1]).sum(axis=-1, dtype=np.int64)
-    return np.where(same_colours(first, second), bits, NUM_BITS)
+    """Bits in which hashes differ; broadcasts over all but the last axis.
+
+    NUM_BITS where colours or greys are apart, MAX_DISTANCE at most where the greys of cells agree.
+    """
+    first, second = np.broadcast_arrays(first, second)
+    found = np.full(first.shape[:-1], NUM_BITS, np.int64)
+    alike = same_colours(first, second)
+    found[alike] = _distances(first[alike], second[alike])
+    return found
+
+
+def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """int64 ``[N]`` of uint64 ``[N, IMAGE_WORDS]`` with the same colours."""
+    bits = np.bitwise_count(first[:, _BITS] ^ second[:, _BITS]).sum(axis=1, dtype=np.int64)
+    one, other = (_bytes_of(each, _GREYS).astype(np.float32) for each in (first, second))
+    is_far = np.abs(one - other).max(axis=1, initial=0) > MAX_GREY
+    one, other = (greys - greys.mean(axis=1, keepdims=True) for greys in (one, other))
+    deviations = [np.sqrt((greys**2).mean(axis=1)) for greys in (one, other)]
+    covariance = (one * other).mean(axis=1)
+    agree = (covariance >= MIN_CORRELATION * deviations[0] * deviations[1]) & (
+        np.minimum(*deviations) >= MIN_CONTRAST
+    )
+    return np.where(is_far, NUM_BITS, np.where(agree, np.minimum(bits, MAX_DISTANCE), bits))
 
 
 def same_colours(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """bool: are the colours of two pictures' quarters near? Broadcasts as ``distances``."""
-    colours = [np.ascontiguousarray(each[..., -1:]).view(np.uint8) for each in (first, second)]
+    colours = [_bytes_of(each, _COLOURS) for each in (first, second)]
     apart = np.maximum(*colours) - np.minimum(*colours)
     return apart.max(axis=-1) <= MAX_COLOUR
+
+
+def a_colour(images: np.ndarray) -> np.int16:
+    """One colour of the first of some pictures; 0 of none."""
+    return np.int16(_bytes_of(images[0], _COLOURS)[0] if len(images) else 0)
+
+
+def _bytes_of(hashes: np.ndarray, words: slice) -> np.ndarray:
+    return np.ascontiguousarray(hashes[..., words]).view(np.uint8)
 
 
 # --- texts ------------------------------------------------------------------------------------------------

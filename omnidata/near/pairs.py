@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from omnidata.near.hashing import IMAGE_WORDS, MAX_COLOUR, NUM_NUMBERS, distances
+from omnidata.near.hashing import IMAGE_WORDS, MAX_COLOUR, MAX_DISTANCE, NUM_NUMBERS, a_colour, distances
 
 MIN_SIMILARITY = 0.7  # share of the runs of five characters that near texts have in common
-MAX_DISTANCE = 48  # bits of 256 in which near pictures differ
 BAND = 4  # numbers of a band: 16 bands find 99.9 % of the pairs with a similarity of 0.8
 MAX_BUCKET = 200  # groups of one band that are compared with all the others
 
@@ -116,7 +115,7 @@ class _Leaders:
             self._images = np.concatenate([self._images, np.zeros_like(self._images)])
             self._colours = np.concatenate([self._colours, np.zeros_like(self._colours)])
         self._images[len(self.samples)] = images
-        self._colours[len(self.samples)] = _a_colour(images)
+        self._colours[len(self.samples)] = a_colour(images)
         self.samples.append(sample)
 
     def nearest(self, images: np.ndarray) -> tuple[int, int] | None:
@@ -125,15 +124,11 @@ class _Leaders:
             return None
         if not len(images):
             return self.samples[0], 0
-        apart = np.abs(self._colours[: len(self.samples)] - _a_colour(images))
+        apart = np.abs(self._colours[: len(self.samples)] - a_colour(images))
         alike = np.flatnonzero(apart <= MAX_COLOUR)
         most = distances(self._images[alike], images).max(axis=1)
         near = np.flatnonzero(most <= MAX_DISTANCE)
         return (self.samples[alike[near[0]]], int(most[near[0]])) if len(near) else None
-
-
-def _a_colour(images: np.ndarray) -> np.int16:
-    return np.int16(images[0, -1] & np.uint64(0xFF)) if len(images) else np.int16(0)
 
 
 def _near_groups(hashes: Hashes, firsts: list[int]) -> Iterator[tuple[int, int, float]]:
