@@ -97,6 +97,7 @@ def test_a_call_that_is_switched_off_is_a_turn_that_is_switched_off():
         ({"tools": [{"name": json.loads("[" * 99 + "1" + "]" * 99)}]}, "bad_record"),
         ({"messages": [{"role": "tool_call", "content": "weather()"}]}, "bad_content"),
         ({"messages": [{"role": "user", "content": "?", "reasoning_content": "x"}]}, "unread_content"),
+        ({"messages": [{"role": "system", "content": "S", "tools": [TOOL]}]}, "unread_content"),
         ({"messages": [{"from": "tool", "value": {"a": 1}}, {"from": "gpt", "value": "A"}]}, "bad_content"),
     ],
 )  # fmt: skip

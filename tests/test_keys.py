@@ -1,6 +1,8 @@
 """Nothing in a record is ignored: media under any key, marks of other projects, verdicts, switches."""
 
 # ruff: noqa: E501
+import json
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -277,6 +279,7 @@ def test_names_stand_for_pictures_in_brackets_only():
         {"label": False}, {"label": "False"}, {"train": False}, {"weight": 0}, {"rejected": "5"}, {"chosen": [REPLY]},
         {"rejected_response": "5"}, {"history": [["a", "b"]]}, {"documents": [{"title": "x"}]}, {"loss_weight": 0.0},
         {"desirable": False}, {"is_correct": False}, {"loss_mask": [0, 1]}, {"meta": {"rejected": "5"}},
+        {"Weight": 0}, {"isCorrect": False}, {"reasoning_content": "x"}, {"tool_calls": [{"name": "f"}]},
     ],
 )  # fmt: skip
 def test_a_key_that_says_not_all_is_to_be_learned_is_a_reject(keys):
@@ -306,11 +309,33 @@ def test_switches_of_turns_are_obeyed():
         {"mask": True},
         {"trainable": False},
         {"supervise": False},
+        {"Weight": 0},
+        {"isMasked": True},
+        {"trainable": "false"},
+        {"learnable": 0.0},
+        {"content": [{"type": "text", "text": "A", "train": False}]},
     ],
 )
 def test_switches_that_are_not_understood_are_rejects(turn):
     with pytest.raises(RejectError) as error:
         supervised(turn, {})
+    assert error.value.reason == "unread_content"
+    assert next(iter(turn)) in error.value.detail
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+def test_what_stands_beside_a_question_and_its_answer_is_the_answers(is_text):
+    def read(**more):
+        if is_text:
+            return converse(messages=None, text=json.dumps({"question": "Q", "chosen": "A", **more})).messages
+        return converse(messages=None, texts=[{"user": "Q", "assistant": "A", **more}]).messages
+
+    assert read(reasoning_content="hm")[1].more == {"reasoning_content": "hm"}
+    for key, value in (("weight", 0), ("loss", False), ("train", False)):
+        with pytest.raises(RejectError, match="switched off"):
+            read(**{key: value})
+    with pytest.raises(RejectError) as error:
+        read(masked=True)
     assert error.value.reason == "unread_content"
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from omnidata.schema import RejectError
@@ -137,7 +138,7 @@ _SWITCHES = frozenset(
         *("accepted", "is_accepted", "correct", "is_correct", "valid", "is_valid"),
     )
 )
-# Of a turn, in other tools' spellings; those that are obeyed are read before (turns.py).
+# Of a turn or a part of its content; those of turns that are obeyed are read before (turns.py).
 _TURN_SWITCHES = frozenset(
     (
         *(
@@ -153,6 +154,8 @@ _TURN_SWITCHES = frozenset(
             "learn",
         ),
         *("is_train", "do_train", "no_train", "skip", "ignore", "train_detail", "loss_on", "label"),
+        *("weight", "loss", "train", "training", "train_on_turn", "learnable", "no_loss", "is_loss"),
+        *("has_loss", "use_loss", "compute_loss", "in_loss", "include_in_loss", "loss_enabled"),
     )
 )
 
@@ -178,15 +181,13 @@ class KeyCheck:
             if is_empty(value):
                 continue
             name = f"{where}{key}"
-            is_switch = where == "messages." and key in _TURN_SWITCHES and isinstance(value, bool | int)
-            if _holds_verdict(key, value) or is_switch or (not where and _is_off(key, value)):
+            is_switch = bool(where) and _is_switch(str(key), value)
+            if _holds_verdict(str(key), value) or is_switch or (not where and _is_off(str(key), value)):
+                column = f", or keep it as a column to choose by: --keep-column {shlex.quote(name)}"
                 raise RejectError(
                     "unread_content",
                     f"the key {name!r} ({shown(value)}) says that not all of the text is to be learned; "
-                    "leave such records out, take the key away if it says nothing, or keep it as a column to "
-                    f"choose by: --keep-column {shlex.quote(name)}"
-                    if not where
-                    else "leave such records out, or take the key away if it says nothing",
+                    f"leave such records out, take the key away if it says nothing{'' if where else column}",
                 )
             if self._is_media(str(key), value):
                 raise RejectError(
@@ -253,7 +254,7 @@ def _holds_verdict(key: str, value: Any) -> bool:
     left = [(key, value)]
     while left:
         name, inner = left.pop()
-        if name in _VERDICTS and not is_empty(inner):
+        if _spelt(name) in _VERDICTS and not is_empty(inner):
             return True
         if isinstance(inner, Mapping):
             left += [(str(other), more) for other, more in inner.items()]
@@ -264,10 +265,27 @@ def _holds_verdict(key: str, value: Any) -> bool:
 
 def _is_off(key: str, value: Any) -> bool:
     """Does a record's own switch say no? A number does so only as a weight: ``label: 0`` may be a class."""
+    key = _spelt(key)
     if key in ("weight", "loss") and isinstance(value, int | float):
         return value == 0
-    says_no = isinstance(value, str) and value.strip().lower() in ("false", "no")
-    return key in _SWITCHES and (value is False or says_no)
+    return key in _SWITCHES and (value is False or _says(value, "false", "no"))
+
+
+def _is_switch(key: str, value: Any) -> bool:
+    """Does a key of a turn or part say whether that is to be learned?"""
+    return _spelt(key) in _TURN_SWITCHES and (
+        isinstance(value, bool | int | float) or _says(value, "false", "no", "true", "yes")
+    )
+
+
+def _says(value: Any, *words: str) -> bool:
+    return isinstance(value, str) and value.strip().lower() in words
+
+
+@lru_cache(maxsize=4096)
+def _spelt(key: str) -> str:
+    """``isMasked``, ``Is-Masked`` -> ``is_masked``."""
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower().replace("-", "_")
 
 
 def is_empty(value: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from omnidata.corpus.calls import read_calls, written_calls
+from omnidata.corpus.calls import TOOL_KEYS, read_calls, written_calls
 from omnidata.corpus.keys import is_empty, shown
 from omnidata.schema import REASONING_KEYS, TOOL_ROLES, Record, RejectError, Role
 
@@ -43,8 +43,9 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # of a record, besi
 _SWITCHES = ("weight", "loss", "train")
 _TOOLS_OWN = ("name", "tool_call_id")  # of a tool's turn
 # What a turn or record may hold besides, and no chat template is given.
-_MORE_OF_A_TURN = ("tool_call", "tool_responses", "thought", "thoughts", "refusal")
-_MORE_OF_A_RECORD = ("documents",)
+_MORE_OF_A_TURN = ("tool_call", "tool_responses", "thought", "thoughts", "refusal", *TOOL_KEYS)
+_MORE_OF_A_RECORD = ("documents", "reasoning_content", "tool_calls", "function_call")
+_CALLS = ("tool_calls", "function_call")
 _LISTS = ("conversations", "messages", "conversation")
 
 
@@ -130,18 +131,27 @@ def _read_list(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[
 def _turn(value: dict[str, Any]) -> Turn:
     """A turn with the keys of either convention, or a mixture of both."""
     speaker, content = _either(value, "role", "from"), _either(value, "content", "value")
+    rest = {key: inner for key, inner in value.items() if key not in ("role", "from", "content", "value")}
     if isinstance(speaker, str) and speaker.lower() in CALLERS:
         calls = written_calls(content, f"the content of a {speaker} turn")
-        return _turn_of("assistant", "", {**value, "tool_calls": calls}, is_call=True)
-    return _turn_of(_role(speaker), content, value)
+        return _turn_of("assistant", "", {**rest, "tool_calls": calls}, is_call=True)
+    return _turn_of(_role(speaker), content, rest)
+
+
+def _exchange(question: Any, answer: Any, rest: dict[str, Any]) -> list[Turn]:
+    """A question and its answer that share an object; ``rest``: what else stands in it."""
+    own = {key: rest[key] for key in (*_SWITCHES, *REASONING_KEYS, *_CALLS) if key in rest}
+    others = {key: value for key, value in rest.items() if key not in own}
+    return [_turn_of("user", question, others), _turn_of("assistant", answer, own)]
 
 
 def _turn_of(role: Role, content: Any, value: dict[str, Any], *, is_call: bool = False) -> Turn:
+    """A turn of what stands in its object beside speaker and content."""
     more = _more(role, value)
-    used = {"role", "from", "content", "value", *_SWITCHES, *more}
+    used = {*_SWITCHES, *more}
     used |= {"function_call"} if "tool_calls" in more else set()
     rest = {key: inner for key, inner in value.items() if key not in used}
-    for key in (*REASONING_KEYS, "tool_calls", "function_call"):
+    for key in (*REASONING_KEYS, *_CALLS):
         if not is_empty(rest.get(key)):
             raise RejectError("unread_content", f"the key {key!r} is an assistant's, not a {role}'s")
     for key in _MORE_OF_A_TURN:
@@ -164,7 +174,7 @@ def _more(role: Role, value: dict[str, Any]) -> dict[str, Any]:
             raise RejectError("bad_content", f"{key!r} of a turn is {shown(text)}, no text")
     if len(set(more.values())) > 1:
         raise RejectError("bad_record", f"a turn has {' and '.join(more)}, and they differ")
-    calls = {key: value[key] for key in ("tool_calls", "function_call") if not is_empty(value.get(key))}
+    calls = {key: value[key] for key in _CALLS if not is_empty(value.get(key))}
     if len(calls) > 1:
         raise RejectError("bad_record", "a turn has tool_calls and function_call; leave one of them")
     if "tool_calls" in calls:
@@ -222,7 +232,7 @@ def _read_texts(payload: dict[str, Any], key: str, captions: _Captions) -> tuple
     turns = []
     for pair in _objects(payload[key]):
         rest = {name: value for name, value in pair.items() if name not in ("user", "assistant")}
-        turns += [Turn("user", pair.get("user"), rest), Turn("assistant", pair.get("assistant"))]
+        turns += _exchange(pair.get("user"), pair.get("assistant"), rest)
     return turns, set()
 
 
@@ -264,13 +274,11 @@ def _read_text(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[
             return captions.turns(payload[key]), set()
         raise RejectError("bad_record", f"text is no JSON: {error}") from error
     if isinstance(dialogue, dict):
-        turns, read = (
-            _read_question(dialogue, "question", captions) if "question" in dialogue else ([], set())
-        )
+        if "question" not in dialogue:
+            return [], set()
+        (asked, answer), read = _read_question(dialogue, "question", captions)
         rest = {name: value for name, value in dialogue.items() if name not in {"question", *read}}
-        if turns:
-            turns[0].rest |= rest
-        return turns, set()
+        return _exchange(asked.content, answer.content, rest), set()
     if isinstance(dialogue, list) and len(dialogue) >= 3 and isinstance(dialogue[0], str):
         return [
             Turn("user", dialogue[0]),
