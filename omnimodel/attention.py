@@ -21,8 +21,9 @@ None of these copies anything from the GPU to the host.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -78,13 +79,36 @@ def omnilmm_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    of_tower: bool = False,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature: ``[B, H, T, d]`` in, ``[B, T, H, d]`` and no weights out."""
+    """transformers' attention signature: ``[B, H, T, d]`` in, ``[B, T, H, d]`` and no weights out.
+
+    ``of_tower``: every patch sees all patches of its own stretch of the row.
+    """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    _refuse_unsupported(query, key, dropout, kwargs)
+    # Under autocast rotary tables, and so queries and keys, are float32; values have the kernel's dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # made by packed_mask
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+    is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True) is not False
+    if not (is_causal or of_tower):
+        raise ValueError("attention that is not causal is not supported for packed documents without a mask")
+    window = sliding_window if sliding_window and sliding_window < (max_length_q or query.shape[2]) else None
+    pack = Pack(cu_seq_lens_q, max_length_q, scaling, window, is_causal=not of_tower)
+    return _choose(query)(query, key, value, pack)[None], None
+
+
+def _refuse_unsupported(
+    query: torch.Tensor, key: torch.Tensor, dropout: float, kwargs: Mapping[str, object]
+) -> None:
     if dropout:
         raise ValueError(
             f"attention_dropout={dropout} is not supported for packed documents; set it to 0 in the config"
@@ -97,42 +121,6 @@ def omnilmm_attention(
             f"packed attention takes one row without a cache, got {query.shape[0]} rows with "
             f"{query.shape[2]} queries and {key.shape[2]} keys"
         )
-    window = sliding_window if sliding_window and sliding_window < (max_length_q or query.shape[2]) else None
-    # Under autocast rotary tables, and so queries and keys, are float32; values have the kernel's dtype.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:  # made by packed_mask
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2), None
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise ValueError("attention that is not causal is not supported for packed documents without a mask")
-    attend = _choose(query)
-    output_THd = attend(query, key, value, Pack(cu_seq_lens_q, max_length_q, scaling, window))
-    return output_THd[None], None
-
-
-def tower_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    """The same for a tower: every patch sees all patches of its own stretch of the row."""
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    pack = Pack(cu_seq_lens_q, max_length_q, scaling, None, is_causal=False)
-    return _choose(query)(query, key, value, pack)[None], None
 
 
 def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -253,4 +241,4 @@ def _is_only_causal(mask_function: Any, longest: int | None) -> bool:
 
 AttentionInterface.register(NAME, omnilmm_attention)
 AttentionMaskInterface.register(NAME, packed_mask)  # padded batches and the cache: as sdpa
-AttentionInterface.register(TOWER_NAME, tower_attention)
+AttentionInterface.register(TOWER_NAME, functools.partial(omnilmm_attention, of_tower=True))

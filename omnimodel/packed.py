@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -77,8 +78,11 @@ class _Packed:
     original: type
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        apart = {name: attention.NAME if name == "text_config" else "sdpa" for name in config.sub_configs}
-        config._attn_implementation = apart | {"": "sdpa"}
+        text = config.get_text_config()
+        names = {name: getattr(config, name, None) for name in config.sub_configs} | {"": config}
+        config._attn_implementation = {
+            name: attention.NAME if each is text else "sdpa" for name, each in names.items()
+        }
         super().__init__(config, *args, **kwargs)
         self.logit_scale = logit_scale(self.config)  # until the class's own loss shows that it has none
         self.mixers = mixers.keep_apart(self.get_decoder())
@@ -128,6 +132,7 @@ class _Packed:
             ValueError: some weights are stored in another form (joined, split or transposed).
         """
         transforms = get_model_conversion_mapping(self)
+        keys = [key for key in keys if not self._is_left_out(key)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
         state = self.state_dict()
@@ -138,6 +143,11 @@ class _Packed:
                 raise ValueError(f"{key} is stored in another form than {name}")
             names[name] = key
         return names
+
+    def _is_left_out(self, key: str) -> bool:
+        """Is it one of the weights that the class itself leaves in the files (another head's, say)?"""
+        patterns = self._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, key) for pattern in patterns)
 
 
 def packed_forward(

@@ -80,13 +80,9 @@ class Evaluation:
             figures |= self.answers()
         return figures
 
-    def loss(self) -> float:
-        """Mean loss over the supervised tokens of the first ``num_batches`` packs."""
-        return self.losses()["val_loss"]
-
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """That loss, and with log.by each group's."""
+        """Mean loss over supervised tokens of the first ``num_batches`` packs; log.by: each group's, too."""
         loader = val_loader(self.recipe, self.world, self.model.config)
         num_steps = math.ceil(self.recipe.eval.num_batches / self.recipe.data.global_batch)
         total, tokens, seen = 0.0, 0, set()

@@ -147,7 +147,9 @@ def _save_packed(
     tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     clean.load_state_dict(tensors, assign=True)
     clean.tie_weights()
-    clean.config.dtype = dtype
+    for config in (clean.config, *(getattr(clean.config, name) for name in clean.config.sub_configs)):
+        if config is not None:
+            config.dtype = dtype
     clean.generation_config = copy.deepcopy(model.generation_config)
     clean.generation_config.eos_token_id = end_tokens(model, dataset)  # where a reply ends, in any tool
     clean.generation_config._from_model_config = False  # or a load would derive it anew

@@ -70,9 +70,8 @@ def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
 
 def new_model(config: Any) -> nn.Module:
     """A model with random weights, float32; UserError for a configuration that cannot be built."""
-    config.dtype = torch.float32
-    try:
-        return class_for(config)(config)
+    try:  # by this way its parts are float32 as well, whatever a published config.json says of them
+        return class_for(config)._from_config(config, dtype=torch.float32)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model.config cannot be built: {error}") from error
 

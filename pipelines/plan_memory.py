@@ -22,6 +22,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import pyarrow.compute as pc
+
 from omnidata import Dataset
 from omnidata.inspect.cost import DEFAULT_GPU, DEFAULT_MFU, GPUS
 from omnidata.schema import MANIFEST, UserError
@@ -116,8 +118,10 @@ def _plan_weights(
     share = tokens / manifest.num_tokens
     documents = max(1, round(manifest.num_samples * share))
     images, supervised = (round(n * share) for n in (manifest.num_images, manifest.num_supervised))
-    columns = {name: dataset.index[name] for name in ("image_pixels", "image_tokens")}
-    values, features = (sum(map(sum, column.to_pylist())) * share for column in columns.values())
+    values, features = (
+        (pc.sum(pc.list_flatten(dataset.index[name])).as_py() or 0) * share
+        for name in ("image_pixels", "image_tokens")
+    )
     count = count_flops(traced.model)
     flops = count.of(
         [tokens / documents] * documents,

@@ -13,12 +13,12 @@ from typing import Any
 
 from omnidata import Dataset
 from omnidata.profiles.fingerprint import describe, fingerprint_of
-from omnidata.profiles.folder import CONFIG, load_processor, model_config
+from omnidata.profiles.folder import load_processor, model_config
 from omnidata.profiles.opening import open_profile, processor_folder
 from omnidata.profiles.positions import UNKNOWN
 from omnidata.profiles.processor import ProcessorProfile
 from omnidata.schema import UserError
-from omnimodel.packed import class_for, config_of
+from omnimodel.packed import class_for
 from pipelines.config import Recipe
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -31,12 +31,13 @@ def processor_config(recipe: Recipe, dataset: Dataset) -> Any:
         UserError: there is none, or ``model.config`` names what it does not have.
     """
     if recipe.model.path is not None:
-        if not (Path(recipe.model.path) / CONFIG).exists():
+        config = model_config(recipe.model.path)
+        if config is None:
             raise UserError(
                 f"model.path {recipe.model.path} is no model folder: it has no config.json. Fetch the "
                 "model with `hf download OWNER/NAME --local-dir DIR`, or take RUN/final of an earlier run"
             )
-        return _known(config_of(recipe.model.path))
+        return _known(config)
     kept = model_config(processor_folder(dataset.path))
     if kept is None:
         raise UserError(
@@ -87,9 +88,11 @@ def processor_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: An
     first = datasets[0]
     for dataset in datasets:
         yield from _dataset_mismatches(dataset, first, config)
-    text = config.get_text_config()
-    if getattr(text, "attention_dropout", 0.0):
-        yield f"the model's attention_dropout is {text.attention_dropout}: packs need 0.0 (config.json)"
+    for name in ("", *config.sub_configs):
+        dropout = getattr(getattr(config, name) if name else config, "attention_dropout", None)
+        if dropout:
+            where = f"{name}.attention_dropout" if name else "attention_dropout"
+            yield f"the model's {where} is {dropout}: packs need 0.0 (its config.json)"
     if recipe.model.train_only_new_tokens:
         yield "model.train_only_new_tokens: a processor's dataset adds no tokens"
     yield from _other_processor(recipe.model.path, first)

@@ -115,8 +115,8 @@ class Assembler:
             parts = lay_out(kept, images, im_start=self._im_start, num_skipped=len(failed))
         if isinstance(parts, LoadError):
             return parts
-        groups = _groups(read)
-        parts = parts if groups is None else replace(parts, groups=groups)
+        pixels = sum(sum(document.image_pixels) for document, sample in read if isinstance(sample, Sample))
+        parts = replace(parts, groups=_groups(read), num_pixels=pixels)
         if failed:
             return parts
         return self._checked(parts, work, sum(len(sample.images) for sample in kept))

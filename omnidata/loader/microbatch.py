@@ -53,6 +53,9 @@ class Microbatch:
     groups: torch.Tensor | None = None  # int64 [D], of each document (see PackLoader); None: not asked
     supervised_groups: torch.Tensor | None = None  # int64 [N], of each supervised label, in their order
     num_images: int = 0  # of the samples
+    num_pixels: int = (
+        0  # a processor's: values of their pixel tensors before one picture is padded for another
+    )
     has_dummy: bool = False  # the last document is no sample but one small picture with nothing supervised
 
     @property
@@ -76,6 +79,7 @@ class Parts:
     token_types: np.ndarray | None = None  # bool [T]
     groups: np.ndarray | None = None  # int64 [D]
     num_images: int = 0
+    num_pixels: int = 0
     has_dummy: bool = False
 
 
@@ -173,5 +177,6 @@ def expand(
         groups=groups,
         supervised_groups=supervised_groups,
         num_images=parts.num_images,
+        num_pixels=parts.num_pixels,
         has_dummy=parts.has_dummy,
     )

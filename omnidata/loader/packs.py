@@ -129,6 +129,8 @@ class PackLoader:
         manifest = datasets[0].manifest
         changes = {"augment": _as(Augment, augment) if augment else None, "seed": seed}
         if manifest.is_omnilmm:
+            if dummy_picture:
+                raise UserError("dummy_picture is for a processor's datasets; OmniLMM's model needs none")
             fit = manifest.settings.get("image_fit", "squash")
             images: Any = Squares(image_size or manifest.image_size, fit, **changes)
         else:
