@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 import re
 
 import numpy as np
@@ -173,6 +174,27 @@ def test_row_groups_that_cannot_match_are_not_read():
     assert where.find(io.BytesIO(bytes(whole)), name="t").tolist() == list(range(22, 31))
     with pytest.raises(UserError, match="damaged"):  # row group 0 cannot be read, and was not
         Where("n < 31").find(io.BytesIO(bytes(whole)), name="t")
+
+
+LARGE = [-(1 << 63), -5, 0, 3, 1 << 25, (1 << 53) + 1, 1 << 60, (1 << 60) + 1, (1 << 63) - 1]
+CONSTANTS = [*LARGE, 0.5, -5.5, 2.0**25 + 0.5, 2.0**60, 2.0**63, 1e30, -1e30, float("inf"), 10**30, -(10**30)]
+SIGNS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt}
+SIGNS |= {">=": operator.ge}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_whole_numbers_are_compared_exactly_however_large(constant):
+    file = io.BytesIO()
+    tables = [pa.table({"n": [n], "split": ["train"]}) for n in LARGE]  # so each has its statistics
+    write_tables(file, tables[0].schema, tables)
+    spelled = "1e400" if constant == float("inf") else repr(constant)
+    for sign, compare in SIGNS.items():
+        rows = [i for i, n in enumerate(LARGE) if compare(n, constant)]
+        turned = sign.translate(str.maketrans("<>", "><"))
+        for text in (f"n {sign} {spelled}", f"{spelled} {turned} n"):
+            assert Where(text).find(file, name="t").tolist() == rows, text
+    rows = [i for i, n in enumerate(LARGE) if n in (constant, 3)]
+    assert Where(f"n in [{spelled}, 3]").find(file, name="t").tolist() == rows
 
 
 # --- datasets and plans -----------------------------------------------------------------------------------

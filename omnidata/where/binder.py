@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from omnidata.schema import UserError
 from omnidata.where.grammar import Name, Node, spell
@@ -22,6 +25,34 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}  # what 3 < x says of x
+
+
+def _limits(kind: pa.DataType) -> tuple[int, int]:
+    """The least and greatest number of an integer type."""
+    info = np.iinfo(kind.to_pandas_dtype())
+    return int(info.min), int(info.max)
+
+
+def _whole(sign: str, value: float, kind: pa.DataType) -> tuple[str, pa.Scalar]:
+    """The same comparison, of whole numbers, with a constant of the column's own type.
+
+    So it is exact, and no cast stands between the column and its statistics (Arrow's would refuse some).
+    ``> 2.5`` is ``> 2``; ``== 2.5`` is met by none, as ``<`` the least number is.
+    """
+    import pyarrow as pa
+
+    low, high = _limits(kind)
+    is_beyond = not low <= value <= high
+    if sign in ("==", "!="):
+        if is_beyond or int(value) != value:
+            sign, value = "<" if sign == "==" else ">=", low
+    elif is_beyond:
+        is_met = (value > high) == (sign in ("<", "<="))
+        sign, value = ">=" if is_met else "<", low
+    else:
+        value = math.floor(value) if sign in (">", "<=") else math.ceil(value)
+    return sign, pa.scalar(int(value), kind)
 
 
 def _joined(join: Callable[[Any, Any], Any], parts: list[ds.Expression]) -> ds.Expression:
@@ -57,38 +88,42 @@ class Binder:
             return ~found & column.is_valid() if negated else found
         if what == "true" and kind != "true or false":
             raise self._error(f"{operands[0].name} is a column of {kind}s: compare it with something")
-        condition = column if what == "true" else OPERATORS[what](*self._sides(operands))
+        condition = column if what == "true" else self._compared(what, *operands)
         return ~condition if negated else condition
 
-    def _sides(self, operands: Sequence[Any]) -> Iterator[ds.Expression]:
+    def _compared(self, sign: str, left: Any, right: Any) -> ds.Expression:
+        import pyarrow as pa
         import pyarrow.dataset as ds
 
-        [column, *_] = [operand for operand in operands if isinstance(operand, Name)]
-        for operand in operands:
-            yield (
-                ds.field(operand.name)
-                if isinstance(operand, Name)
-                else ds.scalar(self._literal(operand, column))
-            )
+        if not isinstance(left, Name):
+            sign, left, right = _TURNED.get(sign, sign), right, left
+        column = ds.field(left.name)
+        if isinstance(right, Name):
+            types = [self._schema.field(name.name).type for name in (left, right)]
+            if any(map(pa.types.is_floating, types)):
+                # Unsafe: where a whole number has no exact float64, the nearest one is compared.
+                sides = (ds.field(name.name).cast(pa.float64(), safe=False) for name in (left, right))
+                return OPERATORS[sign](*sides)
+            return OPERATORS[sign](column, ds.field(right.name))
+        if self._is_whole(left):
+            sign, right = _whole(sign, right, self._schema.field(left.name).type)
+        elif not isinstance(right, str | bool):
+            right = float(right)
+        return OPERATORS[sign](column, ds.scalar(right))
 
-    def _literal(self, value: Any, column: Name) -> Any:
-        """A whole number of the column's own type, if it is one: no cast stands between it and statistics."""
+    def _is_whole(self, column: Name) -> bool:
         import pyarrow as pa
 
-        if isinstance(value, bool) or not isinstance(value, int):
-            return value
-        try:
-            return pa.scalar(value, self._schema.field(column.name).type)
-        except (pa.ArrowInvalid, OverflowError):
-            return float(value)
+        return pa.types.is_integer(self._schema.field(column.name).type)
 
     def _array(self, values: Sequence[Any], column: Name) -> pa.Array:
         import pyarrow as pa
 
-        scalars = [self._literal(value, column) for value in values]
-        if len({type(scalar) for scalar in scalars}) > 1:  # whole numbers and others
-            scalars = [float(value) for value in values]
-        return pa.array(scalars)
+        if self._is_whole(column):
+            kind = self._schema.field(column.name).type
+            low, high = _limits(kind)
+            return pa.array([int(v) for v in values if low <= v <= high and int(v) == v], kind)
+        return pa.array(list(map(float, values)) if not isinstance(values[0], str | bool) else list(values))
 
     def _kind(self, *operands: Any) -> str:
         """What is compared: a number, a text, or true or false."""
