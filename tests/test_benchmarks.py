@@ -47,6 +47,14 @@ def test_train():
 
 
 @pytest.mark.slow
+def test_classes():
+    arguments = ("--families", "internvl", "gemma3", "--records", "60", "--steps", "4", "--json")
+    rows = json.loads(run_benchmark("classes.py", *arguments))
+    assert [row["family"] for row in rows] == ["internvl", "gemma3"]
+    assert all(row["packed"] <= 1e-6 and row["last_loss"] < row["first_loss"] for row in rows)
+
+
+@pytest.mark.slow
 def test_train_processor():
     report = json.loads(
         run_benchmark(
