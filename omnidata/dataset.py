@@ -57,7 +57,7 @@ class Dataset:
 
         self.path = os.fspath(path).rstrip("/")
         self.split = split
-        self.where = Where(where) if isinstance(where, str) else where
+        self.where = where if where is None or isinstance(where, Where) else Where(where)
         self._fs, self._root = fsspec.core.url_to_fs(self.path)
         self._is_local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
         self._manifest_bytes = self._read_manifest()

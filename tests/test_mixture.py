@@ -186,6 +186,9 @@ def test_a_schedule_gives_every_sample_of_an_epoch(numerator, denominator):
         ({"weights": [{"till": 2, "weight": 1}]}, "each is {until: EPOCHS, weight: W}"),
         ({"weights": [{"weight": "much"}]}, "no number"),
         ({"weights": {"weight": 1}}, "not a list"),
+        ({"weight": "3"}, "`weight` is '3', it must be a positive number"),
+        ({"epochs": True}, "`epochs` is True"),
+        ({"where": 3}, "a condition is a text"),
         ({"weights": [{"until": 1, "weight": 1}, {"weight": 0}]}, "has a weight after 1 epochs"),
     ],
 )
@@ -193,6 +196,10 @@ def test_what_is_no_mixture_is_refused(data, entry, message):
     with pytest.raises(UserError) as error:
         list(plan_of(data, **entry))
     assert message in str(error.value)
+
+
+def test_a_cap_beyond_the_dataset_takes_all_of_it(data):
+    assert plan_of(data, cap=10**20).totals == plan_of(data).totals
 
 
 # --- all of it --------------------------------------------------------------------------------------------

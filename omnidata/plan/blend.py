@@ -67,7 +67,7 @@ class Source:
     def capped(self, seed: int, number: int) -> Cap:
         """Which samples each pass takes."""
         rows, codes = self.catalog.values(self.cap_by)
-        return Cap(self.cap, rows, codes, key=(seed, number, _CAP))
+        return Cap(min(self.cap, len(rows)), rows, codes, key=(seed, number, _CAP))
 
 
 def quotas(sources: list[Source], sizes: list[int] | None = None) -> list[Fraction]:
@@ -102,8 +102,10 @@ def _check(source: Source, size: int) -> None:
         raise UserError(f"{name} has both `{given[0]}` and `{given[1]}`: give one of them")
     for what in ("weight", "epochs"):
         value = getattr(source, what)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name}: `{what}` is {value}, it must be positive")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError(f"{name}: `{what}` is {value!r}, it must be a positive number")
 
 
 def _fraction(value: float) -> Fraction:
