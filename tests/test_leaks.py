@@ -134,6 +134,16 @@ def test_a_benchmark_that_cannot_be_compared_is_an_error(corpus, capsys):
     assert not (corpus.folder / "none").exists()
 
 
+def test_entries_that_cannot_be_found_are_counted(corpus, capsys):
+    entries = [*corpus.entries, {"id": "bare", "question": "What is it?", "answer": "A cat."}]
+    (corpus.folder / "b2.json").write_text(json.dumps(entries))
+    corpus.search("--against", str(corpus.folder / "b2.json"))
+    assert "1 entries were not looked for" in capsys.readouterr().out
+    (corpus.folder / "b2.json").write_text(json.dumps(corpus.entries))
+    corpus.search("--against", str(corpus.folder / "b2.json"))
+    assert "not looked for" not in capsys.readouterr().out
+
+
 def test_runs_of_words():
     assert len(ngrams(word_hashes("One, two THREE four"), 3)) == 2
     assert ngrams(word_hashes("one two three"), 3)[0] == ngrams(word_hashes("zero One-two: three"), 3)[1]

@@ -56,6 +56,11 @@ class Table:
     image_entries: np.ndarray  # int64: the entry of each picture
     num_common: int  # runs left out, since too many entries have them
 
+    @property
+    def num_bare(self) -> int:
+        """Entries with nothing to compare: no picture, and no text that is long enough and their own."""
+        return len(self.places) - len({*self.text_entries.tolist(), *self.image_entries.tolist()})
+
 
 def read_benchmarks(names: Sequence[str], *, image_root: str | None, ngram: int) -> Table:
     """Open the benchmarks and make their table.

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from omnidata.dataset import Dataset
 from omnidata.index import write_tables
-from omnidata.leaks.benchmark import read_benchmarks
+from omnidata.leaks.benchmark import MIN_WORDS, read_benchmarks
 from omnidata.leaks.search import find_leaks
 from omnidata.near.hashing import check_installed
 from omnidata.schema import UserError
@@ -39,6 +39,7 @@ class LeakReport:
     split: str | None
     num_samples: int
     num_entries: int  # of the benchmarks
+    num_bare: int  # entries with no picture and no text to compare
     num_common_runs: int  # runs of words that too many entries have to mean anything
     num_leaked: int  # samples
     by_text: int
@@ -60,6 +61,14 @@ class LeakReport:
         return [
             f"{self.dataset}{split}: {found}: {self.by_text:,} by text, {self.by_image:,} by picture",
             *(f"  {count:8,}  {benchmark}" for benchmark, count in self.benchmarks.items()),
+            *(
+                [
+                    f"  {self.num_bare:,} entries were not looked for: they have no picture, and no text of "
+                    f"{MIN_WORDS} words of their own"
+                ]
+                if self.num_bare
+                else []
+            ),
             *(
                 [f"  {self.num_common_runs:,} runs of words that many entries share were not counted"]
                 if self.num_common_runs
@@ -103,6 +112,7 @@ def decontaminate(
         split=split,
         num_samples=len(dataset),
         num_entries=len(table.places),
+        num_bare=table.num_bare,
         num_common_runs=table.num_common,
         num_leaked=len({leak["key"] for leak in leaks}),
         by_text=len({leak["key"] for leak in leaks if leak["share"]}),
