@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from hosts import KILLED_AT, NUM_STEPS, SETTINGS
 
 from omnidata.adapters.pytorch import PackDataset
-from omnidata.adapters.stream import Stream
+from omnidata.adapters.stream import Stream, check_parallelism
 from omnidata.loader import PackLoader
 from omnidata.schema import UserError
 from omnidata.shards import CorruptSampleError
@@ -106,6 +107,43 @@ def test_several_workers_of_a_dataloader_are_refused(made):
     loader = torch.utils.data.DataLoader(PackDataset(made[0], **SETTINGS), batch_size=None, num_workers=2)
     with pytest.raises(UserError, match="2 workers of a DataLoader would each yield every pack"):
         next(iter(loader))
+
+
+def test_every_batch_calls_the_tower_for_ranks_wait_for_each_other(made):
+    bare = {**SETTINGS, "rank": 1, "world_size": 2}
+    pictures = [bool(microbatch.images) for microbatch in PackLoader(made[0], **bare)]
+    assert True in pictures and False in pictures
+    assert all("pixel_values" in batch for batch in PackDataset(made[0], **bare))
+    left_out = PackDataset(made[0], dummy_picture=False, **bare)
+    assert ["pixel_values" in batch for batch in left_out] == pictures
+
+
+ONE_PICTURE = json.dumps([f"r{number}" for number in range(23) if number == 0 or number % 3])  # of 16 samples
+
+
+@pytest.mark.parametrize("where", ["n_images == 0", f"id in {ONE_PICTURE}"])
+def test_a_model_is_asked_about_documents_without_pictures(made, where):
+    """The dummy's picture is none of theirs: it is neither inverted nor counted as a document."""
+    data, model = {"path": made[0], "where": where}, hosts.load_model(made[1])
+    batch = next(iter(PackDataset(data, model, **SETTINGS)))
+    assert "pixel_values" in batch
+
+
+def test_ranks_that_share_a_microbatch_are_refused():
+    from accelerate import ParallelismConfig
+
+    check_parallelism(ParallelismConfig(dp_shard_size=4))
+    with pytest.raises(UserError, match=r"share a microbatch \(tp 2, cp 1, sp 1\)"):
+        check_parallelism(ParallelismConfig(tp_size=2))
+
+
+def test_another_accumulation_of_accelerates_is_refused(made):
+    from accelerate import Accelerator
+
+    from omnidata.adapters import accelerate as adapter
+
+    with pytest.raises(UserError, match="gradient_accumulation_steps is 7, and a step of these packs has 2"):
+        adapter.packs(made[0], Accelerator(cpu=True, gradient_accumulation_steps=7), **SETTINGS)
 
 
 @pytest.mark.slow

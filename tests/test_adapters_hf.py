@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import hosts
@@ -142,11 +144,14 @@ def test_a_loss_function_for_models_that_take_no_number(made, own, tmp_path):
 
 def test_settings_that_would_change_what_is_learned_are_refused_together(made, tmp_path):
     wrong = {"per_device_train_batch_size": 4, "train_sampling_strategy": "random", "num_train_epochs": 2}
-    trainer = trainer_of(made, tmp_path, **wrong)
+    wrong |= {"label_smoothing_factor": 0.1}
+    config = {"dispatch_batches": True}
+    trainer = trainer_of(made, tmp_path, **wrong, accelerator_config=config)
     with pytest.raises(UserError) as caught:
         trainer.train()
     for name in wrong:
-        assert f"{name} is " in str(caught.value)
+        assert re.search(rf"\n  {name}( is |: )", str(caught.value))
+    assert "accelerator_config.dispatch_batches: " in str(caught.value)
 
 
 def test_another_datasets_checkpoint_is_refused(made, tmp_path):
@@ -208,8 +213,10 @@ def test_another_tokenizer_or_too_few_embeddings_are_refused(made, mistral):
 
 @pytest.mark.slow
 def test_four_ranks_then_two_are_one(made, tmp_path):
-    """Three steps with 4 ranks, then three more with 2: the losses of one process."""
+    """Three steps with 4 ranks, then three more with 2: the losses of one process, some without pictures."""
     settings = SETTINGS | {"global_batch": 4}
+    ranks = [islice(PackLoader(made[0], rank=rank, world_size=4, **settings), 3) for rank in range(4)]
+    assert any(len({bool(one.images) for one in step}) == 2 for step in zip(*ranks, strict=True))
     own = hosts.own_losses(made[0], hosts.load_model(made[1]), steps=6, settings=settings)
     for ranks, steps in ((4, 3), (2, 6)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -24,8 +24,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from omnidata.adapters.stream import Stream
+from omnidata.adapters.stream import Stream, check_parallelism, open_packs
 from omnidata.loader.packs import PackLoader
+from omnidata.schema import UserError
 
 
 class DeviceStream(Stream):
@@ -49,10 +50,20 @@ def packs(data: Any, accelerator: Accelerator, model: Any = None, **settings: An
         accelerator: its rank and number of ranks are taken.
         model: checked before ``accelerator.prepare`` wraps it; see Stream.
         settings: of PackLoader: max_tokens, global_batch, num_epochs, num_workers, ...
+
+    Raises:
+        UserError: the accelerator accumulates another number of microbatches, or its ranks share them.
     """
+    check_parallelism(getattr(accelerator, "parallelism_config", None))
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     pinned = {"pin_memory": accelerator.device.type == "cuda"}
-    stream = DeviceStream(PackLoader(data, **ranks, **pinned, **settings), accelerator, model)
-    accelerator.gradient_accumulation_steps = stream.microbatches_per_step
+    stream = DeviceStream(open_packs(data, **ranks, **pinned, **settings), accelerator, model)
+    set_already, wanted = accelerator.gradient_accumulation_steps, stream.microbatches_per_step
+    if set_already not in (1, wanted):
+        raise UserError(
+            f"gradient_accumulation_steps is {set_already}, and a step of these packs has "
+            f"{wanted} microbatches on every rank: leave it out of Accelerator(), or change global_batch"
+        )
+    accelerator.gradient_accumulation_steps = wanted
     accelerator.register_for_checkpointing(stream)
     return stream

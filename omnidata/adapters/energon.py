@@ -22,8 +22,7 @@ from megatron.energon import Cooker, DefaultTaskEncoder, Sample, basic_sample_ke
 
 from omnidata import schema
 from omnidata.adapters.batch import model_inputs
-from omnidata.adapters.stream import Stream
-from omnidata.loader.packs import PackLoader
+from omnidata.adapters.stream import Stream, open_packs
 from omnidata.plan.packing import pack
 from omnidata.schema import IMAGE_EXTENSIONS, INPUT_IDS, LABELS
 from omnidata.shards import read_npy
@@ -82,7 +81,7 @@ class PackTaskEncoder(DefaultTaskEncoder[TokenizedSample, TokenizedSample, Packe
     ) -> None:
         super().__init__()
         self._limits = {"max_tokens": max_tokens, "max_images": max_images}
-        self._loader = PackLoader(path, global_batch=1, **self._limits)
+        self._loader = open_packs(path, global_batch=1, **self._limits)
         self._token_types = Stream(self._loader, model).token_types
 
     def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:

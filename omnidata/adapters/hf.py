@@ -28,11 +28,13 @@ import datasets
 import datasets.table
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainingArguments
 
 from omnidata.adapters.batch import model_class, model_inputs, summed_loss, token_types_name
 from omnidata.adapters.isolation import check_model
 from omnidata.adapters.microbatches import Microbatches
+from omnidata.adapters.stream import check_parallelism, open_packs
 from omnidata.dataset import Dataset
 from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
@@ -68,7 +70,7 @@ def train_dataset(
         UserError: the dataset and the tokenizer or model do not fit.
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    loader = PackLoader(
+    loader = open_packs(
         data,
         max_tokens=max_tokens,
         global_batch=global_batch,
@@ -148,6 +150,13 @@ class TrainDataset(datasets.Dataset):
             problems.append(
                 f"{args.world_size} ranks, but train_dataset was made for {self.loader.world_size}"
             )
+        if args.label_smoothing_factor:
+            problems.append(
+                "label_smoothing_factor: the Trainer's smoothing takes labels as they stand, unshifted"
+            )
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(args.accelerator_config, name):
+                problems.append(f"accelerator_config.{name}: microbatches are dealt to ranks already")
         if args.n_gpu > 1:
             problems.append("one process drives several GPUs (DataParallel): start it with torchrun")
         if problems:
@@ -218,6 +227,7 @@ class PackCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step: settings, model, and on resuming the data of the checkpoint."""
         self._data.check_arguments(args)
+        check_parallelism(AcceleratorState().parallelism_config)
         self._data.check_once(kwargs["model"])
         if STATE in state.stateful_callbacks:
             self._data.microbatches.check_state(state.stateful_callbacks[STATE])

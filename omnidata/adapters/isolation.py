@@ -113,7 +113,7 @@ def _loss(model: Any, pack: Microbatch, which: int, token_types: str | None, num
     inputs = model_inputs(pack, token_types=token_types)
     middle = int(pack.cu_seqlens[1])
     labels = inputs["labels"].clone()
-    if len(pack.cu_seqlens) > 2:
+    if len(pack.keys) > 1:  # a dummy's document has no key
         labels[:, slice(middle, None) if which == 0 else slice(None, middle)] = IGNORE_INDEX
     inputs |= {"labels": labels, "num_items_in_batch": number}
     device = next(model.parameters()).device
@@ -154,7 +154,8 @@ def _changed(whole: Microbatch, parts: list[Microbatch], which: int) -> Microbat
     labels[mine] = learned[(rank + 1) % len(learned)]
     places = torch.nonzero(mine)[:, 0] + 1  # labels are shifted: what is predicted stands one further
     input_ids[places] = labels[mine]
-    images = _inverted(whole.images, parts[which].images, first=which == 0)
+    alone = {} if parts[which].has_dummy else parts[which].images  # a dummy's picture is not the document's
+    images = _inverted(whole.images, alone, first=which == 0)
     return replace(whole, input_ids=input_ids, labels=labels, images=images)
 
 

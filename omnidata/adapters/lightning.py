@@ -15,8 +15,7 @@ from typing import Any
 
 import lightning
 
-from omnidata.adapters.stream import Stream
-from omnidata.loader.packs import PackLoader
+from omnidata.adapters.stream import Stream, open_packs
 from omnidata.schema import UserError
 
 
@@ -51,6 +50,6 @@ class PackModule(lightning.LightningDataModule):
         if problems:
             raise UserError("the Trainer's settings do not fit the packs: " + "; ".join(problems))
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        loader = PackLoader(self._data, **ranks, **self._settings)
+        loader = open_packs(self._data, **ranks, **self._settings)
         self._stream = Stream(loader, self._model, averaged_over=wanted * trainer.world_size)
         return self._stream

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from omnidata.adapters.stream import Stream
-from omnidata.loader.packs import PackLoader
+from omnidata.adapters.stream import Stream, open_packs
 from omnidata.schema import UserError
 
 
@@ -22,7 +21,7 @@ class PackDataset(Stream, IterableDataset):
     """This rank's microbatches. ``model`` and ``averaged_over`` as Stream's, all else as PackLoader's."""
 
     def __init__(self, data: Any, model: Any = None, *, averaged_over: int = 1, **settings: Any) -> None:
-        Stream.__init__(self, PackLoader(data, **settings), model, averaged_over=averaged_over)
+        Stream.__init__(self, open_packs(data, **settings), model, averaged_over=averaged_over)
 
     def __iter__(self) -> Any:
         """UserError in one of several worker processes: each would yield everything."""

@@ -16,6 +16,25 @@ from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
 
 
+def open_packs(data: Any, **settings: Any) -> PackLoader:
+    """A PackLoader of these settings, each of whose microbatches calls the tower of a processor's model.
+
+    Hosts shard models and wait for every rank's gradients: a rank without pictures would leave the others
+    waiting, or end with DDP's "parameters that were not used". ``dummy_picture=False`` leaves it out.
+    """
+    return PackLoader(data, **{"dummy_picture": True, **settings})
+
+
+def check_parallelism(config: Any) -> None:
+    """UserError if ranks share a microbatch, as accelerate's ParallelismConfig may say; None: it does not."""
+    if config is not None and config.non_data_parallel_size > 1:
+        raise UserError(
+            f"tensor, context or sequence parallel ranks share a microbatch (tp {config.tp_size}, cp "
+            f"{config.cp_size}, sp {config.sp_size}), and packs are dealt to every rank: use data parallel "
+            "ranks only (DDP, FSDP)"
+        )
+
+
 class Stream:
     """Iterates over ``model_inputs`` of a loader's microbatches; made once for a run, iterated once.
 
