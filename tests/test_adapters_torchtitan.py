@@ -34,11 +34,11 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(attention, "_compiled_create_block_mask", flex_attention.create_block_mask)
 
 
-def loader_of(path, *, rank=0, ranks=1, rows=1, **config):
+def loader_of(path, *, rank=0, ranks=1, rows=1, tokenizer=None, **config):
     from omnidata.adapters.torchtitan import PackDataLoader
 
     made = PackDataLoader.Config(dataset_path=path, global_batch=GLOBAL_BATCH, num_epochs=9, **config)
-    runtime = {"tokenizer": None, "snapshot_every_n_steps": 1}
+    runtime = {"tokenizer": tokenizer, "snapshot_every_n_steps": 1}
     return made.build(dp_world_size=ranks, dp_rank=rank, seq_len=SEQ_LEN, local_batch_size=rows, **runtime)
 
 
@@ -134,6 +134,18 @@ def test_pictures_and_uneven_batches_are_refused(text, tmp_path):
     pictured = hosts.make(tmp_path, num_records=6)[0]
     with pytest.raises(UserError, match="has pictures, and torchtitan's decoders take text only"):
         loader_of(pictured)
+
+
+def test_another_tokenizer_is_refused(text, mistral, tmp_path):
+    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+    def own(folder):
+        return HuggingFaceTokenizer.Config().build(tokenizer_path=str(folder))
+
+    loader_of(text, tokenizer=own(f"{text}/tokenizer"))
+    mistral.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="torchtitan's tokenizer has 32"):
+        loader_of(text, tokenizer=own(tmp_path))
 
 
 def test_the_examples_job_builds_its_dataloader(text, monkeypatch):

@@ -44,7 +44,8 @@ class PackDataLoader(BaseDataLoader):
         dp_rank: int,
         seq_len: int,
         local_batch_size: int,
-        **_: Any,
+        tokenizer: Any = None,  # torchtitan's own; nothing is tokenized with it
+        snapshot_every_n_steps: int | None = None,  # the state is exact at every step
     ) -> None:
         self._rows, self._seq_len = local_batch_size, seq_len
         global_batch = config.global_batch or local_batch_size * dp_world_size
@@ -66,6 +67,12 @@ class PackDataLoader(BaseDataLoader):
         dataset = self.loader.plan.sources[0].catalog.dataset
         if dataset.manifest.num_images:
             raise UserError(f"{dataset.path} has pictures, and torchtitan's decoders take text only")
+        size, built = tokenizer and tokenizer.get_vocab_size(), dataset.manifest.vocab_size
+        if size not in (None, built):
+            raise UserError(
+                f"torchtitan's tokenizer has {size} tokens, and {dataset.path} was built with {built}: let "
+                f"hf_assets_path be {dataset.path}/tokenizer, or build the dataset with the model's tokenizer"
+            )
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
