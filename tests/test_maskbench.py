@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -64,6 +65,45 @@ def test_the_same_words_of_the_user_are_no_reply(bench):
     replies = [(text, number == 3) for _ in range(3) for number, text in enumerate(turns)]
     assert verdict(bench[0], "multi-turn/same-words", replies) == "right"
     assert verdict(bench[0], "multi-turn/same-words", theirs) == "leaked"
+
+
+def test_what_a_contestant_raises_is_its_answer_but_not_what_ends_the_run(bench):
+    common = importlib.import_module("common")
+
+    def raising(error):
+        raise error
+
+    assert common.attempt(lambda: raising(RuntimeError("no")))["outcome"] == "crashed"
+    assert common.attempt(lambda: raising(common.RefusedError("no")))["outcome"] == "refused"
+    for error in (MemoryError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            common.attempt(lambda error=error: raising(error()))
+
+
+def test_a_question_without_an_answer_counts(bench, tmp_path, monkeypatch):
+    """Of a contestant whose process ends well before its last answer."""
+    bench, run = bench
+    script = tmp_path / "contestants" / "trl_sft.py"
+    script.parent.mkdir()
+    script.write_text("import sys; open(sys.argv[3], 'w').close()")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    bench.ask("trl_sft", sys.executable, timeout=60)
+    verdicts = bench.results("trl_sft")["verdicts"]
+    assert [(one["verdict"], one["detail"]) for one in verdicts] == [("crashed", "no answer")] * 127
+    script.write_text("import time; time.sleep(60)")
+    bench.ask("trl_sft", sys.executable, timeout=0.2)
+    assert bench.results("trl_sft") == {"version": "could not be run", "verdicts": []}
+
+
+def test_a_contestant_that_is_unknown_or_has_no_environment_is_named(bench, tmp_path, monkeypatch, capsys):
+    for options, says in (
+        (["--contestant", "tlr_sft=python"], "--contestant tlr_sft=python: must be NAME=PYTHON"),
+        (["--only", "trl_sft"], "--only trl_sft: needs --contestant"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--work", str(tmp_path), *options])
+        with pytest.raises(SystemExit):
+            bench[1].main()
+        assert says in capsys.readouterr().err
 
 
 def test_ours_is_right_or_refuses(bench):

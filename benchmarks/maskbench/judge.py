@@ -74,6 +74,8 @@ class Judge:
         if "input_ids" not in answer:
             return Verdict(answer["outcome"], answer.get("detail", "")[:300])
         ids, labels = answer["input_ids"], answer["labels"]
+        if len(ids) != len(labels):
+            return Verdict("crashed", f"{len(ids)} ids, {len(labels)} labels")
         if any(label not in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True)):
             return Verdict("crashed", "labels are neither the ids nor -100")
         front = self.text(ids[:20]).removeprefix(self._template.bos or "").lstrip()

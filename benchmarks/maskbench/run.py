@@ -42,6 +42,7 @@ NOT_INSTALLED = {  # as published in repositories, in no package: fetched by the
 HERE_INSTALLED = ("ours", "transformers_mask")
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 WORST = ("leaked", "injected", "lost", "crashed", "refused")
+NO_ANSWER = {"outcome": "crashed", "detail": "no answer"}
 MARGIN = 3  # tokens of the limit beyond the turns that shall fit
 
 
@@ -60,10 +61,17 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=int, default=900, help="seconds that a contestant may take")
     options = parser.parse_args()
+    pythons = dict.fromkeys(HERE_INSTALLED, sys.executable)
+    for one in options.contestant:
+        name, _, python = one.partition("=")
+        if name not in PACKAGES or not python:
+            parser.error(f"--contestant {one}: must be NAME=PYTHON, with NAME of {', '.join(PACKAGES)}")
+        pythons[name] = python
+    for name in options.only or ():
+        if name != "nobody" and name not in pythons:
+            parser.error(f"--only {name}: needs --contestant {name}=PYTHON")
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.work)
-    pythons = dict.fromkeys(HERE_INSTALLED, sys.executable)
-    pythons |= dict(one.split("=", 1) for one in options.contestant)
     results = {}
     for name in PACKAGES:
         if name in pythons and (not options.only or name in options.only):
@@ -128,18 +136,13 @@ class Bench:
         script = str(HERE / "contestants" / f"{name}.py")
         files = [str(self._work / "questions.jsonl"), str(self._work / "tokenizers"), str(out)]
         with (self._work / f"{name}.log").open("w") as log:
-            process = subprocess.run(
-                [python, script, *files],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
+            problem = run(
+                [python, script, *files], timeout, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-        version = version_of(PACKAGES[name], python) if process.returncode == 0 else "could not be run"
-        if process.returncode:
+        version = "could not be run" if problem else version_of(PACKAGES[name], python)
+        if problem:
             out.unlink(missing_ok=True)
-            print(f"{name} could not be run: see {log.name}", file=sys.stderr)
+            print(f"{name} could not be run ({problem}): see {log.name}", file=sys.stderr)
         (self._work / f"{name}.version").write_text(version)
 
     def results(self, name: str) -> dict[str, Any]:
@@ -147,11 +150,15 @@ class Bench:
         answers, version = self._work / f"{name}.jsonl", self._work / f"{name}.version"
         if not version.exists():
             return {"version": "not installed", "verdicts": []}
-        lines = answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []
-        return {
-            "version": version.read_text(),
-            "verdicts": [self._verdict(json.loads(line)) for line in lines],
-        }
+        if not answers.exists():
+            return {"version": version.read_text(), "verdicts": []}
+        given = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
+        of = {(one["template"], one["name"]): one for one in given}
+        verdicts = [
+            self._verdict(of.get(asked) or dict(zip(("template", "name"), asked, strict=True)) | NO_ANSWER)
+            for asked in self._asked
+        ]
+        return {"version": version.read_text(), "verdicts": verdicts}
 
     def _verdict(self, answer: dict[str, Any]) -> dict[str, Any]:
         question = self._asked[answer["template"], answer["name"]]
@@ -177,6 +184,17 @@ class Bench:
             except TemplateError:  # it refuses: whoever answers all the same is judged by the text alone
                 own.append(Counter(dict.fromkeys(ids, 2 * len(messages) + 1)))
         return own
+
+
+def run(command: list[str], timeout: int, **options: Any) -> str:
+    """Why the command did not end well; "" if it did."""
+    try:
+        code = subprocess.run(command, timeout=timeout, check=False, **options).returncode
+    except subprocess.TimeoutExpired:
+        return f"no end after {timeout} s"
+    except OSError as error:
+        return str(error)
+    return f"exit status {code}" if code else ""
 
 
 def version_of(package: str, python: str) -> str:

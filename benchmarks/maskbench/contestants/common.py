@@ -53,6 +53,8 @@ def attempt(function: Callable[[], Any]) -> Any:
         return {"outcome": "not run", "detail": str(error)}
     except RefusedError as error:
         return {"outcome": "refused", "detail": str(error)}
+    except MemoryError:  # of this machine, not of the contestant
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a contestant raises is its answer
         return {"outcome": "crashed", "detail": f"{type(error).__name__}: {error}"}
 
