@@ -16,6 +16,7 @@ from omnidata.builder.driver import build
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.leaks.benchmark import Entry, make_table
 from omnidata.leaks.ngrams import ngrams, word_hashes
+from omnidata.leaks.search import Searcher
 from omnidata.plan import EpochPlan
 
 PROMPT = "Answer with the option's letter from the given choices directly and give nothing else please."
@@ -132,6 +133,15 @@ def test_a_benchmark_that_cannot_be_compared_is_an_error(corpus, capsys):
         assert cli.run([*command, "--out", str(corpus.folder / "none")]) == 1
         assert message in capsys.readouterr().err
     assert not (corpus.folder / "none").exists()
+
+
+def test_many_runs_of_a_long_text_are_enough():
+    rng = random.Random(5)
+    words = [f"{rng.choice(WORDS)}{number}" for number in range(300)]
+    table = make_table([Entry("b", "0", "1", (" ".join(words),), ())])
+    for count, is_found in ((61, False), (62, True)):  # 49 and 50 of 288 runs
+        found = list(Searcher("", table)._texts(" ".join(words[:count])))
+        assert bool(found) == is_found
 
 
 def test_entries_that_cannot_be_found_are_counted(corpus, capsys):

@@ -138,6 +138,16 @@ def test_calls_and_reasoning_are_part_of_what_is_said():
     assert text_hash(talk({"reasoning_content": "a"})) != text_hash(talk({"reasoning_content": "b"}))
 
 
+def test_short_replies_must_be_equal():
+    def talk(reply: str) -> Conversation:
+        asked = Message("user", (TextPart("Is there a dog beside the tree, or is it a cat? " * 4),), False)
+        return Conversation("7", (asked, Message("assistant", (TextPart(reply),), True)))
+
+    equal, numbers = parse_text_hashes([text_hash(talk(reply)) for reply in ("A dog.", "A cat.", "a DOG")])
+    assert (numbers[0] == numbers[1]).mean() >= MIN_SIMILARITY  # their runs would not tell
+    assert equal[0] == equal[2] != equal[1]
+
+
 # --- pairs ------------------------------------------------------------------------------------------------
 
 
