@@ -13,19 +13,17 @@ def prepare(folder):
     tokenizer = load_tokenizer(folder)
     if not {"<im_patch>", "<im_start>", "<im_end>"} <= set(tokenizer.get_vocab()):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<im_patch>", "<im_start>", "<im_end>"]})
-    renderers = {}
+    renderer = Renderer(tokenizer, num_query=2, default_system=None)
 
     def answer(question):
-        limit = question["max_length"]
-        if limit not in renderers:
-            renderers[limit] = Renderer(tokenizer, num_query=2, max_length=limit, default_system=None)
+        renderer.max_length = question["max_length"]
         record = {"id": "x", "messages": question["messages"]}
         if question["num_images"]:
             record["images"] = [f"{i}.jpg" for i in range(question["num_images"])]
         if question["tools"]:
             record["tools"] = question["tools"]
         try:
-            rendered = renderers[limit].render(to_conversation(Record("x", "line 1", "x", record)))
+            rendered = renderer.render(to_conversation(Record("x", "line 1", "x", record)))
         except RejectError as error:
             raise RefusedError(f"{error.reason}: {error.detail}") from error
         return rendered.input_ids, rendered.labels
