@@ -233,3 +233,10 @@ def test_shrinking_to_a_pixel(size):
     assert (shrink_rgb(rgb, *size) == 200).all()
     out = np.zeros((size[1], size[0], 3), np.uint8)
     assert shrink_rgb(rgb, *size, out=out) is out and (out == 200).all()
+
+
+def test_an_empty_name_of_a_token_is_left_to_transformers(tmp_path):
+    configure(tmp_path, pad_token="")
+    assert load_prepared(tmp_path) is None
+    configure(tmp_path, pad_token=None)
+    assert load_prepared(tmp_path) is not None

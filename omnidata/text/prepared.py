@@ -209,7 +209,7 @@ def _adds_no_token(config: dict[str, Any], added: list[dict[str, Any]]) -> bool:
     more = [config.get(key) or [] for key in _EXTRA]
     if not all(isinstance(tokens, list) for tokens in more):
         return False  # names for tokens, which a chat template may use
-    named = [config[role] for role in _ROLES if config.get(role)] + [
+    named = [config[role] for role in _ROLES if config.get(role) is not None] + [
         token for tokens in more for token in tokens
     ]
     if not {_content(token) for token in named} <= special:
