@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same_encoding import check_same
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from omnidata.text import spaced_words
@@ -141,15 +142,6 @@ def encoder(request):
     made = Encoder(Wrapped(trained(request.param)), content_tokens=["<tag>"])
     assert isinstance(made._words, SpacedWords)
     return made
-
-
-def check_same(ours, theirs, text):
-    """Ids, and which token belongs to which character."""
-    assert ours.ids == theirs.ids and len(ours) == len(theirs)
-    for character in range(len(text) + 2):
-        assert ours.char_to_token(character) == theirs.char_to_token(character), character
-    for token in range(len(ours)):
-        assert ours.token_to_chars(token) == theirs.token_to_chars(token), token
 
 
 @settings(deadline=None, max_examples=150)

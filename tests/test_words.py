@@ -6,6 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same_encoding import check_same
 from throwaway import byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizers import Tokenizer
 
@@ -68,15 +69,6 @@ def whole(state):
 @pytest.fixture(scope="module")
 def words(state, whole):
     return Words.of(state, whole)
-
-
-def check_same(ours, theirs, text):
-    """Ids, and which token belongs to which character."""
-    assert ours.ids == theirs.ids and len(ours) == len(theirs)
-    for character in range(len(text) + 2):
-        assert ours.char_to_token(character) == theirs.char_to_token(character), character
-    for token in range(len(ours)):
-        assert ours.token_to_chars(token) == theirs.token_to_chars(token), token
 
 
 @settings(deadline=None, max_examples=1000)
