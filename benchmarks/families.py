@@ -39,7 +39,7 @@ from PIL import Image  # noqa: E402
 from processors import save  # noqa: E402
 
 from omnidata import Dataset  # noqa: E402
-from omnidata.builder.driver import build  # noqa: E402
+from omnidata.builder.build import build  # noqa: E402
 from omnidata.builder.settings import BuildSettings, RunOptions  # noqa: E402
 from omnidata.loader import PackLoader  # noqa: E402
 from omnidata.loader.pixel_source import normalisation_of  # noqa: E402

@@ -248,7 +248,7 @@ def qwen(toy: bool) -> Figures:
 
 def loader(toy: bool) -> Figures:
     """Samples/s of the loader alone, by workers."""
-    from omnidata.loader.packs import PackLoader
+    from omnidata.loader.loader import PackLoader
 
     figures: Figures = {}
     for workers in (1,) if toy else (1, 4, 14):

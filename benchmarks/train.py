@@ -37,8 +37,8 @@ import torch
 from train_peers import run_trainer
 from train_setup import SETUPS, WARMUP_STEPS, Clock, make_corpus, rate, recipe_of
 
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader
 from pipelines import train
 
 # --- ours -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from train_setup import NUM_QUERY, SETUPS, Clock, rate, recipe_of
 
 from omnidata import Dataset
 from omnidata.conversation import to_conversation
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.render import Renderer
 from omnidata.schema import IGNORE_INDEX, Record
 from omnidata.text.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import transformers
 from corpus import WORDS, make_photos, write_uneven_records
 
-from omnidata.text.tokenizer import prepare_tokenizer
+from omnidata.text.preparation import prepare_tokenizer
 from pipelines.config import Recipe, parse_recipe
 
 WARMUP_STEPS = 3

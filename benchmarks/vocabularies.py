@@ -18,7 +18,7 @@ NAMES = ("Mistral", "Qwen")
 
 def prepared(name: str, folder: str | Path) -> Any:
     """Write the tokenizer of that name to a folder; return it as loaded from there."""
-    from omnidata.text.tokenizer import prepare_tokenizer
+    from omnidata.text.preparation import prepare_tokenizer
 
     if name == "Mistral":
         import mistral_common

@@ -16,7 +16,7 @@ _LAZY = {
     "webdataset_pipeline": "omnidata.loader.wds",
     "Renderer": "omnidata.render",
     "EpochPlan": "omnidata.plan.epoch",
-    "PackLoader": "omnidata.loader.packs",
+    "PackLoader": "omnidata.loader.loader",
 }
 
 __all__ = ["Dataset", "EpochPlan", "PackLoader", "Renderer", "webdataset_pipeline"]
@@ -24,5 +24,15 @@ __all__ = ["Dataset", "EpochPlan", "PackLoader", "Renderer", "webdataset_pipelin
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        found = getattr(import_module(_LAZY[name]), name)
+        if name == "Dataset":
+            found._repr_html_ = _gallery  # here, because a dataset knows nothing of those who look at it
+        return found
     raise AttributeError(f"module 'omnidata' has no attribute {name!r}")
+
+
+def _gallery(dataset: Any) -> str:
+    """What a notebook shows for a Dataset: totals and a small gallery."""
+    from omnidata.inspect.notebook import gallery
+
+    return gallery(dataset)

@@ -79,7 +79,7 @@ def build_shards(**flags: Any) -> int:
     if flags["dry_run"]:
         _print_dry_run(settings, options, as_json=flags["as_json"])
         return 0
-    from omnidata.builder.driver import build
+    from omnidata.builder.build import build
 
     report = build(settings, flags["out"], options)
     _print_report(report, as_json=flags["as_json"])
@@ -88,7 +88,7 @@ def build_shards(**flags: Any) -> int:
 
 
 def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
-    from omnidata.builder.dry_run import dry_run
+    from omnidata.commands.dry_run import dry_run
     from omnidata.inspect import terminal
 
     report = dry_run(settings, options)
@@ -122,9 +122,9 @@ def prepare_tokenizer(
     omnidata prepare-tokenizer tokenizer.model.v1 --out tok --chat-template zephyr
     omnidata prepare-tokenizer zephyr-7b-beta --out tok --slice-tokens '<slice>' '</slice>'
     """
-    from omnidata.text import tokenizer
+    from omnidata.text.preparation import prepare_tokenizer as prepare
 
-    tokenizer.prepare_tokenizer(source, out, chat_template=chat_template, slice_tokens=slice_tokens or ())
+    prepare(source, out, chat_template=chat_template, slice_tokens=slice_tokens or ())
     click.echo(f"Tokenizer written to {out}")
 
 
@@ -156,21 +156,23 @@ def inspect(
     omnidata inspect data --html report.html
     omnidata inspect s3://bucket/data --json | jq .supervised_share
     """
+    from omnidata.commands import inspect as look
     from omnidata.dataset import Dataset
-    from omnidata.inspect import reports, unfinished
+    from omnidata.inspect import unfinished
+    from omnidata.plan.cost import assumptions
 
-    choice = reports.Choice(**{name: options.pop(name) for name in reports.Choice.names()})
+    choice = look.Choice(**{name: options.pop(name) for name in look.Choice.names()})
     if choice.rejects and not html and unfinished.is_unfinished(dataset):
-        reports.inspect_unfinished(dataset, choice=choice, as_json=as_json)
+        look.show_unfinished(dataset, choice=choice, as_json=as_json)
         return
     opened = Dataset(dataset, split, where)
-    assume = reports.assumptions(**options)
+    assume = assumptions(**options)
     if html:
-        click.echo(reports.inspect_html(opened, html, choice=choice, assume=assume))
+        click.echo(look.write_html(opened, html, choice=choice, assume=assume))
     elif as_json:
-        click.echo(reports.inspect_json(opened, choice=choice, assume=assume))
+        click.echo(look.summary_json(opened, choice=choice, assume=assume))
     else:
-        reports.inspect_terminal(opened, choice=choice, assume=assume)
+        look.show(opened, choice=choice, assume=assume)
 
 
 @cli.command()
@@ -183,7 +185,7 @@ def inspect(
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes for --deep; by default one a core.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Findings as JSON (omnidata/verify/dataset.py).")
+@click.option("--json", "as_json", is_flag=True, help="Findings as JSON (omnidata/verify/run.py).")
 def verify(dataset: str, **options: Any) -> int:
     """Prove that DATASET is what its manifest says. Exit 1 with every finding (what, where) if it is not.
 
@@ -195,9 +197,9 @@ def verify(dataset: str, **options: Any) -> int:
     omnidata verify data --deep --workers 8
     omnidata verify data --repair
     """
-    from omnidata.inspect import reports
+    from omnidata.commands.verify import verify as check
 
-    text, exit_code = reports.verify(dataset, **options)
+    text, exit_code = check(dataset, **options)
     click.echo(text)
     return exit_code
 
@@ -233,7 +235,7 @@ def verify(dataset: str, **options: Any) -> int:
     show_default=True,
     help="What becomes of samples that no pack can hold; they are counted.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The forecast as JSON (omnidata/inspect/forecast.py).")
+@click.option("--json", "as_json", is_flag=True, help="The forecast as JSON (omnidata/plan/forecast.py).")
 @cost_options
 def plan(datasets: tuple[str, ...], **options: Any) -> None:
     """Foresee an epoch on DATASET...: packs, steps, padding, balance over ranks, FLOPs and hours.
@@ -247,9 +249,9 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
     omnidata plan recipe.yaml --world-size 8 --epoch 1
     omnidata plan data --where 'relevance_min >= 4 and n_images <= 8 and source != "ocr.json"'
     """
-    from omnidata.inspect import reports
+    from omnidata.commands.plan import plan as foresee
 
-    reports.plan(datasets, **options)
+    foresee(datasets, **options)
 
 
 @cli.command()

@@ -31,9 +31,9 @@ from typing import Any
 from omnidata.corpus.calls import read_tools
 from omnidata.corpus.columns import ALL, take_all, take_named
 from omnidata.corpus.keys import KeyCheck
-from omnidata.corpus.pictures import read_images
 from omnidata.corpus.placer import Placer
 from omnidata.corpus.turns import Turn, read_turns, texts_of
+from omnidata.images.placeholders import read_images
 from omnidata.schema import TOOL_ROLES, Conversation, ImagePart, Message, Part, Record, RejectError
 
 OWN_KEYS = frozenset(("id", "image", "images"))  # of every record, whatever its turns are called

@@ -80,12 +80,6 @@ class Dataset:
         where = f", where={str(self.where)!r}" if self.where else ""
         return f"Dataset({self.path!r}, split={self.split!r}{where}, samples={len(self)})"
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows: totals and a small gallery."""
-        from omnidata.inspect.notebook import gallery
-
-        return gallery(self)
-
     # --- identity -----------------------------------------------------------------------------------------
 
     @cached_property

@@ -3,7 +3,7 @@
     forward     vision tower + resampler, an image;  language model, a document;  lm_head, a supervised token
     training    x 1 frozen with nothing trained before it, x 2 frozen on the gradient's way, x 3 trained
 
-MFU = model FLOPs / (seconds x peak of all devices). Tower and language model: as omnidata.inspect.cost.
+MFU = model FLOPs / (seconds x peak of all devices). Tower and language model: as omnidata.plan.cost.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from omnidata.inspect.cost import GPUS, ModelShape, image_flops, token_flops
 from omnidata.loader.microbatch import Microbatch
+from omnidata.plan.cost import GPUS, ModelShape, image_flops, token_flops
 from omnimodel import OmniLMMConfig
 from omnimodel.packed import is_packed
 from omnimodel.parts import Parts
@@ -76,7 +76,7 @@ def _passes(parts: Parts) -> dict[str, int]:
 
 
 def model_shape(config: OmniLMMConfig, tower: torch.nn.Module) -> ModelShape:
-    """What omnidata.inspect.cost's formulas need, from a real model."""
+    """What omnidata.plan.cost's formulas need, from a real model."""
     blocks = [block for block in tower.blocks if not isinstance(block, torch.nn.Identity)]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.hidden_size * head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)

@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 import pyarrow.compute as pc
 
 from omnidata import Dataset
-from omnidata.inspect.cost import DEFAULT_GPU, DEFAULT_MFU, GPUS
+from omnidata.plan.cost import DEFAULT_GPU, DEFAULT_MFU, GPUS
 from omnidata.schema import MANIFEST, UserError
 from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
 from pipelines.config import Recipe, load_recipe

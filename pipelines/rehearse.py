@@ -32,7 +32,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from omnidata.inspect.cost import DEFAULT_GPU, GPUS
+from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig
 from omnimodel.attention import as_on_gpu

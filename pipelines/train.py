@@ -36,8 +36,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository, no
 import torch
 
 from omnidata import Dataset
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader
 from omnidata.schema import UserError
 from pipelines.by_group import GroupCounts
 from pipelines.checkpoint import Checkpoints, restore_training_state, training_state

@@ -75,7 +75,7 @@ def test_a_checkout_works_without_being_installed(corpus, tmp_path, monkeypatch,
 
     found = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", installed_version)
-    monkeypatch.setattr("omnidata.builder.plan.version", installed_version)
+    monkeypatch.setattr("omnidata.builder.identity.version", installed_version)
     out = str(tmp_path / "d")
     assert cli.run([*flags(corpus, out), "--quiet"]) == 0
     commands = (["--version"], ["inspect", out], ["verify", out, "--quiet"], ["plan", out])

@@ -12,7 +12,7 @@ import pytest
 from tiny_dataset import write_tokenizer
 
 from omnidata import Dataset, cli
-from omnidata.builder.driver import build
+from omnidata.builder.build import build
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.conversation import Reading, to_conversation
 from omnidata.corpus.columns import column_value

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from omnidata import durable
-from omnidata.durable import LockedError, Store, locked
+from omnidata import durable, locks
+from omnidata.durable import Store
+from omnidata.locks import LockedError, locked
 from omnidata.schema import UserError
 
 
@@ -138,9 +139,9 @@ def test_a_lease_in_a_remote_store(monkeypatch, tmp_path):
             with pytest.raises(LockedError), locked(store, "build", shared=shared):
                 pass
     with locked(store, "build"):
-        monkeypatch.setattr(durable, "LEASE_SECONDS", -1.0)  # its holder has not refreshed it for long
+        monkeypatch.setattr(locks, "LEASE_SECONDS", -1.0)  # its holder has not refreshed it for long
         monkeypatch.setattr(
-            durable.threading, "Thread", lambda **_: type("T", (), {"start": lambda self: None})()
+            locks.threading, "Thread", lambda **_: type("T", (), {"start": lambda self: None})()
         )
         with locked(store, "build"):
             pass
@@ -167,7 +168,7 @@ def test_the_folder_of_a_lock_may_vanish_at_any_moment(tmp_path, monkeypatch, wh
 
     make_folder, flock = durable.make_folder, fcntl.flock
     if when == "open":
-        monkeypatch.setattr(durable, "make_folder", lambda path: (make_folder(path), vanish()))
+        monkeypatch.setattr(locks, "make_folder", lambda path: (make_folder(path), vanish()))
     else:
         monkeypatch.setattr(fcntl, "flock", lambda *arguments: (flock(*arguments), vanish()))
     with locked(store, "build"), pytest.raises(LockedError), locked(store, "build"):

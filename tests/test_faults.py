@@ -12,11 +12,12 @@ from faults.disk import Disk
 from faults.table import rows_of, table
 from tiny_corpus import write_corpus
 
-from omnidata import durable
-from omnidata.builder.plan import what_changed
+from omnidata import locks
+from omnidata.builder.identity import what_changed
 from omnidata.builder.settings import BuildSettings
-from omnidata.durable import LockedError, Store, locked
+from omnidata.durable import Store
 from omnidata.images.archives import open_archive
+from omnidata.locks import LockedError, locked
 from omnidata.schema import RejectError
 
 SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("training", "checkpoints", "objects")]
@@ -57,7 +58,7 @@ def test_every_setting_decides_whether_a_build_goes_on(tmp_path):
 
 
 def test_a_lease_is_refreshed_while_it_is_held(monkeypatch, tmp_path):
-    monkeypatch.setattr(durable, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 0.5)
     store = Store(f"memory://{tmp_path.name}")
     with locked(store, "build"):
         time.sleep(1.2)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from omnidata import Dataset, EpochPlan, cli
-from omnidata.inspect.cost import Assumptions
-from omnidata.inspect.forecast import Forecast, forecast, padding, rank_balance
+from omnidata.plan.cost import Assumptions
+from omnidata.plan.forecast import Forecast, forecast, padding, rank_balance
 
 MAX_TOKENS, GLOBAL_BATCH, WORLD_SIZE = 120, 3, 2
 

@@ -12,7 +12,7 @@ from throwaway import byte_level_tokenizer
 
 from omnidata.conversation import Reading, to_conversation
 from omnidata.images.header import read_header
-from omnidata.loader.reader import parse
+from omnidata.loader.sample_bytes import parse
 from omnidata.manifest import manifest_from_json
 from omnidata.plan.catalog import Place
 from omnidata.render import Renderer

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from omnidata import Dataset
-from omnidata.durable import Store, locked
+from omnidata.durable import Store
 from omnidata.loader import PackLoader
+from omnidata.locks import locked
 from omnidata.plan import EpochPlan
 from omnidata.schema import INDEX, MANIFEST, UserError
-from omnidata.verify.dataset import verify
 from omnidata.verify.repair import repair
+from omnidata.verify.run import verify
 
 FIRST = "shards/train-00000.tar"
 

@@ -10,7 +10,11 @@ import pytest
 from tiny_dataset import ANSWERS, NUM_QUERY
 
 from omnidata import Dataset, cli
-from omnidata.inspect.cost import (
+from omnidata.inspect.distributions import count_distribution, round_width
+from omnidata.inspect.samples import choose_positions, read_views, spread
+from omnidata.inspect.summary import Summary, lowest, summarize
+from omnidata.inspect.terminal import human_bytes, human_hours, sparkline
+from omnidata.plan.cost import (
     GPUS,
     MODELS,
     Assumptions,
@@ -19,10 +23,6 @@ from omnidata.inspect.cost import (
     token_flops,
     training_multiplier,
 )
-from omnidata.inspect.distributions import count_distribution, round_width
-from omnidata.inspect.samples import choose_positions, read_views, spread
-from omnidata.inspect.summary import Summary, lowest, summarize
-from omnidata.inspect.terminal import human_bytes, human_hours, sparkline
 from omnidata.printable import printable
 from omnidata.schema import IGNORE_INDEX, UserError
 from omnidata.text.vocabulary import Vocabulary

@@ -15,9 +15,10 @@ from tiny_corpus import chat_record, digests, killed_at, write_corpus
 
 from omnidata import durable
 from omnidata.builder import worker
-from omnidata.builder.driver import BuildInterrupted
+from omnidata.builder.build import BuildInterrupted
 from omnidata.builder.settings import RunOptions
 from omnidata.cli import run
+from omnidata.locks import locked
 from omnidata.schema import MANIFEST, UserError
 
 INLINE = RunOptions(executor="inline", quiet=True)
@@ -191,7 +192,7 @@ def test_a_complete_dataset_is_replaced_only_with_overwrite(small, tmp_path):
 
 def test_a_second_builder_is_refused(small, tmp_path):
     corpus, _ = small
-    with durable.locked(durable.Store(tmp_path / "data"), "build"):
+    with locked(durable.Store(tmp_path / "data"), "build"):
         with pytest.raises(UserError, match="another builder is at work"):
             corpus.build(tmp_path / "data", options=INLINE)
         with pytest.raises(UserError, match="another builder is at work"):
@@ -260,7 +261,7 @@ def test_too_many_rejects_tell_the_first_even_of_a_shard_that_is_not_done(tmp_pa
 def test_a_record_that_kills_its_worker_is_named(small, tmp_path, monkeypatch):
     from functools import partial
 
-    from omnidata.builder import driver as module
+    from omnidata.builder import build as module
 
     corpus, want = small
     monkeypatch.setattr(module, "work", partial(_poisoned, poison="llava-4"))
@@ -273,16 +274,16 @@ def test_a_record_that_kills_its_worker_is_named(small, tmp_path, monkeypatch):
 
 def _poisoned(job, task, report, *, poison):
     """The build's work, in which decoding the images of one record kills the process, as a bad codec does."""
-    from omnidata.builder import stages, worker
+    from omnidata.builder import records, worker
 
-    original = stages.Stages._finish
+    original = records.Stages._finish
 
     def finish(self, position, record, *others):
         if record.id == poison:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, position, record, *others)
 
-    stages.Stages._finish = finish
+    records.Stages._finish = finish
     return worker.work(job, task, report)
 
 

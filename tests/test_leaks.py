@@ -12,7 +12,7 @@ from test_near import WORDS, encode, photos
 from tiny_dataset import write_tokenizer
 
 from omnidata import Dataset, cli
-from omnidata.builder.driver import build
+from omnidata.builder.build import build
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.leaks.benchmark import Entry, make_table
 from omnidata.leaks.ngrams import ngrams, word_hashes

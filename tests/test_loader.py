@@ -15,8 +15,8 @@ from tiny_dataset import NUM_QUERY, build_tiny_dataset
 import omnidata
 from omnidata import Dataset
 from omnidata.images.pixels import decode_rgb, resize_rgb
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader
 from omnidata.loader.reader import LoadError
 from omnidata.plan.epoch import EpochPlan
 from omnidata.schema import IGNORE_INDEX, UserError

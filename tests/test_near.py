@@ -16,7 +16,8 @@ from PIL import Image, ImageEnhance
 from tiny_dataset import write_tokenizer
 
 from omnidata import Dataset, cli
-from omnidata.builder import dedup, driver
+from omnidata.builder import build as building
+from omnidata.builder import dedup
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.near.hashing import (
     IMAGE_WORDS,
@@ -243,7 +244,7 @@ def corpus(tmp_path_factory):
 
 def build(corpus: Planted, name: str, **changes):
     settings = replace(corpus.settings, **changes)
-    return driver.build(settings, str(corpus.folder / name), RunOptions(executor="inline", quiet=True))
+    return building.build(settings, str(corpus.folder / name), RunOptions(executor="inline", quiet=True))
 
 
 def test_planted_duplicates_are_refused_and_listed_and_nothing_else(corpus, capsys, monkeypatch):
@@ -270,7 +271,7 @@ def test_planted_duplicates_are_refused_and_listed_and_nothing_else(corpus, caps
 
     rewrite = dedup.rewrite_shard
     monkeypatch.setattr(dedup, "rewrite_shard", die)
-    with pytest.raises(driver.BuildInterrupted):
+    with pytest.raises(building.BuildInterrupted):
         build(corpus, "again")
     monkeypatch.setattr(dedup, "rewrite_shard", rewrite)
     build(corpus, "again")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_recipe import MODEL, losses, tiny_recipe, write_recipe
 
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnimodel import OmniLMMConfig
 from pipelines.config import load_recipe, parse_recipe
 from pipelines.data import model_inputs

@@ -7,8 +7,8 @@ import pytest
 from tiny_corpus import write_corpus
 
 from omnidata import cli
-from omnidata.builder import driver
-from omnidata.builder.stages import Stages
+from omnidata.builder import build
+from omnidata.builder.records import Stages
 from omnidata.dataset import Dataset
 from omnidata.executors import InlineExecutor
 from omnidata.outcomes import caught
@@ -47,7 +47,7 @@ def _fails_on(record_id):
 def test_a_build_goes_on_and_ends_with_1(tmp_path, monkeypatch, capsys):
     corpus = write_corpus(tmp_path / "raw")
     monkeypatch.setattr(Stages, "_build", _fails_on("llava-4"))
-    monkeypatch.setattr(driver, "ProcessExecutor", lambda function, **_: InlineExecutor(function))
+    monkeypatch.setattr(build, "ProcessExecutor", lambda function, **_: InlineExecutor(function))
     settings = corpus.settings
     command = ["build-shards", *settings.source, "--tokenizer", settings.tokenizer, "--quiet"]
     command += ["--image-root", settings.image_root, "--out", str(tmp_path / "data")]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_recipe import MODEL, losses, tiny_recipe, train, write_recipe
 from torch.distributed.fsdp import FSDPModule
 
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
 from omnimodel import OmniLMMConfig
 from pipelines.config import load_recipe, parse_recipe

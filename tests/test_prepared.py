@@ -14,14 +14,9 @@ from tiny_corpus import write_corpus
 from omnidata.images.pixels import resize_rgb
 from omnidata.images.shrink import shrink_rgb
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS
+from omnidata.text.preparation import prepare_tokenizer
 from omnidata.text.prepared import load_prepared
-from omnidata.text.tokenizer import (
-    fingerprint,
-    load_tokenizer,
-    prepare_tokenizer,
-    special_token_ids,
-    template_fingerprint,
-)
+from omnidata.text.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
 
 
 @pytest.fixture(scope="module", params=["golden", *TEMPLATES])
@@ -150,7 +145,7 @@ import importlib
 from omnidata.start import worker_imports
 for name in worker_imports():
     importlib.import_module(name)
-from omnidata.builder.driver import build
+from omnidata.builder.build import build
 from omnidata.builder.settings import BuildSettings, RunOptions
 settings = BuildSettings({corpus.settings.source!r}, {golden_tokenizer_folder()!r},
     image_root={corpus.settings.image_root!r}, num_query=4, image_size=32)

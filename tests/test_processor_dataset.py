@@ -22,7 +22,7 @@ from omnidata.profiles.folder import load_processor
 from omnidata.profiles.opening import open_profile
 from omnidata.profiles.processor import ProcessorProfile
 from omnidata.schema import IGNORE_INDEX, UserError
-from omnidata.verify.dataset import verify
+from omnidata.verify.run import verify
 
 SIZES = ((64, 48), (100, 30), (37, 41), (300, 200))
 

@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tiny_dataset import build_tiny_dataset
 
 from omnidata.loader.cache import SampleCache
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.reader import LoadError
 
 

@@ -33,9 +33,10 @@ from omnidata.schema import (
     TextPart,
     UserError,
 )
-from omnidata.text.tokenizer import fingerprint, load_tokenizer, prepare_tokenizer
-from omnidata.verify.dataset import verify
+from omnidata.text.preparation import prepare_tokenizer
+from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnidata.verify.repair import repair
+from omnidata.verify.run import verify
 from pipelines.config import load_recipe
 from pipelines.evaluate import load_for_answers
 from pipelines.evaluate import main as evaluate

@@ -13,11 +13,11 @@ from throwaway import CHATML, byte_level_tokenizer, golden_cases, golden_tokeniz
 from omnidata.cli import run
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
 from omnidata.text.chat_template import ZEPHYR
+from omnidata.text.preparation import prepare_tokenizer
 from omnidata.text.tokenizer import (
     PROBE,
     fingerprint,
     load_tokenizer,
-    prepare_tokenizer,
     special_token_ids,
     template_fingerprint,
 )

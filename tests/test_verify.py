@@ -16,9 +16,9 @@ from omnidata.index import index_schema, read_table, write_tables
 from omnidata.manifest import manifest_from_json, manifest_to_json
 from omnidata.schema import IGNORE_INDEX, INDEX, MANIFEST, REJECTS, UserError
 from omnidata.shards import read_sample, write_shard
-from omnidata.verify.dataset import read_or_none, verify
 from omnidata.verify.findings import CODES
 from omnidata.verify.repair import repair
+from omnidata.verify.run import read_or_none, verify
 from omnidata.verify.shard import ShardChecker, ShardTask, check_ids
 from omnidata.verify.shard_walk import Damage, ShardWalk
 from omnidata.verify.tables import check_index

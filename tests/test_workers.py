@@ -23,7 +23,7 @@ from tiny_dataset import build_tiny_dataset
 from omnidata.loader import workers
 from omnidata.loader.assembler import Assembler
 from omnidata.loader.buffers import Borrower, Lender
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.reader import LoadError
 from omnidata.schema import UserError
 

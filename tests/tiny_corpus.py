@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_dataset import write_tokenizer
 
 from omnidata import durable
-from omnidata.builder.driver import build
+from omnidata.builder.build import build
 from omnidata.builder.settings import BuildSettings, RunOptions
 
 # What is wrong with which record: reason -> (source, number)

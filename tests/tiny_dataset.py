@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from omnidata.builder.interop import energon_files
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
+from omnidata.interop import energon_files
 from omnidata.manifest import manifest_to_json
 from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.schema import (

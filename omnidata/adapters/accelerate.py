@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from omnidata.adapters.stream import Stream, check_parallelism, open_packs
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
 
 

@@ -36,7 +36,7 @@ from omnidata.adapters.isolation import check_model
 from omnidata.adapters.microbatches import Microbatches
 from omnidata.adapters.stream import check_parallelism, open_packs
 from omnidata.dataset import Dataset
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
 from omnidata.text.tokenizer import fingerprint
 

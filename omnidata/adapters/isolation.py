@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from omnidata.adapters.batch import model_inputs
+from omnidata.loader.loader import PackLoader, State
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader, State
 from omnidata.schema import IGNORE_INDEX, UserError
 
 ENOUGH, MOST_STEPS = 16, 64  # documents to choose two from, and steps to look for them in

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from omnidata.loader.assembler import Work
+from omnidata.loader.loader import PackLoader, Sent, State
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader, Sent, State
 from omnidata.schema import UserError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from omnidata.adapters.batch import model_class, model_inputs, token_types_name
 from omnidata.adapters.isolation import check_model
-from omnidata.loader.packs import PackLoader
+from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
 
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torchtitan.components.dataloader import BaseDataLoader
 
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader
 from omnidata.schema import IGNORE_INDEX, UserError
 
 

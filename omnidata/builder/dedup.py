@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from omnidata.builder.build_plan import repeats
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.near import find_near, why
-from omnidata.builder.plan import repeats
 from omnidata.builder.worker import Counts, HashedFile, Job, ShardResult, part_path, rejects_path, write_part
 from omnidata.durable import BUFFER, Store
 from omnidata.index import index_schema, read_table, reject_schema

@@ -15,11 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from omnidata.builder.build_plan import BuildPlan
 from omnidata.builder.columns import kept_fields, with_columns
-from omnidata.builder.interop import dataset_card, energon_files
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.near import keep_ledger
-from omnidata.builder.plan import BuildPlan
 from omnidata.builder.report import examples
 from omnidata.builder.settings import BuildSettings
 from omnidata.builder.worker import ShardResult, part_path, rejects_path, total_counts
@@ -27,6 +26,7 @@ from omnidata.builder.workspace import leave
 from omnidata.durable import Store
 from omnidata.images.pixels import backend
 from omnidata.index import index_schema, read_table, reject_schema, write_tables
+from omnidata.interop import dataset_card, energon_files
 from omnidata.manifest import manifest_to_json
 from omnidata.render import Renderer
 from omnidata.schema import CARD, INDEX, MANIFEST, REJECTS, SCHEMA_VERSION, Manifest, UserError

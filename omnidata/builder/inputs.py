@@ -7,23 +7,18 @@ from collections import Counter
 from typing import Any
 
 from omnidata import corpus
-from omnidata.builder.plan import identity_of
+from omnidata.builder.identity import identity_of
+from omnidata.builder.records import load_renderer, renderer_of
 from omnidata.builder.settings import BuildSettings
-from omnidata.builder.stages import load_renderer, renderer_of
 from omnidata.corpus.source import with_names
 from omnidata.durable import Store
 from omnidata.images.store import ImageStore
 from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.render import Renderer
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, PROCESSOR_DIR, TOKENIZER_DIR, UserError
+from omnidata.text.preparation import prepare_tokenizer
 from omnidata.text.prepared import PreparedTokenizer, load_prepared
-from omnidata.text.tokenizer import (
-    fingerprint,
-    load_tokenizer,
-    prepare_tokenizer,
-    template_fingerprint,
-    template_text,
-)
+from omnidata.text.tokenizer import fingerprint, load_tokenizer, template_fingerprint, template_text
 
 
 def open_inputs(

@@ -29,8 +29,8 @@ from omnidata import corpus
 from omnidata.builder.columns import KEPT, kept_json, part_schema
 from omnidata.builder.last_words import reading
 from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
+from omnidata.builder.records import COUNTS, Built, Positioned, Stages, raw_excerpt
 from omnidata.builder.settings import BuildSettings, settings_from_json
-from omnidata.builder.stages import COUNTS, Built, Positioned, Stages, raw_excerpt
 from omnidata.durable import PARTS, Store
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
 from omnidata.schema import Reject, ShardInfo, UserError

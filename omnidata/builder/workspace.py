@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from omnidata.builder.plan import PLAN, read_plan
+from omnidata.builder.build_plan import PLAN, read_plan
 from omnidata.builder.settings import RunOptions
-from omnidata.durable import SCRATCH, Store, locked
+from omnidata.durable import SCRATCH, Store
+from omnidata.locks import locked
 from omnidata.schema import (
     CARD,
     INDEX,

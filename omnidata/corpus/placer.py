@@ -17,8 +17,9 @@ from omnidata.corpus.marks import (
     refuse_leftovers,
     refuse_other_media,
 )
-from omnidata.corpus.pictures import OWN_IMAGE_KEYS, ImagePool, own_image, read_images
 from omnidata.corpus.turns import Turn, texts_of
+from omnidata.images.placeholders import ImagePool, read_images
+from omnidata.images.references import OWN_IMAGE_KEYS, own_image
 from omnidata.schema import ImagePart, ImageRef, Part, RejectError, TextPart
 
 _PART_KEYS = frozenset(("type", "text", "index", *OWN_IMAGE_KEYS))

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from omnidata.corpus import json_lines
-from omnidata.corpus.pictures import looks_like_base64
 from omnidata.corpus.source import SourceFile, Unit
 from omnidata.corpus.streams import open_at
+from omnidata.images.references import looks_like_base64
 from omnidata.schema import Record, Reject
 
 FORMATS = ("tsv",)

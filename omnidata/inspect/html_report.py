@@ -28,7 +28,7 @@ from omnidata.schema import REASONS, UserError
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
     from omnidata.inspect.columns import ColumnSummary
-    from omnidata.inspect.cost import Assumptions, Cost
+    from omnidata.plan.cost import Assumptions, Cost
 
 THUMBNAIL = 256  # pixels, longer side
 MAX_REJECTS = 2000  # shown in the page, which says so when there are more

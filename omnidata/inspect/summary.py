@@ -16,8 +16,8 @@ import numpy as np
 
 from omnidata.index import codes, numbers
 from omnidata.inspect.columns import ColumnSummary, summarize_columns
-from omnidata.inspect.cost import Assumptions, Cost, epoch_cost
 from omnidata.inspect.distributions import Distribution, count_distribution, share_distribution
+from omnidata.plan.cost import Assumptions, Cost, epoch_cost
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -23,12 +23,12 @@ from omnidata.printable import printable
 from omnidata.verify.findings import REPAIRABLE
 
 if TYPE_CHECKING:
-    from omnidata.inspect.cost import Cost
     from omnidata.inspect.distributions import Distribution
-    from omnidata.inspect.forecast import Forecast
     from omnidata.inspect.summary import Summary
-    from omnidata.verify.dataset import Report
+    from omnidata.plan.cost import Cost
+    from omnidata.plan.forecast import Forecast
     from omnidata.verify.repair import RepairReport
+    from omnidata.verify.run import Report
 
 BARS = "▁▂▃▄▅▆▇█"
 SUPERVISED, SPECIAL, CHIP, HEADING, MUTED = "bold green", "dim", "reverse", "bold", "dim"

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from omnidata import corpus
-from omnidata.corpus.pictures import looks_like_base64
 from omnidata.dataset import Dataset
 from omnidata.durable import Store
+from omnidata.images.references import looks_like_base64
 from omnidata.images.store import ImageStore
 from omnidata.leaks.ngrams import ngrams, word_hashes
 from omnidata.leaks.texts import TextReader

@@ -1,14 +1,14 @@
 """Loader: packs -> microbatches, the same ones for any number of ranks and workers.
 
-reader              a sample by one ranged read           remote.py and cache.py for URLs
+reader              a sample by one ranged read           sample_bytes.py; remote.py, cache.py for URLs
 assembler           documents -> tensors, in workers      augment.py changes pictures reproducibly
 workers             processes that assemble ahead; buffers.py lends them memory for images
 microbatch          what one rank feeds to one forward and backward
-packs               PackLoader: the plan's order, and a state of a few integers
+loader              PackLoader: the plan's order, and a state of a few integers
 wds                 the same shards as a plain webdataset pipeline
 """
 
+from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
-from omnidata.loader.packs import PackLoader
 
 __all__ = ["Microbatch", "PackLoader"]

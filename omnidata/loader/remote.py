@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omnidata.loader.cache import SampleCache
-from omnidata.loader.reader import check_content, parse
+from omnidata.loader.sample_bytes import check_content, parse
 from omnidata.plan.catalog import Place
 from omnidata.shards import CorruptSampleError
 

@@ -4,6 +4,7 @@ sources, catalog    what a recipe names -> lengths and places, read from indexes
 blend, order        several datasets as one shuffled sequence
 oversize, packing   samples that fit no pack; packs of even cost with almost no padding
 epoch               EpochPlan: windows, packs, steps, the deal to ranks
+cost, forecast      what an epoch costs, and what is known of it before it starts
 """
 
 from omnidata.plan.epoch import EpochPlan

@@ -9,19 +9,13 @@ vocab.json + merges.txt …  what else a folder holds that transformers converts
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from omnidata.schema import UserError
 from omnidata.text.sentencepiece_bpe import tokenizer_from_model
 from omnidata.text.tokenizer import from_pretrained
-
-_VOCABULARIES = (
-    "tekken*.json",
-    "*.model",
-    "*.model.v*",
-)  # of a folder without tokenizer.json, best first
+from omnidata.text.vocabulary_files import vocabulary_of
 
 
 def converted(source: str | Path) -> Any:
@@ -32,27 +26,12 @@ def converted(source: str | Path) -> Any:
     """
     path = Path(source)
     if path.is_dir() and not (path / "tokenizer.json").is_file():
-        path = _vocabulary(path) or path
+        path = vocabulary_of(path) or path
     if path.is_file():
         return _from_file(path)
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         return _from_other_files(path)
     return from_pretrained(str(source))
-
-
-def how_to_convert(path: Path) -> str:
-    """What to do with a file, or a folder without tokenizer.json, given where a tokenizer is needed."""
-    if path.name == "tokenizer.json":
-        return f"give its folder, {path.parent}"
-    what = "is a file" if path.is_file() else "the folder has no tokenizer.json"
-    if path.is_dir() and not _vocabulary(path) and not any(path.glob("vocab.*")):
-        return f"{what}, nor another vocabulary that can be converted; save one there"
-    return f"{what}; first run: omnidata prepare-tokenizer {shlex.quote(str(path))} --out DIR"
-
-
-def _vocabulary(folder: Path) -> Path | None:
-    found = (sorted(folder.glob(pattern)) for pattern in _VOCABULARIES)
-    return next((names[0] for names in found if names), None)
 
 
 def _from_file(path: Path) -> Any:

@@ -6,8 +6,8 @@ spoils a model without an error. So there is one way to load one, and one number
     load_tokenizer(path_or_id)     a folder with tokenizer.json, or a Hub id -> transformers tokenizer
     fingerprint(tokenizer)         hash of the ids of a fixed probe text: behaviour, not files
     special_token_ids(tokenizer)   {"bos": 1, "eos": 2, ..., "<im_patch>": 32000, ...}
-    prepare_tokenizer(source, out) a tokenizer with the image and grounding tokens and a chat template
-                                   (other files than tokenizer.json are converted first: convert.py)
+    prepare_tokenizer(source, out) a tokenizer with the image and grounding tokens and a chat template:
+                                   preparation.py (other files than tokenizer.json: convert.py)
 
 ``tokenizer.json`` is the truth. transformers would rebuild a Llama tokenizer's pre-tokenizer from a key,
 ``legacy``, that its own ``save_pretrained`` drops, and every ``▁`` after a special token would go; so every
@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, SLICE_TOKENS, UserError
+from omnidata.text.vocabulary_files import how_to_convert
 
 # Blanks, line ends, digits, scripts, bytes outside the vocabulary, code: where tokenizers differ.
 PROBE = (
@@ -46,8 +47,6 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     """
     name = str(path_or_id)
     if Path(name).is_file() or (Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file()):
-        from omnidata.text.convert import how_to_convert
-
         raise UserError(f"tokenizer {name}: {how_to_convert(Path(name))}")
     tokenizer = from_pretrained(name)
     check_against_file(tokenizer, Path(name) / "tokenizer.json")
@@ -153,69 +152,3 @@ def _named_tokens(tokenizer: Any) -> dict[str, str]:
     present = tokenizer.added_tokens_encoder
     ours = {token: token for token in IMAGE_TOKENS + CONTENT_TOKENS + SLICE_TOKENS if token in present}
     return {name: token for name, token in roles.items() if token is not None} | ours
-
-
-def prepare_tokenizer(
-    source: str | Path,
-    out: str | Path,
-    *,
-    chat_template: str | None = None,
-    slice_tokens: Sequence[str] = (),
-) -> Any:
-    """Write to folder ``out`` a tokenizer that OmniLMM can train with, and return it as loaded from there.
-
-    ``source`` is an HF tokenizer (folder or id), or a file that convert.py knows. Each of IMAGE_TOKENS and
-    CONTENT_TOKENS is added once, as a special token; after them ``slice_tokens``, which a build with
-    --max-slices needs. ``chat_template``: None for the source's own, ``zephyr``, a path of a Jinja
-    file, or the template itself.
-
-    Raises:
-        UserError: the source cannot be read, has no template and none is named, or ``out`` not be written.
-    """
-    from omnidata.text.convert import converted
-
-    tokenizer = converted(source)
-    tokenizer.chat_template = _resolve_template(chat_template, tokenizer, source=source)
-    _add_tokens(tokenizer, (*IMAGE_TOKENS, *CONTENT_TOKENS, *slice_tokens))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)  # where it cannot, save_pretrained logs and goes on
-        tokenizer.save_pretrained(str(out))
-    except (OSError, ValueError) as error:  # a name with NUL is a ValueError
-        raise UserError(f"cannot write to {out!s}: {error}; choose another --out") from error
-    loaded = load_tokenizer(out)
-    if fingerprint(loaded) != fingerprint(tokenizer):
-        raise UserError(f"tokenizer {source} does not survive being saved and loaded; do not train with it")
-    return loaded
-
-
-def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
-    from tokenizers import AddedToken
-
-    present = tokenizer.added_tokens_encoder
-    missing = [token for token in tokens if token not in present]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-
-
-def _resolve_template(choice: str | None, tokenizer: Any, *, source: str | Path) -> str:
-    from omnidata.text.chat_template import ZEPHYR
-
-    named = {"zephyr": ZEPHYR}
-    own = template_text(tokenizer)
-    if choice in (None, "keep"):
-        if not own:
-            raise UserError(
-                f"tokenizer {source} has no chat template: name one with --chat-template, "
-                f"{' or '.join(named)} (what OmniLMM trains on) or a Jinja file"
-            )
-        return own
-    if choice in named:
-        return named[choice]
-    if "{%" in choice or "{{" in choice:
-        return choice
-    if not Path(choice).is_file():
-        raise UserError(
-            f"chat template {choice}: no such file; give a Jinja file, a template, {' or '.join(named)}"
-        )
-    return Path(choice).read_text(encoding="utf-8")

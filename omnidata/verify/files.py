@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from omnidata.builder.interop import energon_files
 from omnidata.durable import Store
 from omnidata.index import idx_bytes, rows_of_shards
+from omnidata.interop import energon_files
 from omnidata.schema import CARD, PROCESSOR_DIR, SHARDS_DIR, TOKENIZER_DIR, Manifest, UserError
 from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint

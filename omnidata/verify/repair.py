@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from omnidata.builder.interop import dataset_card, energon_files
-from omnidata.durable import SCRATCH, Store, locked
+from omnidata.durable import SCRATCH, Store
 from omnidata.index import index_schema, index_table, kept_fields, write_tables
+from omnidata.interop import dataset_card, energon_files
+from omnidata.locks import locked
 from omnidata.schema import CARD, INDEX, REJECTS, Manifest, UserError
 from omnidata.shards import CorruptSampleError, read_sample
-from omnidata.verify.dataset import OnShard, over_shards, read_manifest, read_or_none
 from omnidata.verify.files import check_tokenizer, idx_files
+from omnidata.verify.run import OnShard, over_shards, read_manifest, read_or_none
 from omnidata.verify.shard import Row, ShardTask, stored_columns
 from omnidata.verify.shard_walk import Damage, ShardWalk
 

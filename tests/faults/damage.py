@@ -19,7 +19,7 @@ from faults.table import Row
 from omnidata.loader import PackLoader
 from omnidata.plan import EpochPlan
 from omnidata.schema import INDEX, MANIFEST, UserError
-from omnidata.verify.dataset import verify
+from omnidata.verify.run import verify
 
 SHARD = "shards/train-00000.tar"
 FILES = (SHARD, INDEX, MANIFEST)

@@ -26,7 +26,7 @@ from faults.building import INLINE, in_child, peace
 from faults.table import Row
 from omnidata.loader import PackLoader
 from omnidata.schema import UserError
-from omnidata.verify.dataset import verify
+from omnidata.verify.run import verify
 
 KINDS = ("5xx", "timeout", "short", "wrong")
 READ_TIMEOUT = 0.3  # seconds of the client

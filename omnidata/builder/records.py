@@ -1,4 +1,4 @@
-"""Stages: what happens to one record, from a parsed row to a sample or a reject.
+"""Records: what happens to one, in stages from a parsed row to a sample or a reject.
 
     Record ─conversation─▶ Conversation ─render (in batches)─▶ ids + labels ─images─▶ Built
        └──────────────────────── RejectError at any of them ───────────────▶ Reject

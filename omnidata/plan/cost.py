@@ -166,3 +166,11 @@ def epoch_cost(lengths: np.ndarray, *, pixels: np.ndarray, assume: Assumptions |
         flops=images + tokens,
         hours=(images + tokens) / rate / 3600,
     )
+
+
+def assumptions(
+    *, frozen: tuple[str, ...] = (), num_gpus: int | None = None, default_gpus: int = 1, **given: Any
+) -> Assumptions:
+    """The command line's cost options; ``--freeze none`` trains everything."""
+    chosen = () if frozen == ("none",) else frozen or DEFAULT_FROZEN
+    return Assumptions(frozen=tuple(chosen), num_gpus=num_gpus or default_gpus, **given)

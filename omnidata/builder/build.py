@@ -23,18 +23,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from omnidata.builder.build_plan import BuildPlan, make_plan, read_plan, write_plan
 from omnidata.builder.dedup import drop_repeats
 from omnidata.builder.finalize import complete, first_rejects
+from omnidata.builder.identity import what_changed
 from omnidata.builder.inputs import open_inputs
 from omnidata.builder.last_words import last_words
 from omnidata.builder.layout import ShardTask, cut_shards
-from omnidata.builder.plan import BuildPlan, make_plan, read_plan, what_changed, write_plan
 from omnidata.builder.progress import Progress
 from omnidata.builder.report import BuildReport, examples, partial_report, report_of
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.builder.worker import Job, ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
-from omnidata.durable import HOPELESS, LockedError, Store, locked
+from omnidata.durable import HOPELESS, Store
 from omnidata.executors import (
     Executor,
     InlineExecutor,
@@ -42,6 +43,7 @@ from omnidata.executors import (
     num_cpus,
     run_tasks,
 )
+from omnidata.locks import LockedError, locked
 from omnidata.manifest import manifest_from_json
 from omnidata.ray_executor import RayExecutor
 from omnidata.render import Renderer

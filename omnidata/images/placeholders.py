@@ -1,35 +1,19 @@
-"""Pictures in records: all the ways in which rows refer to images -> ImageRef.
+"""Placeholders: which of a record's pictures each mark in its text stands for.
 
-"photos/1.jpg", "https://...", "data:image/png;base64,..."     a path or URL
-"/9j/4AAQSkZJRg..."                                            base64 of the file
-b"..."                                                         the file
-{"bytes": b"..." or None, "path": "1.jpg"}                     Hugging Face datasets, Parquet
-{"url": "https://..."}                                         OpenAI's parts
-{"<image_00>": "1.jpg", "<image_01>": "2.jpg"}                 MiniCPM-V: a name for each
-[any of the above but the last, ...]
+``<image>`` is the next one, ``<image_03>`` that one, and MiniCPM-V gives each a name of its own:
+``{"<image_00>": "1.jpg", "<image_01>": "2.jpg"}``. How one picture is written: references.py.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from omnidata.images.references import STRUCT_KEYS, image_ref, is_absent
 from omnidata.schema import ImageRef, RejectError
 
-# base64 of the magic bytes of JPEG, PNG, WebP, GIF, TIFF (both byte orders) and BMP
-_BASE64_START = re.compile(r"(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK|Qk)[A-Za-z0-9+/]{16,}")
-_BASE64 = re.compile(_BASE64_START.pattern + r"[A-Za-z0-9+/\s]*={0,2}\s*")
 _PLACEHOLDER = r"<image(?:_\d{1,9})?>"
-_STRUCT_KEYS = frozenset(("bytes", "path", "url", "detail"))  # of Hugging Face datasets; of OpenAI's parts
-OWN_IMAGE_KEYS = ("image_url", "image", "url", "path", "bytes")  # of a content part
-
-
-def looks_like_base64(text: str) -> bool:
-    """Does the text start as base64 of a picture does?"""
-    return _BASE64_START.match(text) is not None
 
 
 class ImagePool:
@@ -100,7 +84,7 @@ def read_images(payload: dict[str, Any], image_keys: Sequence[str] = ()) -> Imag
     images: list[ImageRef] = []
     names: dict[str, int] = {}
     for value in values:
-        if isinstance(value, dict) and not value.keys() <= _STRUCT_KEYS:
+        if isinstance(value, dict) and not value.keys() <= STRUCT_KEYS:
             named = {_placeholder(str(name)): len(images) + i for i, name in enumerate(value)}
             if len(named) < len(value) or names.keys() & named.keys():
                 raise RejectError(
@@ -115,43 +99,3 @@ def read_images(payload: dict[str, Any], image_keys: Sequence[str] = ()) -> Imag
 
 def _placeholder(name: str) -> str:
     return name if name.startswith("<") and name.endswith(">") else f"<{name}>"
-
-
-def own_image(part: dict[str, Any]) -> ImageRef | None:
-    """The image that a content part carries itself: None for a bare ``{"type": "image"}``."""
-    found = [part[key] for key in OWN_IMAGE_KEYS if not is_absent(part.get(key))]
-    references = [image_ref(value) for value in found]
-    if any(reference != references[0] for reference in references):
-        raise RejectError(
-            "bad_content", f"an image part has several pictures under {', '.join(OWN_IMAGE_KEYS)}"
-        )
-    if references:
-        return references[0]
-    if part.get("type") == "image_url":
-        raise RejectError("bad_content", "an image_url part has no url")
-    return None
-
-
-def image_ref(value: Any) -> ImageRef:
-    """One image, however it is referred to."""
-    if isinstance(value, dict) and value.keys() <= _STRUCT_KEYS:
-        value = value.get("bytes") or value.get("path") or value.get("url")
-    if isinstance(value, bytes) and value:
-        return ImageRef(data=value)
-    if isinstance(value, str) and value:
-        return ImageRef(data=_decode(value)) if _BASE64.fullmatch(value) else ImageRef(path=value)
-    raise RejectError("bad_record", f"an image is {type(value).__name__}, neither a path, a URL nor bytes")
-
-
-def _decode(text: str) -> bytes:
-    try:
-        return base64.b64decode(text)
-    except binascii.Error as error:
-        raise RejectError("image_corrupt", f"the image's base64 does not decode: {error}") from error
-
-
-def is_absent(value: Any) -> bool:
-    """Is there no picture: null, nothing, or a struct of nothing?"""
-    if isinstance(value, dict) and value.keys() <= _STRUCT_KEYS:
-        return not any(value.values())
-    return value is None or value in ("", [], b"")

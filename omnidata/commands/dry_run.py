@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from omnidata.builder.driver import open_executor
+from omnidata.builder.build import open_executor
+from omnidata.builder.build_plan import BuildPlan, make_plan
 from omnidata.builder.finalize import complete, first_rejects
 from omnidata.builder.inputs import open_inputs
 from omnidata.builder.layout import Piece, ShardTask, Stretch, cut_shards
-from omnidata.builder.plan import BuildPlan, make_plan
 from omnidata.builder.report import describe
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.builder.worker import Job, build_shard

@@ -3,7 +3,7 @@
     plan windows        ─▶ per pack: samples, tokens, supervised, images     (a million samples in seconds)
     cut into steps of G ─▶ per step: the loss denominator, tokens, images
     dealt to W ranks    ─▶ balance, and the share of time in which ranks wait for the slowest
-    all documents       ─▶ FLOPs and hours (omnidata.inspect.cost, its assumptions beside them)
+    all documents       ─▶ FLOPs and hours (omnidata.plan.cost, its assumptions beside them)
 
 The fields of Forecast are the keys of ``omnidata plan --json``.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from omnidata.index import numbers
-from omnidata.inspect.cost import CHANNELS, Assumptions, Cost, epoch_cost
 from omnidata.plan.catalog import IMAGE_PIXELS
+from omnidata.plan.cost import CHANNELS, Assumptions, Cost, epoch_cost
 from omnidata.plan.epoch import IMAGE_COST, EpochPlan, Window, deal
 from omnidata.schema import UserError
 
