@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from omnidata import __version__
-from omnidata.options import build_options, cost_options
+from omnidata.options import build_options, copy_options, cost_options
 from omnidata.printable import printable, to_json
 from omnidata.schema import UserError
 from omnidata.start import TOKENIZER, keep_pandas_out, worker_imports
@@ -252,6 +252,48 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
     from omnidata.commands.plan import plan as foresee
 
     foresee(datasets, **options)
+
+
+@cli.command()
+@click.argument("datasets", metavar="DATASET...", nargs=-1, required=True)
+@copy_options
+def merge(datasets: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Copy the samples of every DATASET into one. Nothing is tokenized or encoded again.
+
+    They must be of one tokenizer, chat template and profile of pictures. If they share keys, each key gets
+    its dataset's number (0-, 1-, …) in front. The manifest says where everything came from. Interrupted, it
+    goes on when the same command is run again.
+
+    \b
+    omnidata merge data/llava data/charts --out data/all
+    omnidata merge s3://bucket/a s3://bucket/b --out data/all --shard-bytes 256MB
+    """
+    from omnidata.commands.copies import merge as copy
+
+    _print_report(copy(datasets, **flags), as_json=as_json)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option("--where", default="", metavar="CONDITION", help="Samples that meet it, as in 'n_images <= 8'.")
+@click.option(
+    "--exclude", default="", metavar="FILE", help="But not these keys, one a line (decontaminate writes it)."
+)
+@copy_options
+def subset(dataset: str, as_json: bool, **flags: Any) -> None:
+    """Copy some samples of DATASET into a new one. Nothing is tokenized or encoded again.
+
+    Every sample that is left out is a row of rejects.parquet (left_out): samples + rejects = records still
+    holds. `split` is a column like any other. Interrupted, it goes on when the same command is run again.
+
+    \b
+    omnidata subset data --where 'relevance_min >= 4 and n_images <= 8' --out data/good
+    omnidata subset data --where 'split == "val" or n_tokens < 4096' --out data/short
+    omnidata subset data --exclude leaks/exclude.txt --out data/clean
+    """
+    from omnidata.commands.copies import subset as copy
+
+    _print_report(copy(dataset, **flags), as_json=as_json)
 
 
 @cli.command()

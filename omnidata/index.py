@@ -152,10 +152,12 @@ def read_table(
     columns: Sequence[str] | None = None,
     dictionary: Sequence[str] = (),
     kept: bool = False,
+    row_groups: Sequence[int] | None = None,
 ) -> pa.Table:
     """Read a Parquet file written by ``write_tables``; ``dictionary`` names string columns to leave encoded.
 
     ``kept``: it is an index, whose kept columns may be named, and are read where ``columns`` is None.
+    ``row_groups``: only these; None reads all.
 
     Raises:
         UserError: the file is no Parquet file, or lacks a column of the schema.
@@ -171,7 +173,10 @@ def read_table(
         check_types(parquet, pa.schema([schema.field(name) for name in wanted]), "the table")
         missing = [name for name in wanted if name not in parquet.schema_arrow.names]
         present = [name for name in wanted if name not in missing]
-        table = parquet.read(columns=present, use_threads=threads)
+        if row_groups is None:
+            table = parquet.read(columns=present, use_threads=threads)
+        else:
+            table = parquet.read_row_groups(list(row_groups), columns=present, use_threads=threads)
         if holes := [name for name in present if name in own and table[name].null_count]:
             raise UserError(f"the table has rows without {holes[0]}: it is damaged")
         for name in missing:  # written before there was such a column

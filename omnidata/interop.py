@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from omnidata.images.slices import slicing_of
+from omnidata.origin import describe
 from omnidata.schema import NV_META, Manifest
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ each with its reason in `rejects.parquet`.
 {split_rows}
 
 Sources: {sources}
-
+{origin}
 Each shard is a plain WebDataset tar. A sample is
 
 | member | content |
@@ -203,6 +204,7 @@ def dataset_card(manifest: Manifest, kept: Sequence[pa.Field] = ()) -> str:
         processor="" if manifest.is_omnilmm else ", `processor/` the model's processor",
         split_rows="\n".join(rows),
         sources=", ".join(sources) + ".",
+        origin=f"\nCopied by `omnidata`: {origin}.\n" if (origin := describe(manifest.origin)) else "",
         first_split=next(iter(manifest.splits)),
         uniform_note=UNIFORM_NOTE,
     )

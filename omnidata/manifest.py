@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from omnidata.schema import IMAGE_TOKENS, SCHEMA_VERSION, SHARDS_DIR, Manifest, ShardInfo, UserError
@@ -19,7 +19,9 @@ SHARD_PATH = re.compile(rf"{SHARDS_DIR}/[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 
 def manifest_to_json(manifest: Manifest) -> bytes:
     """Stable, readable JSON: the same manifest gives the same bytes."""
-    return (json.dumps(asdict(manifest), indent=1, ensure_ascii=False, sort_keys=False) + "\n").encode()
+    optional = _optional()
+    content = {k: v for k, v in asdict(manifest).items() if k not in optional or v != optional[k]}
+    return (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n").encode()
 
 
 def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
@@ -41,6 +43,7 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
             "build the dataset again"
         )
     names = {field.name for field in fields(Manifest)}
+    data = _optional() | data
     if data.keys() != names:
         missing, unknown = sorted(names - data.keys()), sorted(data.keys() - names)
         raise UserError(f"{where}: missing keys {missing}, unknown keys {unknown}")
@@ -49,6 +52,15 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
         raise UserError(f"{where}: {problem}: the dataset is damaged, build it again")
     shards = [ShardInfo(**shard) for shard in data.pop("shards")]
     return Manifest(**data, shards=shards)
+
+
+def _optional() -> dict[str, Any]:
+    """Keys that a manifest lacks where there is nothing to say, with what that means."""
+    return {
+        field.name: field.default_factory() if field.default is MISSING else field.default  # type: ignore[misc]
+        for field in fields(Manifest)
+        if field.name != "shards" and (field.default, field.default_factory) != (MISSING, MISSING)
+    }
 
 
 # --- what a value may be ------------------------------------------------------------------------------------

@@ -168,6 +168,18 @@ BUILD_OPTIONS = (
     click.option("--quiet", is_flag=True, help="No progress."),
     click.option("--json", "as_json", is_flag=True, help="The final report as JSON."),
 )
+COPY_OPTIONS = (
+    click.option("--out", required=True, metavar="DIR", help="Dataset folder or URL to write."),
+    click.option("--samples-per-shard", type=click.IntRange(1), metavar="N", help="Samples a shard."),
+    click.option(
+        "--shard-bytes", metavar="SIZE", help="About this size, as in 512MB.  [default: by the datasets]"
+    ),
+    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: CPUs it may use]"),
+    click.option("--dry-run", is_flag=True, help="Say what would be copied; write nothing."),
+    click.option("--overwrite", is_flag=True, help="Remove the dataset that is in --out."),
+    click.option("--quiet", is_flag=True, help="No progress."),
+    click.option("--json", "as_json", is_flag=True, help="The final report as JSON."),
+)
 COST_OPTIONS = (
     click.option("--model", default="omnilmm-12b", show_default=True, help="Or so400m-7b, vitl-7b."),
     click.option("--gpu", default="h100", show_default=True, help="b200, h200, h100, a100, l40s, rtx4090."),
@@ -182,6 +194,11 @@ COST_OPTIONS = (
 def build_options(command: Command) -> Command:
     """Everything that build-shards takes."""
     return _all_of(BUILD_OPTIONS, command)
+
+
+def copy_options(command: Command) -> Command:
+    """What every command takes that copies samples into a new dataset."""
+    return _all_of(COPY_OPTIONS, command)
 
 
 def cost_options(command: Command) -> Command:

@@ -266,6 +266,8 @@ REASONS: dict[str, str] = {
     "mask_unproven": "the chat template's rendering does not show where the assistant's turns are",
     "too_long": "longer than --max-length with no supervised token left after cutting at a turn boundary",
     "no_supervision": "no supervised token",
+    # of `omnidata subset`
+    "left_out": "a sample of the dataset that this one was taken from, not chosen",
     # any
     "unexpected": "an error that nobody foresaw; please report it with the record",
 }
@@ -350,7 +352,9 @@ class Manifest:
     num_records: int  # samples + rejects = records
     num_samples: int
     num_rejects: int
-    num_truncated: int  # samples that lost turns to max_length
+    # Samples that lost turns to max_length. This and the counts of names below are the build's: a copy has
+    # the sums of its inputs, so a subset those of all samples of the dataset that it was taken from.
+    num_truncated: int
     num_tokens: int
     num_supervised: int
     num_images: int
@@ -360,6 +364,8 @@ class Manifest:
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     notes: dict[str, int]  # what else there is to tell, in words -> samples
     shards: list[ShardInfo] = field(default_factory=list)
+    # What it was copied from (omnidata.origin); a build has none, and then the file does not name it.
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_omnilmm(self) -> bool:

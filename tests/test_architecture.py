@@ -14,11 +14,11 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # The flow of omnidata: a module imports only from its own floor or an earlier one.
 FLOW = (
     "schema outcomes files printable start without_pandas",
-    "durable locks manifest index shards where",
+    "durable locks manifest index shards where origin",
     "corpus images text near conversation render part_renderer profiles interop executors ray_executor",
     "dataset",
     "builder plan",
-    "loader verify leaks adapters inspect",
+    "loader verify leaks adapters inspect copier",
     "commands options cli __main__",
 )
 FLOOR = {name: number for number, floor in enumerate(FLOW) for name in floor.split()}

@@ -15,7 +15,7 @@ from tiny_corpus import chat_record, digests, killed_at, write_corpus
 
 from omnidata import durable
 from omnidata.builder import worker
-from omnidata.builder.build import BuildInterrupted
+from omnidata.builder.interruptions import BuildInterrupted
 from omnidata.builder.settings import RunOptions
 from omnidata.cli import run
 from omnidata.locks import locked

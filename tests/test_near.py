@@ -18,6 +18,7 @@ from tiny_dataset import write_tokenizer
 from omnidata import Dataset, cli
 from omnidata.builder import build as building
 from omnidata.builder import dedup
+from omnidata.builder.interruptions import BuildInterrupted
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.near.hashing import (
     IMAGE_WORDS,
@@ -271,7 +272,7 @@ def test_planted_duplicates_are_refused_and_listed_and_nothing_else(corpus, caps
 
     rewrite = dedup.rewrite_shard
     monkeypatch.setattr(dedup, "rewrite_shard", die)
-    with pytest.raises(building.BuildInterrupted):
+    with pytest.raises(BuildInterrupted):
         build(corpus, "again")
     monkeypatch.setattr(dedup, "rewrite_shard", rewrite)
     build(corpus, "again")

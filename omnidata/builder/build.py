@@ -17,9 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +26,7 @@ from omnidata.builder.dedup import drop_repeats
 from omnidata.builder.finalize import complete, first_rejects
 from omnidata.builder.identity import what_changed
 from omnidata.builder.inputs import open_inputs
+from omnidata.builder.interruptions import interruptible, one_clear_line
 from omnidata.builder.last_words import last_words
 from omnidata.builder.layout import ShardTask, cut_shards
 from omnidata.builder.progress import Progress
@@ -35,7 +34,7 @@ from omnidata.builder.report import BuildReport, examples, partial_report, repor
 from omnidata.builder.settings import BuildSettings, RunOptions
 from omnidata.builder.worker import Job, ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
-from omnidata.durable import HOPELESS, Store
+from omnidata.durable import Store
 from omnidata.executors import (
     Executor,
     InlineExecutor,
@@ -50,13 +49,7 @@ from omnidata.render import Renderer
 from omnidata.schema import MANIFEST, PROCESSOR_DIR, TOKENIZER_DIR, UserError
 from omnidata.start import worker_imports
 
-# Libraries under fsspec whose errors are no OSError: a short body, a wrong checksum, no answer.
-CLIENTS = ("aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
 EARLY_RECORDS, EARLY_SHARE = 1000, 0.05  # seen before --max-rejects, as a share, is applied to a part
-
-
-class BuildInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; the message says how to go on."""
 
 
 def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport:
@@ -68,7 +61,7 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
     """
     store = Store(out)
     check_folder(store, options)
-    with _interrupts(), _one_clear_line(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
+    with interruptible(), one_clear_line(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
         files, identity, renderer = open_inputs(settings, folder)
         with hold_locks(store, options):
             plan = resume_plan(store, identity, options)
@@ -294,45 +287,3 @@ class _Run:
                 "run the tasks that are missing, then --finalize again."
             )
         return partial_report(self.done, num_shards=len(self.tasks), **self._facts(progress))
-
-
-# --- what may happen at any time --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """SIGTERM (a scheduler that wants the machine back) ends a build as Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = signal.signal(signal.SIGTERM, interrupt) if in_main else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise BuildInterrupted("Interrupted. Run the same command again to go on.") from None
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _one_clear_line(store: Store) -> Iterator[None]:
-    """For errors of the file system that trying again cannot mend, and for those of an object store."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in HOPELESS:
-            raise
-        raise UserError(
-            f"cannot write to {store.url}: {error}. What is built is kept: "
-            "mend that (free some space?) and run the same command again."
-        ) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in CLIENTS:
-            raise
-        raise UserError(
-            f"the object store failed: {type(error).__name__}: {' '.join(str(error).split())}. "
-            "What is built is kept: run the same command again."
-        ) from error

@@ -17,6 +17,7 @@ import numpy as np
 from omnidata.index import codes, numbers
 from omnidata.inspect.columns import ColumnSummary, summarize_columns
 from omnidata.inspect.distributions import Distribution, count_distribution, share_distribution
+from omnidata.origin import describe
 from omnidata.plan.cost import Assumptions, Cost, epoch_cost
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ class Summary:
     split: str | None  # null: the whole dataset
     where: str | None  # the condition that the samples meet; null: all of them
     schema_version: int
+    origin: str  # what it was copied from (omnidata merge, subset), in words; "": it was built
     num_records: int  # of the whole build: samples + rejects
     num_rejects: int  # of the whole build
-    num_truncated: int  # of the whole build: samples that lost turns to max_length
+    num_truncated: int  # of the whole build: samples that lost turns to max_length (of a copy: in its inputs)
     num_samples: int
     num_tokens: int
     num_supervised: int
@@ -102,6 +104,7 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
         split=dataset.split,
         where=str(dataset.where) if dataset.where else None,
         schema_version=manifest.schema_version,
+        origin=describe(manifest.origin),
         num_records=manifest.num_records,
         num_rejects=manifest.num_rejects,
         num_truncated=manifest.num_truncated,

@@ -72,13 +72,16 @@ def _totals(summary: Summary) -> Table:
     grid = _grid()
     splits = ", ".join(f"{name} {count:,}" for name, count in summary.splits.items())
     grid.add_row("samples", f"{summary.num_samples:,}  ({splits})")
+    if summary.origin:
+        grid.add_row("copied", printable(summary.origin))
     grid.add_row("records", f"{summary.num_records:,} read, {summary.num_rejects:,} rejected")
     share = f"{summary.supervised_share:.1%} supervised ({summary.num_supervised:,})"
     grid.add_row("tokens", f"{summary.num_tokens:,}, {share}")
     grid.add_row("images", f"{summary.num_images:,}{_each(summary)} ({summary.model})")
     grid.add_row("shards", f"{summary.num_shards:,}, {human_bytes(summary.num_bytes)}")
     if summary.num_truncated:
-        grid.add_row("truncated", f"{summary.num_truncated:,} samples lost turns to --max-length")
+        where = " in what it was copied from" if summary.origin else ""
+        grid.add_row("truncated", f"{summary.num_truncated:,} samples lost turns to --max-length{where}")
     return grid
 
 

@@ -29,6 +29,7 @@ CODES: dict[str, str] = {
     "duplicate_key": "two samples share a key",
     "rejects": "rejects.parquet is unreadable or contradicts the manifest",
     "idx": "a .tar.idx does not hold the offsets of the index",
+    "origin": "what a copy says it took from other datasets is not what it holds",
     "nv_meta": ".nv-meta is missing or contradicts the manifest",
     "tokenizer": "the tokenizer does not load, or does not behave as the one of the build",
     "processor": "the model's processor does not load, or does not do what it did at the build",

@@ -2,6 +2,7 @@
 
     quick    (1) check_manifest, check_files     the manifest with itself, files and sizes
              (2) check_index, check_rejects      tables against the manifest; samples + rejects = records
+                 check_origin                    a copy against what it says that it took from where
              (3) check_idx, check_energon        what other readers use, against the index
              (4) check_tokenizer                 still computes the same ids
     deep     (5) check_shard, in parallel        every byte of every shard
@@ -30,6 +31,7 @@ from omnidata.verify.files import (
     check_tokenizer,
 )
 from omnidata.verify.findings import Finding
+from omnidata.verify.origin import check_origin
 from omnidata.verify.shard import ShardChecker, ShardTask
 from omnidata.verify.tables import check_index, check_manifest, check_rejects, check_sources
 
@@ -134,6 +136,7 @@ def quick_findings(store: Store, manifest: Manifest, index: pa.Table | None) -> 
         yield from check_rejects(rejects, manifest)
         if index is not None:
             yield from check_sources(index, rejects, manifest)
+    yield from check_origin(index, manifest)
     yield from check_energon(store, manifest)
     yield from check_tokenizer(store, manifest)
     yield from check_processor(store, manifest)

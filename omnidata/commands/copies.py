@@ -1,0 +1,46 @@
+"""``omnidata merge`` and ``omnidata subset``, once their options are parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omnidata.builder.settings import RunOptions, parse_size
+from omnidata.copier.report import CopyReport
+from omnidata.copier.run import copy
+from omnidata.copier.settings import CopySettings
+
+
+def merge(datasets: Sequence[str], **flags: object) -> CopyReport:
+    """Copy all samples of these datasets into one."""
+    return _copy("merge", datasets, **flags)
+
+
+def subset(dataset: str, *, where: str, exclude: str, **flags: object) -> CopyReport:
+    """Copy the samples that meet a condition."""
+    return _copy("subset", [dataset], where=where, exclude=exclude, **flags)
+
+
+def _copy(
+    command: str,
+    datasets: Sequence[str],
+    *,
+    out: str,
+    samples_per_shard: int | None,
+    shard_bytes: str | None,
+    workers: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    quiet: bool,
+    where: str = "",
+    exclude: str = "",
+) -> CopyReport:
+    settings = CopySettings(
+        command,
+        tuple(datasets),
+        where=where,
+        exclude=exclude,
+        samples_per_shard=samples_per_shard,
+        shard_bytes=None if shard_bytes is None else parse_size(shard_bytes),
+    )
+    options = RunOptions(workers=workers, overwrite=overwrite, quiet=quiet)
+    return copy(settings, out, options, dry_run=dry_run)

@@ -1,0 +1,79 @@
+"""Origin: what a dataset was copied from, as its manifest tells it, and the digest that proves it.
+
+``omnidata merge`` and ``subset`` write ``manifest.origin``; a build has none::
+
+    {"command": "merge", "where": "", "exclude": "", "inputs": [{
+        "path": "data/a",                    as given
+        "digest": "9f…",                     sha256 of its manifest.json, and so of all of its bytes
+        "key_prefix": "0-",                  before each key, "" if no two inputs share one
+        "num_records": 106, "num_samples": 100, "rejects": {"bad_role": 6},       of the whole input
+        "taken": {"train": 90, "val": 10},   samples that were copied
+        "content": "c0…",                    content_digest of these
+        "settings": {…}, "versions": {…},    of its build
+        "origin": {…}}, …]}                  its own
+
+In each split of the dataset stand the samples of the first input, then those of the second, in the order in
+which they stood there. So anybody can tell, from the index alone, which input a sample is from, and compute
+``content`` again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Origin = dict[str, Any]
+
+
+def content_digest(hashes: Iterable[pa.ChunkedArray | pa.Array]) -> str:
+    """blake2b-128, in hex, of content hashes (a column of strings, in pieces) one after the other."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in hashes:
+        for chunk in getattr(column, "chunks", [column]):
+            _, offsets, text = chunk.buffers()
+            if len(chunk) and text is not None:
+                ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                digest.update(memoryview(text)[ends[0] : ends[-1]])
+    return digest.hexdigest()
+
+
+def rows_of_inputs(
+    splits: Sequence[str], takens: Sequence[Mapping[str, int]]
+) -> Iterator[tuple[int, str, slice]]:
+    """(input, split, rows of the index) in index order.
+
+    Args:
+        splits: the dataset's, in the order of its index.
+        takens: ``taken`` of each input.
+
+    >>> list(rows_of_inputs(["train", "val"], [{"train": 2, "val": 1}, {"train": 3}]))
+    [(0, 'train', slice(0, 2, None)), (1, 'train', slice(2, 5, None)), (0, 'val', slice(5, 6, None))]
+    """
+    start = 0
+    for split in splits:
+        for number, taken in enumerate(takens):
+            if count := taken.get(split, 0):
+                yield number, split, slice(start, start + count)
+                start += count
+
+
+def describe(origin: Mapping[str, Any]) -> str:
+    """An origin in words; "" of a dataset that was built.
+
+    >>> describe({"command": "subset", "where": "n_images <= 1", "exclude": "", "inputs": [{"path": "a"}]})
+    'subset of a: where n_images <= 1'
+    """
+    if not origin:
+        return ""
+    paths = ", ".join(str(entry.get("path")) for entry in origin.get("inputs", []))
+    if origin.get("command") != "subset":
+        return f"{origin.get('command')} of {paths}"
+    conditions = [f"where {origin['where']}"] if origin.get("where") else []
+    conditions += [f"without the keys of {origin['exclude']}"] if origin.get("exclude") else []
+    return f"subset of {paths}: {', '.join(conditions)}"
