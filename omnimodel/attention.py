@@ -34,6 +34,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask
 
+from omnimodel.host_known import plain
+
 NAME = "omnilmm"
 TOWER_NAME = "omnilmm_flash"
 # torch 2.11's kernel wants a key and value for each query head; they are repeated there.
@@ -41,9 +43,10 @@ KERNEL_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _as_on_gpu = False
 
 
-def takes_gpu_path(tensor: torch.Tensor) -> bool:
+def takes_gpu_path(where: torch.Tensor | torch.device) -> bool:
     """Whether code that differs by device must do what it does on a GPU: there, and in a rehearsal."""
-    return _as_on_gpu or tensor.device.type != "cpu"
+    device = where.device if isinstance(where, torch.Tensor) else where
+    return _as_on_gpu or device.type != "cpu"
 
 
 @contextlib.contextmanager
@@ -180,7 +183,8 @@ def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     # The kernel's window counts the tokens to the left, transformers' the token itself as well.
     left = -1 if pack.window is None else pack.window - 1
     right = 0 if pack.is_causal else -1
-    bounds = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
+    cu_seqlens = plain(pack.cu_seqlens)
+    bounds = (cu_seqlens, cu_seqlens, pack.max_seqlen, pack.max_seqlen)
     return varlen_attn(q, k, v, *bounds, scale=pack.scale, window_size=(left, right), **grouped)
 
 

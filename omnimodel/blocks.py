@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from omnimodel.host_known import plain
+
 Mode = Literal["none", "selective", "full"]
 
 # Results that cost much to compute and little to keep: matrix products and attention.
@@ -68,7 +70,13 @@ def checkpoint_blocks(model: nn.Module, mode: Mode) -> None:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile each block's forward with torch.compile; ``options`` go to it."""
     for block in transformer_blocks(model):
+        block.register_forward_pre_hook(_plain_inputs, with_kwargs=True)
         block.forward = torch.compile(block.forward, **options)
+
+
+def _plain_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The compiler knows nothing of tensors whose values the host knows."""
+    return plain(args), plain(kwargs)
 
 
 # Functions of the block, no closures around its own forward: compiled blocks of one class share one graph.

@@ -10,6 +10,7 @@ compared as well: it shows a head that does more than ``lm_head`` (scaled logits
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omnimodel.host_known import HostKnown, known
 from omnimodel.loss import IGNORE_INDEX
 from omnimodel.packed import own_inputs
 from omnimodel.parts import Parts
@@ -142,7 +144,8 @@ def _inputs(documents: Sequence[Probe], *, is_joined: bool = False) -> dict[str,
     if is_joined:
         lengths = [sum(lengths)]
     device = documents[0].input_ids.device
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    is_known = isinstance(documents[0].input_ids, HostKnown)
     images: dict[str, torch.Tensor] = {}
     for document in documents:
         images |= document.images  # at most one of them has a picture
@@ -150,7 +153,7 @@ def _inputs(documents: Sequence[Probe], *, is_joined: bool = False) -> dict[str,
         "input_ids": torch.cat([document.input_ids for document in documents])[None],
         "position_ids": torch.cat([document.position_ids for document in documents], dim=-1).unsqueeze(-2),
         "token_type_ids": torch.cat([document.token_type_ids for document in documents])[None],
-        "cu_seqlens": bounds,
+        "cu_seqlens": known(bounds, device) if is_known else bounds.to(device),
         "max_seqlen": max(lengths),
         **images,
     }

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from omnimodel.attention import takes_gpu_path
+from omnimodel.host_known import plain
 
 KERNELS = ("causal_conv1d", "fla")  # packages whose kernels take cu_seq_lens_q and seq_idx
 
@@ -45,6 +46,7 @@ def _apart(kind: type[nn.Module]) -> type[nn.Module]:
         if cu_seq_lens_q is None:
             return kind.forward(self, hidden_states, *args, **kwargs)
         if has_kernels(hidden_states):
+            cu_seq_lens_q = plain(cu_seq_lens_q)  # kernels read its memory
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             document = torch.bucketize(positions, cu_seq_lens_q[1:], right=True).to(torch.int32)[None]
             kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": document}

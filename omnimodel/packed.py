@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from omnimodel import attention, loss, mixers
+from omnimodel import attention, host_known, loss, mixers
 from omnimodel.parts import image_tower
 
 # A processor marks its pictures' tokens; models take that under one of these names.
@@ -87,6 +87,9 @@ class _Packed:
         self.logit_scale = logit_scale(self.config)  # until the class's own loss shows that it has none
         self.mixers = mixers.keep_apart(self.get_decoder())
         self._join_pictures()
+        host_known.tell(self)
+        for module in (image_tower(self), self.get_decoder()):
+            host_known.leave_out(module)
 
     def _join_pictures(self) -> None:
         """A tower that knows its pictures' bounds takes them all in one call per layer, as with flash."""
@@ -171,7 +174,8 @@ def packed_forward(
         input_ids: int64 ``[1, T]``.
         shift_labels: int64 ``[1, T]``, what each position must predict, or IGNORE_INDEX.
         position_ids: int64 ``[1, T]``, or M-RoPE's ``[4, 1, T]``.
-        cu_seqlens: int32 ``[D + 1]``.
+        cu_seqlens: int32 ``[D + 1]``. This and other integers may be ``HostKnown``: then no class that does
+            without values of pixels waits for the GPU.
         max_seqlen: tokens of the longest document.
         num_supervised_tokens: the loss's denominator; None: this pack's own count.
         num_supervised_rows: that count, if the host knows it.
@@ -182,7 +186,7 @@ def packed_forward(
     base = model.base_model
     bounds = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
     lengths = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
-    with attention.packing(cu_seqlens, max_seqlen):
+    with attention.packing(cu_seqlens, max_seqlen), host_known.making(input_ids):
         outputs = base(
             input_ids=input_ids,
             # All ones rather than none: without one transformers looks for documents in the position ids,

@@ -22,6 +22,8 @@ from omnidata.loader.microbatch import Microbatch
 from omnidata.schema import IGNORE_INDEX, IM_END, IM_PATCH, IM_START, Manifest, UserError
 from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMConfig
+from omnimodel.attention import takes_gpu_path
+from omnimodel.host_known import known
 from pipelines.config import DatasetConfig, Recipe
 from pipelines.parallel import World, to_device
 from pipelines.processor_model import processor_config, processor_mismatches
@@ -296,20 +298,29 @@ def _shared_settings(recipe: Recipe, world: World, config: Any) -> dict[str, Any
 
 def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the model's forward; the copies to a GPU do not wait."""
+    is_omnilmm = not isinstance(microbatch.images, dict)
+    there = to_device if is_omnilmm else to_device_and_known
     inputs = {
-        "input_ids": to_device(microbatch.input_ids, device)[None],
-        "position_ids": to_device(microbatch.position_ids, device).unsqueeze(-2),  # [1, T] or [4, 1, T]
+        "input_ids": there(microbatch.input_ids[None], device),
+        "position_ids": there(microbatch.position_ids.unsqueeze(-2), device),  # [1, T] or [4, 1, T]
         "shift_labels": to_device(microbatch.labels, device)[None],
-        "cu_seqlens": to_device(microbatch.cu_seqlens, device),
+        "cu_seqlens": there(microbatch.cu_seqlens, device),
         "max_seqlen": microbatch.max_seqlen,
         "num_supervised_tokens": microbatch.num_supervised_tokens,
         "num_supervised_rows": num_supervised(microbatch),
     }
-    if not isinstance(microbatch.images, dict):
+    if is_omnilmm:
         has_images = len(microbatch.images) > 0
         return inputs | {"pixel_values": to_device(microbatch.images, device) if has_images else None}
-    inputs |= {name: to_device(tensor, device) for name, tensor in microbatch.images.items()}
-    return inputs | {"token_type_ids": to_device(microbatch.token_type_ids, device)[None]}
+    inputs |= {name: there(tensor, device) for name, tensor in microbatch.images.items()}
+    return inputs | {"token_type_ids": there(microbatch.token_type_ids[None], device)}
+
+
+def to_device_and_known(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """For transformers' classes, which read integers back from a GPU: the host goes on knowing those."""
+    if takes_gpu_path(device) and not tensor.is_floating_point():
+        return known(tensor, device)
+    return to_device(tensor, device)
 
 
 def num_supervised(microbatch: Microbatch) -> int:

@@ -19,6 +19,7 @@ from omnidata.schema import Sample, UserError
 from omnimodel.isolation import Isolation, Probe, probe, unreached
 from omnimodel.packed import is_packed
 from pipelines.config import Recipe
+from pipelines.data import to_device_and_known
 from pipelines.model import BuiltModel
 from pipelines.parallel import World, compute_dtype
 
@@ -87,8 +88,11 @@ def _probe(pixels: ProcessorPixels, ids: list[int], world: World, before: list[i
     types = np.isin(document, pixels.profile.image_token_ids)
     arrays = (document.astype(np.int64), positions, types.astype(np.int64))
     return Probe(
-        *(torch.from_numpy(array).to(world.device) for array in arrays),
-        images={name: torch.from_numpy(array).to(world.device) for name, array in tensors.items()},
+        *(to_device_and_known(torch.from_numpy(array), world.device) for array in arrays),
+        images={
+            name: to_device_and_known(torch.from_numpy(array), world.device)
+            for name, array in tensors.items()
+        },
     )
 
 
