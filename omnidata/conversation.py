@@ -34,7 +34,7 @@ from omnidata.corpus.keys import KeyCheck
 from omnidata.corpus.placer import Placer
 from omnidata.corpus.turns import Turn, read_turns, texts_of
 from omnidata.images.placeholders import read_images
-from omnidata.schema import TOOL_ROLES, Conversation, ImagePart, Message, Part, Record, RejectError
+from omnidata.schema import TOOL_ROLES, Conversation, ImagePart, Message, Part, Record, RejectError, Role
 
 OWN_KEYS = frozenset(("id", "image", "images"))  # of every record, whatever its turns are called
 
@@ -65,7 +65,7 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
     turns, read = read_turns(record, reading.caption_prompt)
     _refuse_no_assistant(turns)
     if reading.turn_order == "alternate":
-        _check_order(turns)
+        check_order([turn.role for turn in turns])
     pool = read_images(record.payload, reading.image_key)
     placer = Placer(pool, turns, reading.image_key)
     parts = placer.place_all()
@@ -87,15 +87,22 @@ def to_conversation(record: Record, reading: Reading = Reading()) -> Conversatio
     for rest in placer.unread_of_parts:
         check.check(rest, "messages.content.")
     _refuse_unfilled(check.counted, turns)
-    messages = [
-        Message(turn.role, content, supervised, _more(turn))
-        for turn, content, supervised in zip(turns, parts, _supervised(turns, reading.train_on), strict=True)
+    messages: Sequence[Message] = [
+        Message(
+            turn.role,
+            content,
+            supervised=turn.role == "assistant" and turn.switch is not False,
+            more=_more(turn),
+            switched_off=turn.role == "assistant" and turn.switch is False,
+        )
+        for turn, content in zip(turns, parts, strict=True)
     ]
+    messages = trained_on(messages, reading.train_on)
     if not reading.allow_empty_replies:
         _refuse_empty_replies(messages)
     kept = columns if reading.keep_column else None
     return Conversation(
-        *(record.id, tuple(messages), tuple(images), tuple(check.counted)), columns=kept, tools=tools
+        *(record.id, messages, tuple(images), tuple(check.counted)), columns=kept, tools=tools
     )
 
 
@@ -135,9 +142,12 @@ def _refuse_no_assistant(turns: Sequence[Turn]) -> None:
         )
 
 
-def _check_order(turns: Sequence[Turn]) -> None:
-    """The rule of OmniLMM's format: a system turn is the first, and no role speaks twice in a row."""
-    roles = [turn.role for turn in turns]
+def check_order(roles: Sequence[Role]) -> None:
+    """The rule of OmniLMM's format: a system turn is the first, and no role speaks twice in a row.
+
+    Raises:
+        RejectError: ``role_order``.
+    """
     for i, role in enumerate(roles):
         if role == "system" and i > 0:
             raise RejectError("role_order", f"turn {i + 1} is a system turn; only the first may be")
@@ -149,15 +159,18 @@ def _check_order(turns: Sequence[Turn]) -> None:
             )
 
 
-def _supervised(turns: Sequence[Turn], train_on: str) -> list[bool]:
-    """Which turns are learned: the assistant's that are not switched off; ``last``: only the last of all."""
-    switches = [turn.role == "assistant" and turn.switch is not False for turn in turns]
+def trained_on(messages: Sequence[Message], train_on: str) -> tuple[Message, ...]:
+    """The messages with those to be learned chosen: those not switched off; ``last``: only the last of all.
+
+    Raises:
+        RejectError: ``no_supervision``.
+    """
     if train_on == "last":
-        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-        switches = [switch and i == last for i, switch in enumerate(switches)]
-    if not any(switches):
+        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
+        messages = [replace(m, supervised=m.supervised and i == last) for i, m in enumerate(messages)]
+    if not any(message.supervised for message in messages):
         raise RejectError("no_supervision", "every assistant turn is switched off (weight, loss or train)")
-    return switches
+    return tuple(messages)
 
 
 def _refuse_empty_replies(messages: Sequence[Message]) -> None:

@@ -15,7 +15,11 @@ import numpy as np
 from omnidata.files import check_regular
 from omnidata.schema import INDEX_COLUMNS, REJECT_COLUMNS, Column, UserError
 
-_DEFAULTS = {column.name: list(column.default) for column in INDEX_COLUMNS if column.default is not None}
+_DEFAULTS = {
+    column.name: list(column.default) if isinstance(column.default, tuple) else column.default
+    for column in INDEX_COLUMNS
+    if column.default is not None
+}
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -65,7 +65,7 @@ Each shard is a plain WebDataset tar. A sample is
 |---|---|
 | `KEY.input_ids.npy` | int32 `[L]`; an image is {run} |
 | `KEY.labels.npy` | int32 `[L]`, unshifted: the token id where it is supervised, else -100 |
-| `KEY.jpg` (`.png`, `.webp`), `KEY.1.jpg`, … | the images, in the order of their blocks |
+{dialogue}| `KEY.jpg` (`.png`, `.webp`), `KEY.1.jpg`, … | the images, in the order of their blocks |
 {slices}
 `tokenizer/` is the tokenizer that made the ids{processor}. `index.parquet` has a row a sample with its byte
 range; `manifest.json` says what the dataset was built from. The code below is run from this folder.
@@ -88,7 +88,7 @@ import webdataset as wds
 
 
 def ours(name):  # .decode() unpickles whatever else a stranger put into a shard
-    return name.endswith(("input_ids.npy", "labels.npy", ".jpg", ".png", ".webp"))
+    return name.endswith(("input_ids.npy", "labels.npy", ".json", ".jpg", ".png", ".webp"))
 
 
 shards = sorted(glob.glob("shards/{first_split}-*.tar"))
@@ -108,7 +108,7 @@ from megatron.energon import (
 
 class Decoder(SampleDecoder):  # of our members only: it would unpickle what a stranger put into a shard
     def __call__(self, sample):
-        ours = ("input_ids.npy", "labels.npy", "jpg", "png", "webp")
+        ours = ("input_ids.npy", "labels.npy", "json", "jpg", "png", "webp")
         return super().__call__({{k: v for k, v in sample.items() if k.startswith("__") or k.endswith(ours)}})
 
 
@@ -154,6 +154,12 @@ for sample in dataset:
 """
 
 
+DIALOGUE_ROW = (
+    "| `KEY.json` | the conversation: `messages` and `tools` as `apply_chat_template` takes them, where its "
+    "pictures came from, kept columns |\n"
+)
+
+
 def _run_text(manifest: Manifest) -> str:
     if manifest.is_omnilmm:
         return f"`<im_start>` + {manifest.num_query} × `<im_patch>` + `<im_end>`"
@@ -194,6 +200,7 @@ def dataset_card(manifest: Manifest, kept: Sequence[pa.Field] = ()) -> str:
         num_tokens=manifest.num_tokens,
         num_supervised=manifest.num_supervised,
         num_images=manifest.num_images,
+        dialogue=DIALOGUE_ROW if manifest.num_dialogue_bytes else "",
         slices=_slices_text(manifest),
         columns=_columns_text(kept),
         num_shards=len(manifest.shards),
@@ -212,5 +219,6 @@ def dataset_card(manifest: Manifest, kept: Sequence[pa.Field] = ()) -> str:
 
 UNIFORM_NOTE = """\
 This last reader insists that the first five samples have the same members: where text-only samples, or
-samples with several images, are among them it raises. The other three take any mixture.
+samples with several images, are among them it raises; of `KEY.json` it shows the keys that those five have.
+The other three take any mixture.
 """

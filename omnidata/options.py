@@ -117,6 +117,12 @@ BUILD_OPTIONS = (
         metavar="TEXT",
         help="What asks for a caption; repeatable: one by the id.",
     ),
+    click.option(
+        "--conversation/--no-conversation",
+        default=True,
+        show_default=True,
+        help="Keep each sample's conversation (KEY.json), so that `omnidata render` needs no corpus.",
+    ),
     click.option("--allow-empty-replies", is_flag=True, help="Build records whose assistant says nothing."),
     click.option(
         "--train-on",

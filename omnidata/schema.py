@@ -19,7 +19,9 @@ One sample is a run of consecutive tar members that share a key::
     KEY.input_ids.npy   int32 [L]   each image is its run of tokens, by the manifest's profile; OmniLMM's:
                                     <im_start> + <im_patch> x num_query + <im_end>
     KEY.labels.npy      int32 [L]   UNSHIFTED: the token id where supervised, else IGNORE_INDEX
-    KEY.jpg, KEY.1.png  the images, in placeholder order, after the arrays
+    KEY.json            UTF-8       the conversation as it was understood (omnidata.dialogue), unless
+                                    --no-conversation left it out
+    KEY.jpg, KEY.1.png  the images, in placeholder order
 
 A build with ``--max-slices`` also cuts large pictures into tiles. Overview and tiles are images like any
 other, each with its block, so images = image blocks holds as ever; ``slices`` in the index says which belong
@@ -53,6 +55,7 @@ NV_META = ".nv-meta"
 # --- members of a sample ----------------------------------------------------------------------------------
 INPUT_IDS = "input_ids.npy"
 LABELS = "labels.npy"
+DIALOGUE = "json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 MAX_MEMBER_NAME = 100  # bytes; one more and tar needs a PAX header
@@ -88,7 +91,9 @@ def is_member(name: str) -> bool:
     return _MEMBER.fullmatch(name) is not None
 
 
-_MEMBER = re.compile(r"[A-Za-z0-9_-]+\.(?:input_ids\.npy|labels\.npy|(?:[1-9][0-9]*\.)?(?:jpg|png|webp))")
+_MEMBER = re.compile(
+    r"[A-Za-z0-9_-]+\.(?:input_ids\.npy|labels\.npy|json|(?:[1-9][0-9]*\.)?(?:jpg|png|webp))"
+)
 
 
 # --- records, in the order in which they flow -------------------------------------------------------------
@@ -96,7 +101,7 @@ _MEMBER = re.compile(r"[A-Za-z0-9_-]+\.(?:input_ids\.npy|labels\.npy|(?:[1-9][0-
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image's bytes are: exactly one of the two is set."""
+    """Where an image's bytes are: one of the two is set, or none if a stored sample has them (dialogue)."""
 
     path: str | None = None  # path relative to --image-root, absolute path, or URL (also ``data:``)
     data: bytes | None = None  # encoded image bytes that travelled inside the record
@@ -145,6 +150,7 @@ class Message:
     # Keys that the chat template is given besides: reasoning_content, tool_calls, name, … as the record has
     # them; "content": None where the record says so.
     more: dict[str, Any] = field(default_factory=dict)
+    switched_off: bool = False  # the record itself says that this assistant's turn is not to be learned
 
     @property
     def text(self) -> str:
@@ -212,6 +218,7 @@ class Sample:
     labels: Any  # int32 [L], unshifted
     images: tuple[bytes, ...] = ()  # encoded, in placeholder order
     image_extensions: tuple[str, ...] = ()  # parallel to images
+    dialogue: bytes = b""  # content of KEY.json; empty: the sample has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +312,8 @@ INDEX_COLUMNS: tuple[Column, ...] = (
     Column("source", "string", "the file's name as given to build-shards"),
     Column("locator", "string", "where in it"),
     Column("content_hash", "string", "hex, xxh3-128 of ids, labels and image bytes"),
+    Column("dialogue_bytes", "int32", "bytes of KEY.json; 0: the sample has none", default=0),
+    Column("dialogue_hash", "string", "hex, xxh3-64 of KEY.json", default=""),
 )
 # After these come the columns of --keep-column: bool, int64, float64 or string, null where a record has none.
 
@@ -366,6 +375,7 @@ class Manifest:
     shards: list[ShardInfo] = field(default_factory=list)
     # What it was copied from (omnidata.origin); a build has none, and then the file does not name it.
     origin: dict[str, Any] = field(default_factory=dict)
+    num_dialogue_bytes: int = 0  # of all KEY.json; headers and padding not counted
 
     @property
     def is_omnilmm(self) -> bool:

@@ -3,14 +3,15 @@
 A shard is a plain USTAR tar. Everything in a header that could differ between two builds (time, owner,
 mode) is fixed, so a shard's bytes are a function of its samples alone::
 
-    [header 512][KEY.input_ids.npy, padded to 512][header 512][KEY.labels.npy ...][header 512][KEY.jpg ...]
-    ^ offset of the sample                                                               offset + nbytes ^
+    [header][KEY.input_ids.npy, padded][header][KEY.labels.npy …][header][KEY.json …][header][KEY.jpg …]
+    ^ offset of the sample                                                              offset + nbytes ^
 
 ``write_shard`` returns the (offset, nbytes) of each sample; ``read_sample`` takes exactly those bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -19,6 +20,7 @@ import numpy as np
 import xxhash
 
 from omnidata.schema import (
+    DIALOGUE,
     IMAGE_EXTENSIONS,
     INPUT_IDS,
     KEY_PATTERN,
@@ -101,6 +103,8 @@ def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{sample.key}: {len(sample.input_ids)} input_ids but {len(sample.labels)} labels")
     yield f"{sample.key}.{INPUT_IDS}", npy_bytes(sample.input_ids)
     yield f"{sample.key}.{LABELS}", npy_bytes(sample.labels)
+    if sample.dialogue:
+        yield f"{sample.key}.{DIALOGUE}", sample.dialogue
     for position, (data, extension) in enumerate(zip(sample.images, sample.image_extensions, strict=True)):
         if extension not in IMAGE_EXTENSIONS:
             raise ValueError(f"{sample.key}: image extension {extension!r} is not one of {IMAGE_EXTENSIONS}")
@@ -131,6 +135,21 @@ def end_archive(file: BinaryIO, position: int) -> None:
     """Write what ends an archive whose members take ``position`` bytes."""
     file.write(_ZEROS[: 2 * BLOCK])
     file.write(_ZEROS[: -(position + 2 * BLOCK) % tarfile.RECORDSIZE])
+
+
+class HashedFile:
+    """Passes writes on; keeps their number of bytes and sha256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """As a file's."""
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -202,8 +221,10 @@ def read_sample(raw: bytes | memoryview) -> Sample:
     key = members[0][0].partition(".")[0]
     if [name for name, _ in members[:2]] != [f"{key}.{INPUT_IDS}", f"{key}.{LABELS}"]:
         raise CorruptSampleError(f"sample {key!r} begins with {[name for name, _ in members[:2]]}")
-    extensions = []
-    for position, (name, _) in enumerate(members[2:]):
+    extensions, dialogue, images = [], b"", members[2:]
+    if images and images[0][0] == f"{key}.{DIALOGUE}":
+        dialogue, images = bytes(images[0][1]), images[1:]
+    for position, (name, _) in enumerate(images):
         extension = name.rpartition(".")[2]
         if name != f"{key}.{image_member(position, extension)}" or extension not in IMAGE_EXTENSIONS:
             raise CorruptSampleError(f"sample {key!r}: unexpected member {name!r} at image {position}")
@@ -212,8 +233,9 @@ def read_sample(raw: bytes | memoryview) -> Sample:
         key=key,
         input_ids=read_npy(members[0][1]),
         labels=read_npy(members[1][1]),
-        images=tuple(bytes(content) for _, content in members[2:]),
+        images=tuple(bytes(content) for _, content in images),
         image_extensions=tuple(extensions),
+        dialogue=dialogue,
     )
 
 
@@ -221,7 +243,8 @@ def content_hash(sample: Sample) -> str:
     """xxh3-128, in hex, of a sample's ids, labels and images, each after its length.
 
     It tells damage and repeats apart, thirty times as fast as sha256. It is no proof against forgery: the
-    manifest's sha256 of each shard is.
+    manifest's sha256 of each shard is. ``KEY.json`` is not in it (``dialogue_hash`` is its own): two samples
+    that teach the same are repeats whatever their ids and kept columns say, and training never reads it.
     """
     digest = xxhash.xxh3_128()
     arrays = (np.ascontiguousarray(array, "<i4").data for array in (sample.input_ids, sample.labels))
@@ -229,3 +252,8 @@ def content_hash(sample: Sample) -> str:
         digest.update(content.nbytes.to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()
+
+
+def dialogue_hash(dialogue: bytes) -> str:
+    """xxh3-64, in hex, of a ``KEY.json``; "" where there is none."""
+    return xxhash.xxh3_64_hexdigest(dialogue) if dialogue else ""

@@ -15,7 +15,8 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FLOW = (
     "schema outcomes files printable start without_pandas",
     "durable locks manifest index shards where origin",
-    "corpus images text near conversation render part_renderer profiles interop executors ray_executor",
+    "corpus images text near conversation dialogue render part_renderer profiles interop executors "
+    "ray_executor",
     "dataset",
     "builder plan",
     "loader verify leaks adapters inspect copier",

@@ -16,11 +16,11 @@ import numpy as np
 from omnidata.builder.build_plan import repeats
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.near import find_near, why
-from omnidata.builder.worker import Counts, HashedFile, Job, ShardResult, part_path, rejects_path, write_part
+from omnidata.builder.worker import Counts, Job, ShardResult, part_path, rejects_path, write_part
 from omnidata.durable import BUFFER, Store
 from omnidata.index import index_schema, read_table, reject_schema
 from omnidata.schema import Reject
-from omnidata.shards import end_archive
+from omnidata.shards import HashedFile, end_archive
 
 Results = Sequence[tuple[ShardTask, ShardResult]]
 RunTasks = Callable[[Sequence[Any]], Iterator[tuple[Any, Any]]]

@@ -117,6 +117,7 @@ def make_manifest(
         num_tokens=sum(shard.num_tokens for shard in shards),
         num_supervised=sum(result.num_supervised for _, result in results),
         num_images=sum(result.num_images for _, result in results),
+        num_dialogue_bytes=sum(result.num_dialogue_bytes for _, result in results),
         splits={split: splits[split] for split in settings.splits if splits[split]},
         rejects=dict(sorted(rejects.items())),
         content_tokens={token: counts["content_tokens"].get(token, 0) for token in renderer.content_tokens},

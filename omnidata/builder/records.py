@@ -22,6 +22,7 @@ import orjson
 from omnidata.builder.columns import kinds_of
 from omnidata.builder.settings import BuildSettings
 from omnidata.conversation import Reading, to_conversation, with_grids
+from omnidata.dialogue import dialogue_json
 from omnidata.durable import Store
 from omnidata.images.header import read_header
 from omnidata.images.slices import Grid, Picture, read_picture
@@ -163,6 +164,9 @@ class Stages:
     ) -> Built:
         if pictures is None:
             pictures = self._pictures(record.source, talk.images[: outcome.num_images])
+        dialogue = b""
+        if self.settings.conversation:
+            dialogue = dialogue_json(talk, [picture.size for picture in pictures])
         pictures = _shown(pictures, outcome.num_images)
         images = tuple(image for picture in pictures for image in picture.images)
         sample = Sample(
@@ -171,6 +175,7 @@ class Stages:
             labels=outcome.labels,
             images=tuple(image.data for image in images),
             image_extensions=tuple(image.extension for image in images),
+            dialogue=dialogue,
         )
         grids = tuple(picture.grid for picture in pictures) if self.settings.max_slices else ()
         spelled = tuple(self.renderer.spelled(talk))

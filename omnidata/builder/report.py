@@ -39,6 +39,7 @@ class BuildReport:
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     content_tokens: dict[str, int]  # added token that content may spell -> samples whose replies do
     notes: dict[str, int]  # what else there is to tell, in words -> samples
+    num_dialogue_bytes: int = 0  # of num_bytes, what the conversations take (KEY.json)
     empty_sources: list[str] = field(default_factory=list)  # files that hold no record
 
     def to_json(self) -> dict[str, Any]:
@@ -60,9 +61,20 @@ class BuildReport:
             f"{self.num_bytes / 1e6:,.1f} MB; built {speed}.",
             f"  {self.num_tokens:,} tokens, {self.num_supervised:,} supervised; {self.num_images:,} images"
             + (f"; {self.num_truncated:,} samples cut at a turn to fit" if self.num_truncated else ""),
+            *self._dialogue_lines(),
             *self._reject_lines(),
             *self._count_lines(),
             *(f"  {source} holds no record" for source in self.empty_sources),
+        ]
+
+    def _dialogue_lines(self) -> list[str]:
+        """What the conversations cost."""
+        if not self.num_dialogue_bytes:
+            return []
+        mean = self.num_dialogue_bytes / max(1, self.num_samples)
+        return [
+            f"  {self.num_dialogue_bytes / 1e6:,.1f} MB of that are conversations, {mean:,.0f} bytes "
+            "a sample: `omnidata render` needs no corpus (--no-conversation leaves them out)"
         ]
 
     def _count_lines(self) -> list[str]:
@@ -116,6 +128,7 @@ def report_of(manifest: Manifest, **run: Any) -> BuildReport:
         num_tokens=manifest.num_tokens,
         num_supervised=manifest.num_supervised,
         num_images=manifest.num_images,
+        num_dialogue_bytes=manifest.num_dialogue_bytes,
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         splits=manifest.splits,
         num_shards=len(manifest.shards),
@@ -142,6 +155,7 @@ def partial_report(done: Any, *, num_shards: int, **run: Any) -> BuildReport:
         num_tokens=sum(result.info.num_tokens for result in results if result.info),
         num_supervised=sum(result.num_supervised for result in results),
         num_images=sum(result.num_images for result in results),
+        num_dialogue_bytes=sum(result.num_dialogue_bytes for result in results),
         num_bytes=sum(result.num_bytes for result in results),
         splits=dict(splits),
         num_shards=num_shards,

@@ -71,6 +71,7 @@ class BuildSettings:
     turn_order: str | None = None  # alternate | template; None: alternate for OmniLMM's format only
     max_pixels: int = MAX_PIXELS  # of one picture
     keep_column: tuple[str, ...] = ()  # keys of records whose values become columns of the index, or "all"
+    conversation: bool = True  # keep KEY.json, so that the dataset can be rendered again
 
     def __post_init__(self) -> None:
         self._choose()

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any
 
 from omnidata import corpus
 from omnidata.builder.columns import KEPT, kept_json, part_schema
@@ -34,7 +34,7 @@ from omnidata.builder.settings import BuildSettings, settings_from_json
 from omnidata.durable import PARTS, Store
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
 from omnidata.schema import Reject, ShardInfo, UserError
-from omnidata.shards import BLOCK, content_hash, sample_members, write_shard
+from omnidata.shards import BLOCK, HashedFile, content_hash, dialogue_hash, sample_members, write_shard
 
 REPORT_SECONDS = 0.5
 REJECTS_SECONDS, FIRST_REJECTS = 10.0, 1000  # how often a shard's rejects so far are kept, and how many
@@ -90,6 +90,7 @@ class ShardResult:
     truncated: list[str]  # keys of samples that lost turns to max_length
     num_supervised: int
     num_images: int
+    num_dialogue_bytes: int
     counts: Counts
     info: ShardInfo | None  # None: every record was refused, so there is no shard
 
@@ -250,6 +251,7 @@ def shard_result(
         truncated=truncated,
         num_supervised=sum(row["n_supervised"] for row in rows),
         num_images=sum(row["n_images"] for row in rows),
+        num_dialogue_bytes=sum(row["dialogue_bytes"] for row in rows),
         counts=counts,
         info=info,
     )
@@ -374,24 +376,11 @@ class _ShardRun:
             "source": record.source,
             "locator": record.locator,
             "content_hash": content_hash(sample),
+            "dialogue_bytes": len(sample.dialogue),
+            "dialogue_hash": dialogue_hash(sample.dialogue),
         } | ({} if built.kept is None else {KEPT: kept_json(built.kept)})
 
     def place(self, spans: list[tuple[int, int]]) -> None:
         """Put the byte ranges into the rows."""
         for row, (offset, nbytes) in zip(self.rows, spans, strict=True):
             row["offset"], row["nbytes"] = offset, nbytes
-
-
-class HashedFile:
-    """Passes writes on; keeps their number of bytes and sha256."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.num_bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        """As a file's."""
-        self.sha256.update(data)
-        self.num_bytes += len(data)
-        return self._file.write(data)

@@ -151,6 +151,7 @@ def make_manifest(settings: CopySettings, inputs: Sequence[Input], results: Resu
         num_tokens=sum(shard.num_tokens for shard in shards),
         num_supervised=sum(result.num_supervised for _, result in results),
         num_images=sum(result.num_images for _, result in results),
+        num_dialogue_bytes=sum(result.num_dialogue_bytes for _, result in results),
         splits=dict(splits),
         rejects=dict(sorted(rejects.items())),
         **{name: _summed([getattr(manifest, name) for manifest in manifests]) for name in counts},

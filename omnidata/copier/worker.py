@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from omnidata.builder.worker import HashedFile, ShardResult, Tally, part_path
+from omnidata.builder.worker import ShardResult, Tally, part_path
 from omnidata.copier.columns import with_columns
 from omnidata.copier.layout import CopyTask
 from omnidata.dataset import Dataset
@@ -38,6 +38,7 @@ from omnidata.schema import INDEX, MANIFEST, ShardInfo, UserError
 from omnidata.shards import (
     BLOCK,
     CorruptSampleError,
+    HashedFile,
     content_hash,
     end_archive,
     iter_members,
@@ -208,9 +209,8 @@ def _replaced(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def _result(task: CopyTask, file: HashedFile, table: pa.Table) -> ShardResult:
-    tokens, supervised, images = (
-        int(numbers(table, name).sum(dtype=np.int64)) for name in ("n_tokens", "n_supervised", "n_images")
-    )
+    names = ("n_tokens", "n_supervised", "n_images", "dialogue_bytes")
+    tokens, supervised, images, dialogues = (int(numbers(table, name).sum(dtype=np.int64)) for name in names)
     digest = file.sha256.hexdigest()
     return ShardResult(
         num_records=table.num_rows,
@@ -220,6 +220,7 @@ def _result(task: CopyTask, file: HashedFile, table: pa.Table) -> ShardResult:
         truncated=[],
         num_supervised=supervised,
         num_images=images,
+        num_dialogue_bytes=dialogues,
         counts={},
         info=ShardInfo(task.path, task.split, table.num_rows, tokens, file.num_bytes, digest),
     )

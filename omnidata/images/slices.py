@@ -61,6 +61,7 @@ class Picture:
 
     images: tuple[EncodedImage, ...]  # the overview, then the tiles row by row
     grid: Grid | None  # of the tiles; None: there are none
+    size: tuple[int, int]  # (width, height) of the picture itself, upright
 
 
 def read_picture(data: bytes, *, slicing: Slicing | None = None, **options: Any) -> Picture:
@@ -70,17 +71,19 @@ def read_picture(data: bytes, *, slicing: Slicing | None = None, **options: Any)
         RejectError: it cannot be trusted.
     """
     overview = process_image(data, **options)
-    if slicing is None:
-        return Picture((overview,), None)
+    if slicing is None and overview.data is data:
+        return Picture((overview,), None, (overview.width, overview.height))
     header = read_header(data, max_pixels=options.get("max_pixels", MAX_PIXELS))
-    grid = choose_grid(*header.upright_size, slice_size=slicing.slice_size, max_slices=slicing.max_slices)
-    if grid is None:
-        return Picture((overview,), None)
+    grid = None
+    if slicing is not None:
+        grid = choose_grid(*header.upright_size, slice_size=slicing.slice_size, max_slices=slicing.max_slices)
+    if slicing is None or grid is None:
+        return Picture((overview,), None, header.upright_size)
     size = grid[0] * slicing.slice_size, grid[1] * slicing.slice_size
     tiles = cut_tiles(decode_resized(data, *size), grid)
     lossless = header.lossless and size == header.upright_size  # as in process_image
     encoded = [encode_rgb(tile, lossless=lossless, quality=options.get("quality", 90)) for tile in tiles]
-    return Picture((overview, *encoded), grid)
+    return Picture((overview, *encoded), grid, header.upright_size)
 
 
 def choose_grid(width: int, height: int, *, slice_size: int, max_slices: int) -> Grid | None:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from omnidata.dataset import Dataset
 
-COLUMNS = ["n_tokens", "n_supervised", "n_images", "source", "image_sizes", "image_tokens", "image_pixels"]
+COLUMNS = [
+    *("n_tokens", "n_supervised", "n_images", "source", "image_sizes", "image_tokens", "image_pixels"),
+    "dialogue_bytes",
+]
 NUM_EXTREMES = 8  # samples in each list of extremes
 
 
@@ -71,6 +74,7 @@ class Summary:
     num_images: int
     num_shards: int
     num_bytes: int  # of the shards
+    num_dialogue_bytes: int  # of num_bytes: the conversations (KEY.json), for `omnidata render`
     splits: dict[str, int]  # split -> samples
     model: str  # whose pictures: OmniLMM, or the processor's class
     image_policy: str
@@ -115,6 +119,7 @@ def summarize(dataset: Dataset, *, assume: Assumptions | None = None) -> Summary
         num_images=int(images.sum(dtype=np.int64)),
         num_shards=len(shards),
         num_bytes=sum(shard.num_bytes for shard in shards),
+        num_dialogue_bytes=int(numbers(table, "dialogue_bytes").sum(dtype=np.int64)),
         splits=manifest.splits,
         model="OmniLMM" if manifest.is_omnilmm else manifest.profile["processor"],
         image_policy=manifest.image_policy,

@@ -78,7 +78,9 @@ def _totals(summary: Summary) -> Table:
     share = f"{summary.supervised_share:.1%} supervised ({summary.num_supervised:,})"
     grid.add_row("tokens", f"{summary.num_tokens:,}, {share}")
     grid.add_row("images", f"{summary.num_images:,}{_each(summary)} ({summary.model})")
-    grid.add_row("shards", f"{summary.num_shards:,}, {human_bytes(summary.num_bytes)}")
+    talks = f" ({human_bytes(summary.num_dialogue_bytes)} of them conversations)"
+    size = human_bytes(summary.num_bytes) + (talks if summary.num_dialogue_bytes else "")
+    grid.add_row("shards", f"{summary.num_shards:,}, {size}")
     if summary.num_truncated:
         where = " in what it was copied from" if summary.origin else ""
         grid.add_row("truncated", f"{summary.num_truncated:,} samples lost turns to --max-length{where}")

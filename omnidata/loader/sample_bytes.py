@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from omnidata.plan.catalog import Place
-from omnidata.schema import IMAGE_EXTENSIONS, INPUT_IDS, LABELS, Sample, image_member
+from omnidata.schema import DIALOGUE, IMAGE_EXTENSIONS, INPUT_IDS, LABELS, Sample, image_member
 from omnidata.shards import BLOCK, CorruptSampleError, content_hash, npy_bytes, read_sample
 
 
@@ -34,17 +34,25 @@ def parse(raw: bytes, place: Place) -> Sample:
     arrays = [
         np.frombuffer(raw, "<i4", size // 4 - _NPY_HEADER // 4, at + _NPY_HEADER) for at, size in spans[:2]
     ]
+    first = _first_image(names)
     return Sample(
         key=place.key,
         input_ids=arrays[0],
         labels=arrays[1],
-        images=tuple([raw[at : at + size] for at, size in spans[2:]]),
-        image_extensions=tuple([name.rpartition(b".")[2].decode() for name in names[2:]]),
+        images=tuple([raw[at : at + size] for at, size in spans[first:]]),
+        image_extensions=tuple([name.rpartition(b".")[2].decode() for name in names[first:]]),
+        dialogue=b"".join([raw[at : at + size] for at, size in spans[2:first]]),
     )
 
 
 _NPY_HEADER = 128
 _ARRAYS = (INPUT_IDS.encode(), LABELS.encode())
+_DIALOGUE = DIALOGUE.encode()
+
+
+def _first_image(names: list[bytes]) -> int:
+    """Where the images begin among a sample's members."""
+    return 3 if len(names) > 2 and names[2] == _DIALOGUE else 2
 
 
 _OCTAL = re.compile(rb"[0-7]+")
@@ -76,7 +84,7 @@ def _members(raw: bytes, place: Place) -> tuple[list[bytes], list[tuple[int, int
         return None
     if not all(size >= _NPY_HEADER and raw.startswith(_npy_header(size), at) for at, size in spans[:2]):
         return None
-    if not all(name in _image_names(number) for number, name in enumerate(names[2:])):
+    if not all(name in _image_names(number) for number, name in enumerate(names[_first_image(names) :])):
         return None
     return names, spans
 

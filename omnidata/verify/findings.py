@@ -42,6 +42,7 @@ CODES: dict[str, str] = {
     "labels": "labels that are neither the id nor IGNORE_INDEX, or none at all",
     "image_block": "image tokens that are not whole, unsupervised blocks, one an image",
     "image": "a stored image that does not decode",
+    "dialogue": "a KEY.json that is none, or that renders to other ids or labels than are stored",
 }
 REPAIRABLE = {
     "index",

@@ -6,6 +6,7 @@ ids        int32 in the vocabulary; labels are the ids or IGNORE_INDEX; some are
 images     the run of each image is what the profile says, unsupervised (OmniLMM: <im_start>
            num_query × <im_patch> <im_end>); each image decodes, and has the size that the index says
 slices     the tiles of a cut picture form the grid that the index says
+KEY.json   is one of the schema, and rendered again it gives the same ids and labels
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from omnidata.schema import (
     ShardInfo,
     UserError,
 )
-from omnidata.shards import CorruptSampleError, content_hash, read_sample
+from omnidata.shards import CorruptSampleError, content_hash, dialogue_hash, read_sample
+from omnidata.verify.dialogues import check_dialogue
 from omnidata.verify.findings import Finding
 from omnidata.verify.runs import check_unsupervised, omnilmm_columns, run_columns
 from omnidata.verify.shard_walk import Damage, ShardWalk, Span
@@ -83,7 +85,8 @@ class ShardChecker:
         except CorruptSampleError as error:
             yield Finding("damaged", where, str(error))
             return
-        for code, what in (*check_ids(sample, self.manifest), *check_images(sample)):
+        found = (*check_ids(sample, self.manifest), *check_images(sample))
+        for code, what in (*found, *check_dialogue(sample, self.manifest, self.url)):
             yield Finding(code, where, what)
         expected = stored_columns(span, sample, self.manifest, url=self.url, row=row)
         if (what := expected.pop("image_block", None)) is not None:
@@ -196,6 +199,8 @@ def stored_columns(
         "n_images": len(sample.images),
         "image_sizes": sizes,
         "content_hash": content_hash(sample),
+        "dialogue_bytes": len(sample.dialogue),
+        "dialogue_hash": dialogue_hash(sample.dialogue),
     }
 
 

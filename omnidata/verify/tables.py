@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COLUMNS = [
     *("key", "split", "shard", "offset", "nbytes", "n_tokens", "n_supervised", "n_images", "image_sizes"),
-    *("slices", "image_starts", "image_tokens", "image_pixels"),
+    *("slices", "image_starts", "image_tokens", "image_pixels", "dialogue_bytes"),
 ]
 LISTS = ("image_sizes", "slices", "image_starts", "image_tokens", "image_pixels")
 END_OF_TAR = 2 * BLOCK
@@ -164,6 +164,7 @@ def _check_totals(columns: dict[str, np.ndarray], manifest: Manifest) -> Iterato
         "num_tokens": int(columns["n_tokens"].sum(dtype=np.int64)),
         "num_supervised": int(columns["n_supervised"].sum(dtype=np.int64)),
         "num_images": int(columns["n_images"].sum(dtype=np.int64)),
+        "num_dialogue_bytes": int(columns["dialogue_bytes"].sum(dtype=np.int64)),
         "splits": dict(zip(names.tolist(), counts.tolist(), strict=True)),
     }
     for name, value in found.items():
