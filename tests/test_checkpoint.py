@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from omnidata.schema import UserError
+from pipelines import checkpoint
 from pipelines.checkpoint import rng_state, set_rng_state
 from pipelines.checkpoint_reader import CheckpointReader, _Unpickler
 from pipelines.checksums import verify
@@ -145,8 +146,22 @@ def test_other_world_size_gets_the_same_global_batches(paused, undisturbed, tmp_
     )
 
 
-def test_the_moments_are_restored(paused, undisturbed, tmp_path):
-    """Without Adam's moments the continuation would differ: the comparison above can fail."""
+def test_the_moments_decide_how_a_run_goes_on(paused, undisturbed, tmp_path, monkeypatch):
+    """Without Adam's moments the continuation differs: the comparisons above can fail."""
+    restore = checkpoint.set_optimizer_state_dict
+
+    def forgetful(model, optimizer, state):
+        for moments in state["state"].values():
+            moments["exp_avg"].zero_()
+        restore(model, optimizer, state)
+
+    monkeypatch.setattr(checkpoint, "set_optimizer_state_dict", forgetful)
+    train(load_recipe(paused))
+    mine, theirs = losses(tmp_path / "run"), losses(undisturbed)
+    assert mine[:8] == theirs[:8] and mine[8:] != theirs[8:]
+
+
+def test_a_run_from_the_start_is_the_same_again(paused, undisturbed, tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/has-checkpoints").unlink()  # else refused
     train(load_recipe(paused))

@@ -4,12 +4,10 @@ import importlib.metadata
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 from tiny_corpus import digests, write_corpus
@@ -43,26 +41,6 @@ def flags(corpus, out):
 
 
 # --- help -------------------------------------------------------------------------------------------------
-
-
-def test_help_is_instant_and_loads_nothing_heavy():
-    code = "import sys; from omnidata.cli import run; run(['--help']); print(sorted(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for heavy in ("torch", "transformers", "numpy", "pyarrow", "rich", "fsspec", "yaml", "tokenizers"):
-        assert f"'{heavy}'" not in out
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "omnidata.cli", "--help"], capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # time on the CPU, which a busy machine does not stretch; it waits for nothing else
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
-
-
-def test_every_command_has_help_with_an_example(capsys):
-    for name, command in cli.cli.commands.items():
-        assert cli.run([name, "--help"]) == 0
-        assert f"omnidata {name}" in capsys.readouterr().out, f"{name} shows no example"
-        options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-        assert [option.name for option in options if not option.help] == []
 
 
 def test_a_checkout_works_without_being_installed(corpus, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ def test_help_has_examples_and_they_parse(name):
         assert not unknown, example
 
 
-@pytest.mark.parametrize("name", ["inspect", "verify", "plan"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_described(name):
     for parameter in cli.commands[name].params:
         if isinstance(parameter, click.Option):
@@ -48,7 +48,8 @@ def test_every_option_is_described(name):
 def test_help_and_completion_are_instant_and_load_nothing_heavy():
     code = (
         "import sys\nfrom omnidata.cli import run\nrun(['--help'])\n"
-        "heavy = {'numpy', 'pyarrow', 'rich', 'torch', 'transformers', 'fsspec'} & sys.modules.keys()\n"
+        "heavy = set('numpy pyarrow rich torch transformers tokenizers fsspec yaml'.split())\n"
+        "heavy &= sys.modules.keys()\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     start = os.times()
@@ -56,7 +57,8 @@ def test_help_and_completion_are_instant_and_load_nothing_heavy():
     used = os.times()
     assert result.returncode == 0, result.stderr
     spent = used.children_user + used.children_system - start.children_user - start.children_system
-    assert spent < 1.0, f"{spent:.2f} s of processor time"  # 0.1 s where nothing else runs
+    # time on the CPU, which a busy machine does not stretch; it waits for nothing else
+    assert spent < 0.3, f"{spent:.2f} s of processor time"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

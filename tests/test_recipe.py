@@ -88,6 +88,10 @@ def test_missing_file_and_missing_key(tmp_path):
         load_recipe(write(tmp_path, {**MINIMAL, "run": {}}))
 
 
-@pytest.mark.parametrize("path", sorted(Path("pipelines/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((Path(__file__).parents[1] / "pipelines" / "recipes").glob("*.yaml"))
+assert RECIPES, "no recipe is tested"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path):
     load_recipe(path)
