@@ -3,7 +3,7 @@
 An executor takes ``work``, a picklable function of (task, report), and deals tasks to its workers::
 
     submit(task)   start one; at most ``capacity`` may be running
-    wait()         block until something happened: Progress, Done, Failed or Died events
+    wait()         block until something happened: TaskProgress, Done, Failed or Died events
     close()        stop everything at once
 
 ``run_tasks`` on top of it is what the build calls. It keeps the workers busy, and a task whose worker died
@@ -35,7 +35,7 @@ ATTEMPTS = 3  # one, and two more
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TaskProgress:
     """The worker reported on its way."""
 
     task: Any
@@ -66,7 +66,7 @@ class Died:
     how: str
 
 
-Event = Progress | Done | Failed | Died
+Event = TaskProgress | Done | Failed | Died
 
 
 class Executor(Protocol):
@@ -117,7 +117,7 @@ def run_tasks(
         if not running:
             return
         for event in executor.wait():
-            if isinstance(event, Progress):
+            if isinstance(event, TaskProgress):
                 on_progress(event.task, event.data)
                 continue
             running -= 1
@@ -173,7 +173,7 @@ class InlineExecutor:
         task = self._tasks.popleft()
         events: list[Event] = []
         try:
-            result = self._work(task, lambda data: events.append(Progress(task, data)))
+            result = self._work(task, lambda data: events.append(TaskProgress(task, data)))
         except OSError as error:  # every other error is best seen with its own traceback
             return [*events, Failed(task, error)]
         return [*events, Done(task, result)]
@@ -257,9 +257,9 @@ class ProcessExecutor:
         except (EOFError, OSError):
             worker.process.join()
             self._workers.remove(worker)
-            return Died(task, _how(worker.process.exitcode))
+            return Died(task, how_it_ended(worker.process.exitcode))
         if kind == "progress":
-            return Progress(task, content)
+            return TaskProgress(task, content)
         if kind == "failed":  # its process ends too
             worker.process.join()
             self._workers.remove(worker)
@@ -298,7 +298,8 @@ def one_thread(**more: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _how(exitcode: int | None) -> str:
+def how_it_ended(exitcode: int | None) -> str:
+    """A process's end in words: ``killed by SIGKILL``, ``exit code 3``."""
     if exitcode is not None and exitcode < 0:
         return f"killed by {signal.Signals(-exitcode).name}"
     return f"exit code {exitcode}"

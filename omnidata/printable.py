@@ -2,6 +2,7 @@
 
 printable(text)   control characters become visible ones, marks of direction their names
 to_json(value)    JSON in which they are escaped, so that a script still gets them exactly
+clock(seconds)    how long something took or will take, the same everywhere
 """
 
 from __future__ import annotations
@@ -32,3 +33,10 @@ def to_json(value: Any) -> str:
     """Readable JSON, with every character escaped that a terminal would obey."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def clock(seconds: float) -> str:
+    """``clock(71)`` -> ``1:11``; ``clock(3723)`` -> ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

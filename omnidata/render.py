@@ -41,7 +41,7 @@ from omnidata.schema import (
     TextPart,
     UserError,
 )
-from omnidata.text.chat_template import ChatTemplate, Shape, prints_zephyr
+from omnidata.text.chat_template import ChatTemplate, TurnShape, prints_zephyr
 from omnidata.text.closings import Closings
 from omnidata.text.encoder import IMAGE_GUARD, Encoder, refuse_surrogates
 from omnidata.text.guarding import added_tokens
@@ -62,7 +62,7 @@ DEFAULT_SYSTEM = (
 class _Plan:
     """How conversations of one sequence of roles are written: guarded pieces and the turns to supervise."""
 
-    shape: Shape  # as the template prints it, for the proof
+    shape: TurnShape  # as the template prints it, for the proof
     pieces: tuple[str, ...]  # guarded, one before each content and one after the last
     turns: tuple[_Turn, ...]
 

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from omnidata.loader.microbatch import Microbatch
+from omnidata.printable import clock
 from omnimodel.parts import Parts
 from pipelines.config import Recipe, to_dict
 from pipelines.data import num_supervised
@@ -177,17 +178,12 @@ def progress(window: list[dict[str, Any]], total_steps: int) -> str:
         f"step {last['step']:>{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
         f"norm {last['grad_norm']:.2f}  lr {last['lr']:.1e}  "
         f"{rate('tokens')} tok/s  {rate('images')} img/s  {rate('supervised_tokens')} sup/s"
-        f"{mfu}  wait {wait:.1%}  {last['memory_gb']:.1f} GB  eta {_duration(eta)}"
+        f"{mfu}  wait {wait:.1%}  {last['memory_gb']:.1f} GB  eta {clock(eta)}"
     )
 
 
 def _short(number: float) -> str:
     return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
 
 
 def _rounded(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import io
 
 from omnidata.builder import progress
-from omnidata.builder.progress import Progress, clock
+from omnidata.builder.progress import Progress
+from omnidata.printable import clock
 
 
 class Terminal(io.StringIO):

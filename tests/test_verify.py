@@ -19,7 +19,7 @@ from omnidata.shards import read_sample, write_shard
 from omnidata.verify.findings import CODES
 from omnidata.verify.repair import repair
 from omnidata.verify.run import read_or_none, verify
-from omnidata.verify.shard import ShardChecker, ShardTask, check_ids
+from omnidata.verify.shard import ShardCheck, ShardChecker, check_ids
 from omnidata.verify.shard_walk import Damage, ShardWalk
 from omnidata.verify.tables import check_index
 
@@ -243,7 +243,7 @@ def test_every_flipped_bit_of_a_shard_is_found(data):
     """The checksum alone would do; the point is that no flip makes the walk raise or pass."""
     raw = (data / FIRST).read_bytes()
     manifest = manifest_of(data)
-    task = ShardTask(manifest.shards[0], [row for row in rows(data) if row["shard"] == FIRST])
+    task = ShardCheck(manifest.shards[0], [row for row in rows(data) if row["shard"] == FIRST])
     for offset in range(0, len(raw), len(raw) // 150):
         flip(data / FIRST, offset)
         assert ShardChecker(str(data), manifest)(task, None), f"flip at {offset}"

@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from omnidata.printable import clock
+
 LINE_SECONDS = 10.0  # between plain lines
 REDRAW_SECONDS = 0.2
 
@@ -97,10 +99,3 @@ class Progress:
         """Leave the terminal with a clean line."""
         if self._on_terminal and not self.quiet:
             print("\x1b[K", end="", file=self.stream, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """``clock(71)`` -> ``1:11``; ``clock(3723)`` -> ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

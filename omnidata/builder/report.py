@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omnidata.builder.progress import clock
 from omnidata.builder.worker import total_counts
+from omnidata.printable import clock
 from omnidata.schema import REASONS, REJECTS, Manifest
 
 

@@ -11,7 +11,7 @@
     webdataset   tar shards of .json and pictures                  scan reads the headers
 
 gzip and zstd are read through (streams.py). To add a shape: write a module with FORMATS, ``sniff``, ``scan``
-and ``read`` as ``Shape`` below has them, name it in ``_SHAPES``, and test it in tests/test_corpus.py.
+and ``read`` as ``SourceShape`` below has them, name it in ``_SHAPES``, and test it in tests/test_corpus.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHAPES = (
 _HEAD = 64 << 10  # bytes that sniff gets to see
 
 
-class Shape(Protocol):
+class SourceShape(Protocol):
     """What a module of this package provides."""
 
     FORMATS: tuple[str, ...]  # what --format may call it
@@ -75,7 +75,7 @@ def read(file: SourceFile, unit: Unit) -> Iterator[Record | Reject]:
     return _shape(file.shape).read(file, unit)
 
 
-def _shape(name: str) -> Shape:
+def _shape(name: str) -> SourceShape:
     return import_module(f"omnidata.corpus.{name}")
 
 
@@ -102,7 +102,7 @@ def _open_empty(name: str, format: str, compression: str) -> SourceFile:
     raise UserError(f"source {name}: the file is empty; take it out of the sources, or get it again")
 
 
-def _format(shape: Shape, format: str, head: bytes) -> str:
+def _format(shape: SourceShape, format: str, head: bytes) -> str:
     """What to call the file: JSON is llava or messages by the keys near its start."""
     if format != "auto" or len(shape.FORMATS) == 1:
         return shape.FORMATS[0] if format == "auto" else format

@@ -23,7 +23,7 @@ import numpy as np
 from omnidata.near.hashing import COLUMNS as NEAR_COLUMNS
 from omnidata.schema import IGNORE_INDEX, INDEX_COLUMNS, TOKENIZER_DIR, UserError
 from omnidata.shards import CorruptSampleError, read_sample
-from omnidata.text.vocabulary import Piece, Vocabulary
+from omnidata.text.vocabulary import TokenText, Vocabulary
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
@@ -38,7 +38,7 @@ class Run:
     kind: Kind
     supervised: bool
     num_tokens: int
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[TokenText, ...] = ()
     image: int | None = None
 
     @property

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from omnidata.plan.cost import Cost
     from omnidata.plan.forecast import Forecast
     from omnidata.verify.repair import RepairReport
-    from omnidata.verify.run import Report
+    from omnidata.verify.run import VerifyReport
 
 BARS = "▁▂▃▄▅▆▇█"
 SUPERVISED, SPECIAL, CHIP, HEADING, MUTED = "bold green", "dim", "reverse", "bold", "dim"
@@ -341,7 +341,7 @@ def shard_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def finding_lines(report: Report) -> list[str]:
+def finding_lines(report: VerifyReport) -> list[str]:
     """Every finding on a line of its own, then the verdict."""
     lines = [
         f"{finding.code}: {printable(finding.where)}: {printable(finding.what)}"

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omnidata.executors import how_it_ended
 from omnidata.loader.buffers import Borrower, Buffer, Lender, Loan
 from omnidata.loader.heap import keep_freed_memory
 from omnidata.loader.microbatch import Parts
@@ -244,7 +245,7 @@ def _is_lack_of_memory(error: Any) -> bool:
 def _ending(exitcode: int | None) -> str:
     if exitcode is None:
         return f"killed, but not ended after {_END:g} s: a disk or network file system hangs"
-    return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"
+    return how_it_ended(exitcode)
 
 
 def _kill(workers: list[_Worker]) -> None:

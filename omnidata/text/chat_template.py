@@ -57,7 +57,7 @@ GENERATION_START, GENERATION_END = f"\ufdd0{NONCE}g\ufdd1", f"\ufdd0{NONCE}G\ufd
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TurnShape:
     """What a template prints around the contents of one sequence of roles."""
 
     pieces: tuple[str, ...]  # n + 1 texts around n contents
@@ -147,7 +147,7 @@ class ChatTemplate:
         return without_marks(self.print(messages, generation_prompt))
 
     def prove(
-        self, shape: Shape, roles: Sequence[str], contents: Sequence[str], *, generation_prompt: bool
+        self, shape: TurnShape, roles: Sequence[str], contents: Sequence[str], *, generation_prompt: bool
     ) -> None:
         """Refuse contents that the template does not print as the shape says."""
         if self.is_opaque:
@@ -188,17 +188,17 @@ class ChatTemplate:
                 "template_refused", f"the chat template fails on the messages: {error!r}"
             ) from error
 
-    def _shape(self, roles: tuple[str, ...], generation_prompt: bool = False) -> Shape:
+    def _shape(self, roles: tuple[str, ...], generation_prompt: bool = False) -> TurnShape:
         return self.shape_of(len(roles), lambda contents: self._print(roles, contents, generation_prompt))
 
-    def shape_of(self, num_contents: int, printed: Callable[[Sequence[str]], str]) -> Shape:
+    def shape_of(self, num_contents: int, printed: Callable[[Sequence[str]], str]) -> TurnShape:
         """The shape around so many contents, of what ``printed`` gives for them."""
         marks = [mark(i) for i in range(num_contents)]
         bare = split_at(printed(marks), marks)
         padded = split_at(printed([f"{_LEFT}{mark}{_RIGHT}" for mark in marks]), marks)
         pieces = [without_marks(piece) for piece in bare]
         strips = _find_strips(pieces, [without_marks(piece) for piece in padded])
-        return Shape(tuple(pieces), strips, self.marked(bare))
+        return TurnShape(tuple(pieces), strips, self.marked(bare))
 
     def _print(self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool) -> str:
         return self.print(self._messages(roles, contents), generation_prompt)

@@ -19,7 +19,7 @@ from itertools import combinations
 from typing import Any
 
 from omnidata.schema import ImagePart, Message, RejectError, TextPart
-from omnidata.text.chat_template import ChatTemplate, Shape
+from omnidata.text.chat_template import ChatTemplate, TurnShape
 
 Structure = tuple[tuple[str, str], ...]  # (role, kinds) of every turn; kinds: "t" text, "i" image
 
@@ -28,7 +28,7 @@ Structure = tuple[tuple[str, str], ...]  # (role, kinds) of every turn; kinds: "
 class Layout:
     """What a template prints around the texts of one structure."""
 
-    shape: Shape  # pieces around the text parts, in order
+    shape: TurnShape  # pieces around the text parts, in order
     owners: tuple[int, ...]  # message of each text part
     images: tuple[int, ...]  # image tokens in each piece
 

@@ -19,7 +19,7 @@ from omnidata.schema import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenText:
     """One or more consecutive ids and the text that they stand for."""
 
     text: str
@@ -70,7 +70,7 @@ class Vocabulary:
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
 
-    def pieces(self, ids: Iterable[int]) -> Iterator[Piece]:
+    def pieces(self, ids: Iterable[int]) -> Iterator[TokenText]:
         """The ids as pieces; bytes that never make a character become U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         text, pending = "", []
@@ -78,10 +78,10 @@ class Vocabulary:
             pending.append(token_id)
             text += decoder.decode(self.token_bytes(token_id))
             if not decoder.getstate()[0]:  # not inside a character
-                yield Piece(text, tuple(pending))
+                yield TokenText(text, tuple(pending))
                 text, pending = "", []
         if pending:
-            yield Piece(text + decoder.decode(b"", final=True), tuple(pending))
+            yield TokenText(text + decoder.decode(b"", final=True), tuple(pending))
 
 
 def _byte_of(char: str) -> bytes:

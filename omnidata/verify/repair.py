@@ -23,7 +23,7 @@ from omnidata.schema import CARD, INDEX, REJECTS, Manifest, UserError
 from omnidata.shards import CorruptSampleError, read_sample
 from omnidata.verify.files import check_tokenizer, idx_files
 from omnidata.verify.run import OnShard, over_shards, read_manifest, read_or_none
-from omnidata.verify.shard import Row, ShardTask, stored_columns
+from omnidata.verify.shard import Row, ShardCheck, stored_columns
 from omnidata.verify.shard_walk import Damage, ShardWalk
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ShardReader:
     url: str
     manifest: Manifest
 
-    def __call__(self, task: ShardTask, report: Any) -> list[Row] | str:
+    def __call__(self, task: ShardCheck, report: Any) -> list[Row] | str:
         """Walk one shard."""
         try:
             file = Store(self.url).open(task.shard.path)

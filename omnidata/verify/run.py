@@ -7,7 +7,7 @@
              (4) check_tokenizer                 still computes the same ids
     deep     (5) check_shard, in parallel        every byte of every shard
 
-``verify(...)`` returns a Report; ``Report.as_dict()`` is the JSON of ``--json``: the fields below, each
+``verify(...)`` returns a VerifyReport; its ``as_dict()`` is the JSON of ``--json``: the fields below, each
 finding with ``code`` (a key of findings.CODES), ``where`` and ``what``.
 """
 
@@ -32,7 +32,7 @@ from omnidata.verify.files import (
 )
 from omnidata.verify.findings import Finding
 from omnidata.verify.origin import check_origin
-from omnidata.verify.shard import ShardChecker, ShardTask
+from omnidata.verify.shard import ShardCheck, ShardChecker
 from omnidata.verify.tables import check_index, check_manifest, check_rejects, check_sources
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ OnShard = Callable[[int, int], None]  # (shards checked, shards in all)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VerifyReport:
     """The outcome of a verification."""
 
     dataset: str
@@ -69,7 +69,7 @@ def verify(
     deep: bool = False,
     num_workers: int | None = None,
     on_shard: OnShard = lambda done, total: None,
-) -> Report:
+) -> VerifyReport:
     """Check the dataset at ``path``.
 
     Args:
@@ -86,7 +86,7 @@ def verify(
     findings = list(quick_findings(store, manifest, index))
     if deep:
         findings += deep_findings(store, manifest, index, num_workers=num_workers, on_shard=on_shard)
-    return Report(
+    return VerifyReport(
         dataset=store.url,
         deep=deep,
         num_shards=len(manifest.shards),
@@ -184,12 +184,12 @@ def over_shards(
         executor.close()
 
 
-def shard_tasks(manifest: Manifest, index: pa.Table | None) -> Iterator[ShardTask]:
+def shard_tasks(manifest: Manifest, index: pa.Table | None) -> Iterator[ShardCheck]:
     """One task a shard, its rows made into dicts only when it starts; rows are None without an index."""
     rows = {} if index is None else rows_of_shards(index)
     for shard in manifest.shards:
         mine = rows.get(shard.path)
-        yield ShardTask(shard, None if index is None else [] if mine is None else _take(index, mine))
+        yield ShardCheck(shard, None if index is None else [] if mine is None else _take(index, mine))
 
 
 def _take(index: pa.Table, rows: np.ndarray) -> list[dict[str, Any]]:

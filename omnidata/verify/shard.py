@@ -47,7 +47,7 @@ class ShardChecker:
     url: str
     manifest: Manifest
 
-    def __call__(self, task: ShardTask, report: Any) -> list[Finding]:
+    def __call__(self, task: ShardCheck, report: Any) -> list[Finding]:
         """Check one shard."""
         return list(self.check(task.shard, task.rows))
 
@@ -96,7 +96,7 @@ class ShardChecker:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardTask:
+class ShardCheck:
     """One shard to check."""
 
     shard: ShardInfo
