@@ -26,6 +26,11 @@ from omnidata.schema import UserError
 from omnidata.where import Where
 
 
+def at_least(least: float, default: Any) -> Any:
+    """A field whose value, if it has one, may not be smaller."""
+    return field(default=default, metadata={"least": least})
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where and on what the run happens."""
@@ -35,9 +40,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; master weights are always float32
     deterministic: bool = False  # bit-exact on a GPU too, and slower; a CPU is bit-exact without
-    threads: int | None = None  # CPU threads of torch; null: torch's own choice
+    threads: int | None = at_least(1, None)  # CPU threads of torch; null: torch's own choice
     resume: bool = True  # go on from the newest verified checkpoint of `dir`
-    stop_after: int | None = None  # pause (save, exit 0) after this step; the schedule is not shortened
+    stop_after: int | None = at_least(1, None)  # pause after this step: save, exit 0; same schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +75,13 @@ class DataConfig:
 
     train: list[DatasetConfig]
     val: list[DatasetConfig] = field(default_factory=list)
-    max_tokens: int = 4096  # tokens of a pack = of a microbatch
-    max_images: int | None = None  # images of a pack; null: only max_tokens limits it
+    max_tokens: int = at_least(1, 4096)  # tokens of a pack = of a microbatch
+    max_images: int | None = at_least(0, None)  # images of a pack; null: only max_tokens limits it
     tail: Literal["pad", "drop"] = "pad"  # an epoch's last packs, too few for a step: a smaller step, or none
     oversize: Literal["refuse", "cut", "leave_out"] = "refuse"  # what to do with samples that fit no pack
-    global_batch: int = 8  # packs of a step over all ranks; microbatches a rank = global_batch / ranks
-    num_workers: int = 1  # of the loader, a rank
-    worker_timeout: float = 300.0  # seconds without a microbatch until its worker is named and replaced
+    global_batch: int = at_least(1, 8)  # packs of a step over all ranks; each takes its share
+    num_workers: int = at_least(0, 1)  # of the loader, a rank
+    worker_timeout: float = at_least(1, 300.0)  # seconds until a silent worker is named and replaced
     on_error: Literal["raise", "skip"] = "raise"  # an unreadable sample: stop, or leave it out and count it
     checksum: bool = True  # hash what is read from a local disk, too; remote reads are always hashed
     remote: Remote = field(default_factory=Remote)  # datasets at a URL: concurrency, attempts, cache_dir, …
@@ -116,19 +121,19 @@ class ModelConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 1e-4  # peak
+    lr: float = at_least(0, 1e-4)  # peak
     component_lr: dict[str, float] = field(default_factory=dict)  # peak by component, else `lr`
-    weight_decay: float = 0.0  # on matrices; never on embeddings, norms and biases
+    weight_decay: float = at_least(0, 0.0)  # on matrices; never on embeddings, norms and biases
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     clip: float = 1.0  # global gradient norm
     ema: float | None = None  # decay of the weights' running mean, e.g. 0.999; null: none is kept
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int = at_least(0, 0)
     decay_steps: int = 0  # wsd: length of the final linear decay
-    min_lr: float = 0.0  # end of the schedule, as a fraction of the peak
-    steps: int | None = None  # exactly one of steps and epochs
-    epochs: int | None = None
+    min_lr: float = at_least(0, 0.0)  # end of the schedule, as a fraction of the peak
+    steps: int | None = at_least(1, None)  # exactly one of steps and epochs
+    epochs: int | None = at_least(1, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,7 @@ class ParallelConfig:
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = (
         "auto"  # auto: single, or fsdp under torchrun; single computes bfloat16 as fsdp over one rank does
     )
-    shard_size: int | None = None  # hsdp: ranks that share one copy of the model, usually those of a node
+    shard_size: int | None = at_least(1, None)  # hsdp: ranks that share one copy, usually a node's
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradients on the wire (fsdp, hsdp)
     reshard_after_forward: bool = True  # fsdp: false keeps gathered weights until the backward pass
     sync_every_microbatch: bool = False  # true: less memory, more traffic under accumulation
@@ -148,8 +153,8 @@ class ParallelConfig:
 class CheckpointConfig:
     """What survives."""
 
-    every: int = 500  # steps; 0: only at the end and on a signal
-    keep_last: int = 2  # besides the best one
+    every: int = at_least(0, 500)  # steps; 0: only at the end and on a signal
+    keep_last: int = at_least(1, 2)  # besides the best one
     asynchronous: bool = True  # write behind the training
 
 
@@ -157,9 +162,9 @@ class CheckpointConfig:
 class EvalConfig:
     """Looking at the validation data while training."""
 
-    every: int = 500  # steps; 0: only at the end
-    num_batches: int = 32  # packs of validation loss; 0: none
-    num_questions: int = 0  # answers generated and compared exactly; 0: none
+    every: int = at_least(0, 500)  # steps; 0: only at the end
+    num_batches: int = at_least(0, 32)  # packs of validation loss; 0: none
+    num_questions: int = at_least(0, 0)  # answers generated and compared exactly; 0: none
     keep_best: bool = True  # keep the checkpoint of the lowest validation loss
 
 
@@ -167,20 +172,20 @@ class EvalConfig:
 class LogConfig:
     """What is told, and where."""
 
-    every: int = 10  # steps between progress lines; metrics.jsonl has every step
+    every: int = at_least(1, 10)  # steps between progress lines; metrics.jsonl has every step
     by: str | None = None  # also loss, tokens and samples of each: source, dataset or a column of the index
     tensorboard: bool = True
     tracker: Literal["none", "wandb", "trackio"] = "none"
     project: str = "omnilmm"  # of the tracker
     plot: bool = True  # loss.svg at the end
-    profile_steps: int = 0  # torch profiler trace of this many steps, after three
+    profile_steps: int = at_least(0, 0)  # torch profiler trace of this many steps, after three
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """When to stop rather than go on."""
 
-    max_nonfinite: int = 5  # steps in a row with a non-finite gradient
+    max_nonfinite: int = at_least(1, 5)  # steps in a row with a non-finite gradient
     spike_factor: float = 2.0  # warn when the loss is this many times its running mean; 0: never
     first_step_timeout: float = 1800.0  # seconds; compilation and first collectives are slow
     evaluation_timeout: float = 3600.0  # of one evaluation, save or export
@@ -201,32 +206,6 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-
-
-LEAST = {
-    "run.threads": 1,
-    "run.stop_after": 1,
-    "data.max_tokens": 1,
-    "data.max_images": 0,
-    "data.global_batch": 1,
-    "data.num_workers": 0,
-    "data.worker_timeout": 1,
-    "optim.lr": 0,
-    "optim.weight_decay": 0,
-    "optim.warmup_steps": 0,
-    "optim.min_lr": 0,
-    "optim.steps": 1,
-    "optim.epochs": 1,
-    "parallel.shard_size": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep_last": 1,
-    "eval.every": 0,
-    "eval.num_batches": 0,
-    "eval.num_questions": 0,
-    "log.every": 1,
-    "log.profile_steps": 0,
-    "guard.max_nonfinite": 1,
-}
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -268,11 +247,12 @@ def to_yaml(recipe: Recipe) -> str:
 def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
     """What each value alone cannot show."""
     model, optim, parallel = recipe.model, recipe.optim, recipe.parallel
-    for key, least in LEAST.items():
-        section, name = key.split(".")
-        value = getattr(getattr(recipe, section), name)
-        if value is not None and value < least:
-            yield f"{key}: at least {least} is needed, not {value}"
+    for section in dataclasses.fields(recipe):
+        settings = getattr(recipe, section.name)
+        for key in dataclasses.fields(settings):
+            least, value = key.metadata.get("least"), getattr(settings, key.name)
+            if least is not None and value is not None and value < least:
+                yield f"{section.name}.{key.name}: at least {least} is needed, not {value}"
     if optim.clip <= 0:
         yield f"optim.clip: a positive norm is needed, not {optim.clip}; a huge one clips nothing"
     if optim.ema is not None and not 0 < optim.ema < 1:
