@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omnidata.builder.progress import Progress, clock
+from omnidata.builder.progress import Progress
+from omnidata.printable import clock
 from omnidata.schema import REJECTS
 
 
