@@ -25,14 +25,15 @@ from omnidata.builder.build_plan import BuildPlan, make_plan, read_plan, write_p
 from omnidata.builder.dedup import drop_repeats
 from omnidata.builder.finalize import complete, first_rejects
 from omnidata.builder.identity import what_changed
-from omnidata.builder.inputs import open_inputs
+from omnidata.builder.inputs import Inputs, open_inputs
 from omnidata.builder.interruptions import interruptible, one_clear_line
+from omnidata.builder.job import Job
 from omnidata.builder.last_words import last_words
 from omnidata.builder.layout import ShardTask, cut_shards
 from omnidata.builder.progress import Progress
 from omnidata.builder.report import BuildReport, examples, partial_report, report_of
 from omnidata.builder.settings import BuildSettings, RunOptions
-from omnidata.builder.worker import Job, ShardResult, Tally, read_part, work
+from omnidata.builder.worker import ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
 from omnidata.durable import Store
 from omnidata.executors import (
@@ -45,7 +46,6 @@ from omnidata.executors import (
 from omnidata.locks import LockedError, locked
 from omnidata.manifest import manifest_from_json
 from omnidata.ray_executor import RayExecutor
-from omnidata.render import Renderer
 from omnidata.schema import MANIFEST, PROCESSOR_DIR, TOKENIZER_DIR, UserError
 from omnidata.start import worker_imports
 
@@ -62,20 +62,20 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
     store = Store(out)
     check_folder(store, options)
     with interruptible(), one_clear_line(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
-        files, identity, renderer = open_inputs(settings, folder)
-        with hold_locks(store, options):
-            plan = resume_plan(store, identity, options)
-            if store.exists(MANIFEST):
-                return _built_before(store, identity)
-            job = Job(out, settings, files, store.url)
-            with open_executor(job, options) as executor:
+        job = Job(out, settings, store.url)
+        with open_executor(job, options) as executor:
+            inputs = open_inputs(settings, folder, functools.partial(run_tasks, executor))
+            with hold_locks(store, options):
+                plan = resume_plan(store, inputs.identity, options)
+                if store.exists(MANIFEST):
+                    return _built_before(store, inputs.identity)
                 try:
-                    plan = plan or prepare(store, job, identity, executor, folder)
-                    return _Run(store, job, plan, options, executor, renderer).run()
+                    plan = plan or prepare(store, job, inputs, executor, folder)
+                    return _Run(store, job, plan, options, executor, inputs).run()
                 except FileNotFoundError:
                     if options.task is None or not store.exists(MANIFEST):
                         raise
-                    return _built_before(store, identity)  # another task just completed the dataset
+                    return _built_before(store, inputs.identity)  # another task just completed the dataset
 
 
 # --- (4) the plan -----------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def resume_plan(store: Store, identity: dict[str, Any], options: RunOptions) -> 
     return None
 
 
-def prepare(store: Store, job: Job, identity: dict[str, Any], executor: Executor, folder: str) -> BuildPlan:
+def prepare(store: Store, job: Job, inputs: Inputs, executor: Executor, folder: str) -> BuildPlan:
     """Make the plan and keep it; where several tasks start together, one does and the others wait."""
     with locked(store, "plan", wait=True):
         if (plan := read_plan(store)) is not None:
@@ -107,7 +107,7 @@ def prepare(store: Store, job: Job, identity: dict[str, Any], executor: Executor
         for name in (TOKENIZER_DIR, PROCESSOR_DIR):
             store.write_folder(name, f"{folder}/{name}")
         run = functools.partial(run_tasks, executor)
-        plan = make_plan(identity, job.settings, len(job.files), run)
+        plan = make_plan(inputs.identity, job.settings, inputs.files, run)
         write_plan(store, plan)
         return plan
 
@@ -171,11 +171,11 @@ class _Run:
         plan: BuildPlan,
         options: RunOptions,
         executor: Executor,
-        renderer: Renderer,
+        inputs: Inputs,
     ) -> None:
         self.store, self.job, self.plan, self.options = store, job, plan, options
-        self.executor, self.renderer = executor, renderer
-        self.tasks = cut_shards(plan.stretches, job.settings, duplicates=plan.duplicates)
+        self.executor, self.renderer = executor, inputs.renderer
+        self.tasks = cut_shards(plan.stretches, job.settings, inputs.files, duplicates=plan.duplicates)
         self.results: dict[ShardTask, ShardResult] = {}
         self.built: list[ShardTask] = []  # by this run
         self.seen_rejects: list[dict[str, Any]] = []  # the first of a shard that is not done yet

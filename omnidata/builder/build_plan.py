@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,22 @@ import orjson
 
 from omnidata.builder.layout import MIN_RECORD_BYTES, Stretch, stretch_from_json, stretch_to_json
 from omnidata.builder.settings import BuildSettings
-from omnidata.builder.worker import ScanTask, Survey, SurveyTask
+from omnidata.builder.survey import (
+    RunTasks,
+    ScanTask,
+    Survey,
+    SurveyTask,
+    in_order,
+    in_runs,
+    weighed_together,
+)
+from omnidata.corpus import SourceFile
 from omnidata.durable import SCRATCH, Store
 from omnidata.schema import UserError
 
 PLAN = f"{SCRATCH}/plan.json"
 PROBES = 64  # records built in all, to estimate how many bytes one takes …
-PROBES_PER_UNIT = 4  # … or so many of every unit, where that is more
-RunTasks = Callable[[Sequence[Any]], Iterator[tuple[Any, Any]]]  # executors.run_tasks with an executor
+PROBES_PER_UNIT = 4  # … or so many of every unit (or run of small ones), where that is more
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,12 @@ class BuildPlan:
         """Records of the whole corpus."""
         return sum(stretch.num_records for stretch in self.stretches)
 
-    def records_of_file(self, number: int) -> int:
-        """Records of one input file."""
-        return sum(stretch.num_records for stretch in self.stretches if stretch.file == number)
+    def records_of_files(self) -> list[int]:
+        """Records of each input file."""
+        counts = [0] * len(self.identity["inputs"])
+        for stretch in self.stretches:
+            counts[stretch.file] += stretch.num_records
+        return counts
 
 
 # --- on disk ----------------------------------------------------------------------------------------------
@@ -72,22 +83,25 @@ def write_plan(store: Store, plan: BuildPlan) -> None:
 
 
 def make_plan(
-    identity: dict[str, Any], settings: BuildSettings, num_files: int, run: RunTasks, *, weigh: bool = False
+    identity: dict[str, Any],
+    settings: BuildSettings,
+    files: Sequence[SourceFile],
+    run: RunTasks,
+    *,
+    weigh: bool = False,
 ) -> BuildPlan:
     """Scan and, where the settings need it, survey the corpus; ``weigh`` records even if they do not.
 
     Raises:
         UserError: there is not one record.
     """
-    found = dict(run([ScanTask(number) for number in range(num_files)]))
+    units = in_order(run, [ScanTask(number, some) for number, some in enumerate(in_runs(files))])
     stretches: list[Stretch] = []
-    start = 0
-    for task in sorted(found, key=lambda task: task.file):
-        for unit in found[task]:
-            counts = (unit.num_records, *(0 for _ in settings.split))
-            stretches.append(
-                Stretch(task.file, unit, start, unit.num_records, counts, record_bytes=MIN_RECORD_BYTES)
-            )
+    start, others = 0, tuple(0 for _ in settings.split)
+    for number, of_file in enumerate(units):
+        for unit in of_file:
+            counts = (unit.num_records, *others)
+            stretches.append(Stretch(number, unit, start, unit.num_records, counts, MIN_RECORD_BYTES))
             start += unit.num_records
     if not start:
         raise UserError("the sources hold no record at all")
@@ -96,9 +110,11 @@ def make_plan(
     if not read_ids and not weigh:
         return BuildPlan(identity, tuple(stretches), ())
     num_probes = max(PROBES_PER_UNIT, math.ceil(PROBES / len(stretches))) if weigh else 0
-    tasks = [SurveyTask(number, each, read_ids, num_probes) for number, each in enumerate(stretches)]
-    found = {task.number: answer for task, answer in run(tasks)}
-    surveys = [found[number] for number in range(len(stretches))]
+    tasks = [
+        SurveyTask(number, some, tuple(files[each.file] for each in some), read_ids, num_probes)
+        for number, some in enumerate(weighed_together(stretches))
+    ]
+    surveys = in_order(run, tasks)
     repeated = repeats(b"".join(s.ids for s in surveys)) if settings.duplicate_ids == "reject" else ()
     return BuildPlan(identity, with_surveys(stretches, surveys), tuple(repeated))
 

@@ -107,8 +107,8 @@ def make_manifest(
         image_policy=settings.image_policy,
         resize_backend=backend(),
         inputs=[
-            entry | {"num_records": plan.records_of_file(number)}
-            for number, entry in enumerate(plan.identity["inputs"])
+            entry | {"num_records": count}
+            for entry, count in zip(plan.identity["inputs"], plan.records_of_files(), strict=True)
         ],
         num_records=plan.num_records,
         num_samples=num_samples,

@@ -12,7 +12,7 @@ from typing import Any
 
 from omnidata import __version__
 from omnidata.builder.settings import BuildSettings
-from omnidata.corpus import SourceFile
+from omnidata.builder.survey import Opened
 from omnidata.schema import SCHEMA_VERSION
 
 # Packages that decide bytes: pixels, ids, templates, Parquet.
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 def identity_of(
     settings: BuildSettings,
-    files: Sequence[SourceFile],
+    opened: Sequence[Opened],
     tokenizer: dict[str, str],
     profile: dict[str, Any],
     *,
@@ -56,12 +56,12 @@ def identity_of(
         "images": images,
         "inputs": [
             {
-                "source": file.source,
-                "format": file.format,
-                "num_bytes": file.num_bytes,
-                "digest": file.digest(),
+                "source": each.file.source,
+                "format": each.file.format,
+                "num_bytes": each.file.num_bytes,
+                "digest": each.digest,
             }
-            for file in files
+            for each in opened
         ],
     }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from omnidata import corpus
 from omnidata.builder.identity import identity_of
 from omnidata.builder.records import load_renderer, renderer_of
 from omnidata.builder.settings import BuildSettings
-from omnidata.corpus.source import with_names
+from omnidata.builder.survey import Opened, OpenTask, RunTasks, in_order, in_runs, open_files
+from omnidata.corpus.source import file_size, is_url, with_names
 from omnidata.durable import Store
 from omnidata.images.store import ImageStore
 from omnidata.profiles.omnilmm import OmniLMMProfile
@@ -20,15 +23,24 @@ from omnidata.text.preparation import prepare_tokenizer
 from omnidata.text.prepared import PreparedTokenizer, load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, template_fingerprint, template_text
 
+FEW_FILES, FEW_BYTES = 64, 64 << 20
 
-def open_inputs(
-    settings: BuildSettings, folder: str
-) -> tuple[tuple[corpus.SourceFile, ...], dict[str, Any], Renderer]:
-    """Files, identity and renderer of the build; ``folder`` gets ``tokenizer/``, and ``processor/`` if any.
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a build is made from."""
+
+    files: tuple[corpus.SourceFile, ...]  # in order
+    identity: dict[str, Any]  # see plan.identity_of
+    renderer: Renderer
+
+
+def open_inputs(settings: BuildSettings, folder: str, run: RunTasks) -> Inputs:
+    """Open all of it; ``folder`` gets ``tokenizer/``, and ``processor/`` if any.
 
     A tokenizer that lacks OmniLMM's image tokens gets them here.
     """
-    files = open_sources(settings)
+    opened = open_sources(settings, run)
     images = None
     if settings.image_root is not None:  # raises where there is none
         images = ImageStore(settings.image_root, allow_http=settings.allow_http).digest()
@@ -40,18 +52,33 @@ def open_inputs(
         profile = OmniLMMProfile(settings.num_query, settings.image_size).to_json()
     tokenizer = renderer.tokenizer
     marks = {"behaviour": fingerprint(tokenizer), "chat template": template_fingerprint(tokenizer)}
-    return files, identity_of(settings, files, marks, profile, images=images), renderer
+    files = tuple(with_names([each.file for each in opened]))
+    return Inputs(files, identity_of(settings, opened, marks, profile, images=images), renderer)
 
 
-def open_sources(settings: BuildSettings) -> tuple[corpus.SourceFile, ...]:
-    """All input files in order; the same file twice is refused."""
-    files: list[corpus.SourceFile] = []
-    for source in settings.source:
-        files += corpus.open_source(source, format=settings.format)
-    names = Counter(file.source for file in files)
-    if repeated := sorted(name for name, count in names.items() if count > 1):
+def open_sources(settings: BuildSettings, run: RunTasks) -> list[Opened]:
+    """All input files in order, by the workers if there are many; the same file twice is refused."""
+    names = [name for source in settings.source for name in corpus.expand(source)]
+    tasks = [OpenTask(number, some, settings.format) for number, some in enumerate(in_runs(names))]
+    opened = in_order(_here if _are_few(names) else run, tasks)
+    for each in opened:
+        if isinstance(each, str):
+            raise UserError(each)
+    counts = Counter(names)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"{repeated[0]} is given twice: name each source once")
-    return tuple(with_names(files))
+    return opened
+
+
+def _are_few(names: Sequence[str]) -> bool:
+    """Whether to read these files takes no longer than to ask a worker."""
+    if len(names) > FEW_FILES or any(is_url(name) for name in names):
+        return False
+    return sum(file_size(name) for name in names) <= FEW_BYTES
+
+
+def _here(tasks: Sequence[OpenTask]) -> Iterator[tuple[OpenTask, list[Opened | str]]]:
+    return ((task, open_files(task)) for task in tasks)
 
 
 def save_model(settings: BuildSettings, folder: str) -> tuple[Renderer, dict[str, Any]]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from omnidata.builder.settings import TRAIN, BuildSettings
-from omnidata.corpus import Unit
+from omnidata.corpus import SourceFile, Unit
 from omnidata.schema import shard_name
 
 MIN_RECORD_BYTES = 2048  # two arrays with their headers: what the smallest sample takes
@@ -55,6 +55,7 @@ class ShardTask:
     number: int
     pieces: tuple[Piece, ...]
     duplicates: frozenset[int] = frozenset()  # positions of records that an earlier one's id refuses
+    files: Mapping[int, SourceFile] = field(default_factory=dict)  # those that the pieces lie in
 
     @property
     def path(self) -> str:
@@ -92,7 +93,11 @@ def auto_shard_bytes(stretches: Sequence[Stretch]) -> int:
 
 
 def cut_shards(
-    stretches: Sequence[Stretch], settings: BuildSettings, *, duplicates: Sequence[int] = ()
+    stretches: Sequence[Stretch],
+    settings: BuildSettings,
+    files: Sequence[SourceFile],
+    *,
+    duplicates: Sequence[int] = (),
 ) -> list[ShardTask]:
     """All shards of the build, split by split.
 
@@ -102,8 +107,9 @@ def cut_shards(
     tasks = []
     for position, split in enumerate(settings.splits):
         for number, pieces in enumerate(_cut_split(stretches, settings, position)):
-            mine = frozenset(at for piece in pieces for at in _within(repeated, piece.stretch))
-            tasks.append(ShardTask(split, number, tuple(pieces), mine))
+            mine = frozenset(at for piece in pieces if repeated for at in _within(repeated, piece.stretch))
+            read = {piece.stretch.file: files[piece.stretch.file] for piece in pieces}
+            tasks.append(ShardTask(split, number, tuple(pieces), mine, read))
     return tasks
 
 
@@ -143,7 +149,9 @@ def _cut_split(stretches: Sequence[Stretch], settings: BuildSettings, position: 
 
 def stretch_to_json(stretch: Stretch) -> list[Any]:
     """A row of the plan file."""
-    row = (stretch.file, asdict(stretch.unit), stretch.start, stretch.num_records)
+    unit = stretch.unit
+    fields = {name: getattr(unit, name) for name in Unit.__slots__}
+    row = (stretch.file, fields, stretch.start, stretch.num_records)
     return [*row, list(stretch.counts), stretch.record_bytes]
 
 

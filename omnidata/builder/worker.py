@@ -1,9 +1,8 @@
 """Worker: the kinds of task that a build deals out, each a function of the job and the task alone.
 
-    ScanTask(file)     cut a file into units                                  -> [(unit, number of records)]
-    SurveyTask(unit)   count records a split, weigh a few, collect ids        -> Survey
-    ShardTask          read its records, run the stages, write one shard      -> ShardResult
-    any function       of the job (dedup uses it)
+    OpenTask, ScanTask, SurveyTask   what must be known before the corpus is cut: survey.py
+    ShardTask                        read its records, run the stages, write one shard   -> ShardResult
+    any function                     of the job (dedup uses it)
 
 A shard is done when its part is there, which is written last::
 
@@ -15,68 +14,31 @@ A shard is done when its part is there, which is written last::
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from omnidata import corpus
 from omnidata.builder.columns import KEPT, kept_json, part_schema
+from omnidata.builder.job import Job, read_stretch, stages
 from omnidata.builder.last_words import reading
-from omnidata.builder.layout import Piece, ShardTask, Stretch, split_of
-from omnidata.builder.records import COUNTS, Built, Positioned, Stages, raw_excerpt
-from omnidata.builder.settings import BuildSettings, settings_from_json
+from omnidata.builder.layout import Piece, ShardTask, split_of
+from omnidata.builder.records import COUNTS, Built, Positioned, raw_excerpt
+from omnidata.builder.survey import OpenTask, ScanTask, SurveyTask, identity, open_files, scan, survey
+from omnidata.corpus import SourceFile
 from omnidata.durable import PARTS, Store
 from omnidata.index import idx_bytes, index_schema, index_table, reject_schema, reject_table, write_tables
 from omnidata.schema import Reject, ShardInfo, UserError
-from omnidata.shards import BLOCK, HashedFile, content_hash, dialogue_hash, sample_members, write_shard
+from omnidata.shards import HashedFile, content_hash, dialogue_hash, write_shard
 
 REPORT_SECONDS = 0.5
 REJECTS_SECONDS, FIRST_REJECTS = 10.0, 1000  # how often a shard's rejects so far are kept, and how many
 
 Report = Callable[[Any], None]
 Counts = dict[str, dict[str, int]]  # unread_keys, spelled_tokens, content_tokens -> name -> samples
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker of a build knows."""
-
-    out: str
-    settings: BuildSettings
-    files: tuple[corpus.SourceFile, ...]  # in order
-    folder: str  # where the tokenizer, and the processor if there is one, are loaded from
-
-
-@dataclass(frozen=True, slots=True)
-class ScanTask:
-    """Cut one file into units."""
-
-    file: int
-
-
-@dataclass(frozen=True, slots=True)
-class SurveyTask:
-    """Find out more about one unit."""
-
-    number: int
-    stretch: Stretch
-    read_ids: bool
-    num_probes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """The answer to a SurveyTask."""
-
-    counts: tuple[int, ...]  # records a split
-    record_bytes: int | None  # mean of the probes that became samples; None if none did
-    ids: bytes  # blake2b-128 of every record's id, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,58 +69,15 @@ class Tally:
 
 def work(job: Job, task: Any, report: Report) -> Any:
     """Do one task."""
+    if isinstance(task, OpenTask):
+        return open_files(task)
     if isinstance(task, ScanTask):
-        return list(corpus.scan(job.files[task.file]))
+        return scan(task)
     if isinstance(task, SurveyTask):
         return survey(job, task)
     if isinstance(task, ShardTask):
         return build_shard(job, task, report)
     return task(job)
-
-
-@lru_cache(maxsize=1)
-def _stages(settings_json: str, folder: str) -> Stages:
-    return Stages.load(settings_from_json(json.loads(settings_json)), Store(folder))
-
-
-def stages(job: Job) -> Stages:
-    """This process's stages for the job; loaded once."""
-    return _stages(json.dumps(job.settings.to_json()), job.folder)
-
-
-# --- survey -----------------------------------------------------------------------------------------------
-
-
-def read_stretch(job: Job, stretch: Stretch) -> Iterator[Positioned]:
-    """(position in the whole corpus, record) of a stretch."""
-    yield from enumerate(corpus.read(job.files[stretch.file], stretch.unit), start=stretch.start)
-
-
-def survey(job: Job, task: SurveyTask) -> Survey:
-    """Count a unit's records by split and build its first few to see how many bytes they take."""
-    ids, counts = bytearray(), Counter[str]()
-    if task.read_ids:
-        for _, record in read_stretch(job, task.stretch):
-            counts[split_of(identity(record), job.settings)] += 1
-            ids += hashlib.blake2b(identity(record).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    else:
-        counts[job.settings.splits[0]] = task.stretch.num_records
-    probes = islice(read_stretch(job, task.stretch), task.num_probes)
-    sizes = (
-        [num_bytes(built) for built in stages(job).run(probes) if isinstance(built, Built)] if probes else []
-    )
-    mean = sum(sizes) // len(sizes) if sizes else None
-    return Survey(tuple(counts[split] for split in job.settings.splits), mean, bytes(ids))
-
-
-def identity(record: Any) -> str:
-    """What decides a record's split: its id, or its place where there is none (a line that is no JSON)."""
-    return record.id or f"{record.source}:{record.locator}"
-
-
-def num_bytes(built: Built) -> int:
-    """Bytes of a sample in a tar."""
-    return sum(BLOCK + len(data) + -len(data) % BLOCK for _, data in sample_members(built.sample))
 
 
 # --- a shard ----------------------------------------------------------------------------------------------
@@ -296,7 +215,7 @@ def read_part(store: Store, task: ShardTask) -> ShardResult | None:
 def records_of(job: Job, task: ShardTask) -> Iterator[Positioned]:
     """The task's records, in corpus order; those that --duplicate-ids refuses as rejects."""
     for piece in task.pieces:
-        for position, record in _records_of_piece(job, task.split, piece):
+        for position, record in _records_of_piece(job, task.split, piece, task.files[piece.stretch.file]):
             if position in task.duplicates and not isinstance(record, Reject):
                 detail = f"an earlier record has the id {record.id!r}; --duplicate-ids keep builds both"
                 place = (record.source, record.locator, record.id)
@@ -304,10 +223,10 @@ def records_of(job: Job, task: ShardTask) -> Iterator[Positioned]:
             yield position, record
 
 
-def _records_of_piece(job: Job, split: str, piece: Piece) -> Iterator[Positioned]:
+def _records_of_piece(job: Job, split: str, piece: Piece, file: SourceFile) -> Iterator[Positioned]:
     mine = (
         (position, record)
-        for position, record in read_stretch(job, piece.stretch)
+        for position, record in read_stretch(file, piece.stretch)
         if not job.settings.split or split_of(identity(record), job.settings) == split
     )
     yield from islice(mine, piece.first, piece.last)

@@ -17,10 +17,12 @@ from omnidata.builder.build import open_executor
 from omnidata.builder.build_plan import BuildPlan, make_plan
 from omnidata.builder.finalize import complete, first_rejects
 from omnidata.builder.inputs import open_inputs
+from omnidata.builder.job import Job
 from omnidata.builder.layout import Piece, ShardTask, Stretch, cut_shards
 from omnidata.builder.report import describe
 from omnidata.builder.settings import BuildSettings, RunOptions
-from omnidata.builder.worker import Job, build_shard
+from omnidata.builder.worker import build_shard
+from omnidata.corpus import SourceFile
 from omnidata.dataset import Dataset
 from omnidata.durable import Store
 from omnidata.executors import run_tasks
@@ -74,32 +76,31 @@ def dry_run(settings: BuildSettings, options: RunOptions) -> DryRunReport:
     from omnidata.inspect.samples import read_views  # a later stage: this looks at what it built
 
     with tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
-        files, identity, renderer = open_inputs(settings, folder)
-        job = Job(folder, settings, files, folder)
+        job = Job(folder, settings, folder)
         with open_executor(job, options) as executor:
             run = functools.partial(run_tasks, executor)
-            plan = make_plan(identity, settings, len(files), run, weigh=True)
+            inputs = open_inputs(settings, folder, run)
+            plan = make_plan(inputs.identity, settings, inputs.files, run, weigh=True)
         tried = replace(job, settings=replace(settings, split={}, samples_per_shard=None, shard_bytes=None))
-        task = sample_task(plan.stretches)
+        task = sample_task(plan.stretches, inputs.files)
         result = build_shard(tried, task, report=lambda tally: None)
         store, pairs = Store(folder), [(task, result)]
         rejects = first_rejects(store, pairs, limit=NUM_REJECTS)
         views = []
         if result.num_samples:
-            part = BuildPlan(identity, tuple(piece.stretch for piece in task.pieces), ())
-            complete(store, tried.settings, part, pairs, renderer)
+            part = BuildPlan(inputs.identity, tuple(piece.stretch for piece in task.pieces), ())
+            complete(store, tried.settings, part, pairs, inputs.renderer)
             step = max(1, result.num_samples // NUM_SAMPLES)
             views = list(read_views(Dataset(folder), range(0, result.num_samples, step)[:NUM_SAMPLES]))
         counts = [sum(stretch.counts[at] for stretch in plan.stretches) for at in range(len(settings.splits))]
         return DryRunReport(
             sources=[
-                {key: entry[key] for key in ("source", "format", "num_bytes")}
-                | {"num_records": plan.records_of_file(number)}
-                for number, entry in enumerate(identity["inputs"])
+                {key: entry[key] for key in ("source", "format", "num_bytes")} | {"num_records": count}
+                for entry, count in zip(inputs.identity["inputs"], plan.records_of_files(), strict=True)
             ],
             num_records=plan.num_records,
             splits=dict(zip(settings.splits, counts, strict=True)),
-            num_shards=len(cut_shards(plan.stretches, settings)),
+            num_shards=len(cut_shards(plan.stretches, settings, inputs.files)),
             estimated_bytes=sum(stretch.num_records * stretch.record_bytes for stretch in plan.stretches),
             num_tried=result.num_records,
             tried_rejects=result.rejects,
@@ -108,7 +109,7 @@ def dry_run(settings: BuildSettings, options: RunOptions) -> DryRunReport:
         )
 
 
-def sample_task(stretches: Sequence[Stretch]) -> ShardTask:
+def sample_task(stretches: Sequence[Stretch], files: Sequence[SourceFile]) -> ShardTask:
     """A shard of about NUM_RECORDS records: the first few of units from all over the corpus."""
     chosen = list(stretches[:: max(1, len(stretches) // NUM_SAMPLES)])
     share = max(1, NUM_RECORDS // len(chosen))
@@ -116,4 +117,5 @@ def sample_task(stretches: Sequence[Stretch]) -> ShardTask:
     for stretch in chosen:
         count = min(share, stretch.num_records)
         pieces.append(Piece(replace(stretch, num_records=count, counts=(count,)), 0, count))
-    return ShardTask("train", 0, tuple(pieces))
+    read = {stretch.file: files[stretch.file] for stretch in chosen}
+    return ShardTask("train", 0, tuple(pieces), files=read)

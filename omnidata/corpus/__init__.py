@@ -26,7 +26,7 @@ from omnidata.corpus.source import SourceFile, Unit, expand, file_size
 from omnidata.corpus.streams import read_head
 from omnidata.schema import Record, Reject, UserError
 
-__all__ = ["FORMATS", "SourceFile", "Unit", "open_source", "read", "scan"]
+__all__ = ["FORMATS", "SourceFile", "Unit", "expand", "open_file", "open_source", "read", "scan"]
 
 FORMATS = ("auto", "llava", "messages", "parquet", "tsv", "webdataset")
 _SHAPES = (
@@ -62,7 +62,7 @@ def open_source(source: str, *, format: str = "auto") -> list[SourceFile]:
     """
     if format not in FORMATS:
         raise UserError(f"--format {format} is unknown; choose one of {', '.join(FORMATS)}")
-    return [_open(name, format) for name in expand(source)]
+    return [open_file(name, format=format) for name in expand(source)]
 
 
 def scan(file: SourceFile) -> Iterator[Unit]:
@@ -79,7 +79,8 @@ def _shape(name: str) -> SourceShape:
     return import_module(f"omnidata.corpus.{name}")
 
 
-def _open(name: str, format: str) -> SourceFile:
+def open_file(name: str, *, format: str = "auto") -> SourceFile:
+    """One file, its format detected from its bytes; UserError if it is of no known shape."""
     head, compression = read_head(name, _HEAD)
     if not head.removeprefix(BOM).strip():
         return _open_empty(name, format, compression)
