@@ -91,9 +91,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not (needs_hidden or needs_weight):
                 continue
             grad_logits = _minus_one_hot(log_probs.exp_(), labels[rows]).to(compute_dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight.to(compute_dtype)
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[rows].to(compute_dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

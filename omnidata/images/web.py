@@ -154,7 +154,7 @@ class _PinnedHTTP(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self._socket = self._dial()
-        self.sock = _Timed(self._socket, self.deadline)  # type: ignore[assignment]
+        self.sock = _Timed(self._socket, self.deadline)
 
     def _dial(self) -> socket.socket:
         *others, last = self.addresses
