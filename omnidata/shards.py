@@ -77,6 +77,22 @@ def tar_header(name: str, size: int) -> bytes:
     )
 
 
+def prefix_names(members: memoryview, prefix: str) -> None:
+    """Put ``prefix`` before the name in each header of whole members, in place; their contents stay.
+
+    The headers must be this module's (``read_sample`` proves it) and their names short enough.
+    """
+    before, at = prefix.encode("ascii"), 0
+    end, total = MAX_MEMBER_NAME - len(before), sum(before)
+    while at < len(members):
+        header = bytes(members[at : at + BLOCK])
+        assert not header[end:MAX_MEMBER_NAME].strip(b"\0"), header[:MAX_MEMBER_NAME]
+        checksum = b"%06o\0 " % (int(header[148:154], 8) + total)
+        members[at : at + BLOCK] = b"".join((before, header[:end], header[100:148], checksum, header[156:]))
+        size = int(header[124:135], 8)
+        at += BLOCK + size + -size % BLOCK
+
+
 _NPY_HEADER = 128  # bytes; numpy pads a vector's header to this
 _NPY_MAGIC = b"\x93NUMPY\x01\x00" + (_NPY_HEADER - 10).to_bytes(2, "little")
 

@@ -263,7 +263,7 @@ def test_damage_is_not_copied(pair, tmp_path):
     raw = bytearray((own / row["shard"]).read_bytes())
     raw[row["offset"] + 512 + 128] ^= 1  # an id
     (own / row["shard"]).write_bytes(raw)
-    with pytest.raises(UserError, match=f"sample {row['key']}: it is not what its content hash says"):
+    with pytest.raises(UserError, match=f"sample {row['key']}: it is not what its hashes say"):
         subset(own, out=tmp_path / "c", where="n_tokens > 0")
     assert not (tmp_path / "c" / MANIFEST).exists()
     (tmp_path / "bad.txt").write_text(f"{row['key']}  # damaged\n")

@@ -16,6 +16,7 @@ from omnidata.shards import (
     content_hash,
     iter_members,
     npy_bytes,
+    prefix_names,
     read_npy,
     read_sample,
     tar_header,
@@ -150,3 +151,14 @@ def test_content_hash_tells_boundaries_apart():
     one = make_sample(images=(b"ab", b"c"), extensions=("jpg", "jpg"))
     other = make_sample(images=(b"a", b"bc"), extensions=("jpg", "jpg"))
     assert content_hash(one) != content_hash(other)
+
+
+@given(st.text("abc019_-", min_size=1, max_size=30), st.text("abc019_-", max_size=20), st.integers(0, 2))
+def test_a_prefix_of_names_makes_what_would_have_been_written(key, prefix, num_images):
+    sample = make_sample(
+        key, images=(b"\xff\xd8 one", b"x" * 512)[:num_images], extensions=("jpg", "png")[:num_images]
+    )
+    [(_, nbytes)], raw = written([sample])
+    renamed = bytearray(raw[:nbytes])
+    prefix_names(memoryview(renamed), prefix)
+    assert renamed == written([replace(sample, key=prefix + key)])[1][:nbytes]

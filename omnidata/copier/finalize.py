@@ -23,7 +23,7 @@ from omnidata.builder.settings import LISTS
 from omnidata.builder.worker import ShardResult, part_path
 from omnidata.builder.workspace import leave
 from omnidata.copier.columns import united
-from omnidata.copier.inputs import Input
+from omnidata.copier.inputs import Input, pick
 from omnidata.copier.layout import CopyTask
 from omnidata.copier.settings import CopySettings
 from omnidata.durable import Store
@@ -85,9 +85,9 @@ def _left_out(settings: CopySettings, source: Input) -> Iterator[pa.Table]:
     if not len(rows):
         return
     named = np.isin(rows, source.excluded)
-    table = source.dataset.index_columns(["key", "source", "locator", "id"]).take(pa.array(rows))
+    table = source.dataset.index_columns(["key", "source", "locator", "id"])
     for start in range(0, len(rows), CHUNK):
-        part = table.slice(start, CHUNK).combine_chunks()
+        part = table.take(pa.array(rows[start : start + CHUNK])).combine_chunks()
         why = pc.if_else(
             pa.array(named[start : start + CHUNK]),
             f" is named by --exclude {settings.exclude}",
@@ -173,7 +173,7 @@ def make_origin(settings: CopySettings, inputs: Sequence[Input], splits: Sequenc
 def _origin_of(source: Input, splits: Sequence[str]) -> dict[str, Any]:
     manifest = source.dataset.manifest
     rows = [source.chosen.get(split, np.zeros(0, np.int64)) for split in splits]
-    hashes = source.dataset.index_columns(["content_hash"])["content_hash"].combine_chunks()
+    hashes = source.dataset.index_columns(["content_hash"])["content_hash"]
     return {
         "path": source.dataset.path,
         "digest": source.digest,
@@ -182,7 +182,7 @@ def _origin_of(source: Input, splits: Sequence[str]) -> dict[str, Any]:
         "num_samples": manifest.num_samples,
         "rejects": manifest.rejects,
         "taken": {split: len(mine) for split, mine in zip(splits, rows, strict=True) if len(mine)},
-        "content": content_digest(hashes.take(pa.array(mine)) for mine in rows),
+        "content": content_digest(part for mine in rows for part in pick(hashes, mine)),
         "settings": manifest.settings,
         "versions": manifest.versions,
         "origin": manifest.origin,

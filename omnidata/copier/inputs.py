@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -127,6 +127,15 @@ def _check_places(dataset: Dataset, table: pa.Table) -> None:
         raise UserError(f"{dataset.path}/{INDEX} {wrong}: the dataset is damaged, run `omnidata verify`")
 
 
+def pick(column: pa.ChunkedArray, rows: np.ndarray) -> Iterator[pa.Array]:
+    """The values at these rows (ascending), in pieces: one array holds no more than 2 GiB of text."""
+    start = 0
+    for chunk in column.chunks:
+        first, last = np.searchsorted(rows, (start, start + len(chunk)))
+        yield chunk.take(pa.array(rows[first:last] - start))
+        start += len(chunk)
+
+
 # --- keys -------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +146,10 @@ def _with_prefixes(inputs: list[Input]) -> list[Input]:
     """
     if len(inputs) == 1:
         return inputs
-    keys = [each.dataset.index_columns(["key"])["key"].take(pa.array(each.rows)) for each in inputs]
+    keys = [
+        pa.chunked_array(pick(each.dataset.index_columns(["key"])["key"], each.rows), pa.string())
+        for each in inputs
+    ]
     for each, mine in zip(inputs, keys, strict=True):
         if len(pc.unique(mine)) != len(mine):
             what = f"{each.dataset.path} has a key twice"

@@ -36,14 +36,13 @@ from omnidata.index import (
 )
 from omnidata.schema import INDEX, MANIFEST, ShardInfo, UserError
 from omnidata.shards import (
-    BLOCK,
     CorruptSampleError,
     HashedFile,
     content_hash,
+    dialogue_hash,
     end_archive,
-    iter_members,
+    prefix_names,
     read_sample,
-    tar_header,
 )
 
 RUN_BYTES = 8 << 20  # read at once, where samples are adjacent
@@ -107,19 +106,22 @@ class _ShardCopy:
     def samples(self, dataset: Dataset, table: pa.Table, prefix: str) -> Iterator[tuple[int, int]]:
         """Copy the samples of these index rows; yield the (offset, nbytes) of each in the new shard."""
         shards = table["shard"].to_pylist()
-        keys, hashes = table["key"].to_pylist(), table["content_hash"].to_pylist()
+        keys = table["key"].to_pylist()
+        hashes = list(
+            zip(*(table[name].to_pylist() for name in ("content_hash", "dialogue_hash")), strict=True)
+        )
         offsets, nbytes = (numbers(table, name).tolist() for name in ("offset", "nbytes"))
         for start, stop in runs(shards, offsets, nbytes):
             first, end = offsets[start], offsets[stop - 1] + nbytes[stop - 1]
-            raw = memoryview(self._read(dataset, shards[start], first, end - first))
+            read = self._read(dataset, shards[start], first, end - first)
+            raw = memoryview(bytearray(read) if prefix else read)
             for at in range(start, stop):
                 sample = raw[offsets[at] - first :][: nbytes[at]]
                 check_sample(sample, keys[at], hashes[at], where=f"{dataset.path}/{shards[at]}")
-                yield self.file.num_bytes + (0 if prefix else offsets[at] - first), nbytes[at]
                 if prefix:
-                    self._write_renamed(sample, prefix)
-            if not prefix:
-                self.file.write(raw)
+                    prefix_names(sample, prefix)
+                yield self.file.num_bytes + offsets[at] - first, nbytes[at]
+            self.file.write(raw)
             self._tell(stop - start)
 
     def _read(self, dataset: Dataset, shard: str, offset: int, nbytes: int) -> bytes:
@@ -128,11 +130,6 @@ class _ShardCopy:
         except CorruptSampleError as error:
             what = f"{error}: the dataset is damaged, run `omnidata verify {dataset.path}`"
             raise UserError(what) from error
-
-    def _write_renamed(self, sample: memoryview, prefix: str) -> None:
-        for name, at, size in iter_members(sample):
-            self.file.write(tar_header(prefix + name, size))
-            self.file.write(sample[at : at + size + -size % BLOCK])
 
     def _tell(self, num_samples: int) -> None:
         self._num_samples += num_samples
@@ -155,15 +152,15 @@ def runs(shards: list[str], offsets: list[int], nbytes: list[int]) -> Iterator[t
             start = at
 
 
-def check_sample(raw: memoryview, key: str, expected: str, *, where: str) -> None:
-    """Refuse bytes that are not the sample of this key and content hash."""
+def check_sample(raw: memoryview, key: str, expected: tuple[str, str], *, where: str) -> None:
+    """Refuse bytes that are not the sample of this key and these hashes, of its content and its KEY.json."""
     try:
         sample = read_sample(raw)
-        found = content_hash(sample)
+        found = content_hash(sample), dialogue_hash(sample.dialogue)
     except CorruptSampleError as error:
         raise UserError(f"{where}, sample {key}: {error}; {_REMEDY}") from error
     if sample.key != key or found != expected:
-        what = f"the key is {sample.key}" if sample.key != key else "it is not what its content hash says"
+        what = f"the key is {sample.key}" if sample.key != key else "it is not what its hashes say"
         raise UserError(f"{where}, sample {key}: {what}; {_REMEDY}")
 
 
