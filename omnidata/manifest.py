@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from omnidata.origin import is_origin
 from omnidata.schema import IMAGE_TOKENS, SCHEMA_VERSION, SHARDS_DIR, Manifest, ShardInfo, UserError
 
 MAX_NUMBER = 1 << 62  # sums of a few still fit an int64
@@ -92,6 +93,8 @@ def _problems(data: dict[str, Any]) -> Iterator[str]:
         if field.name != "shards" and not _is(data[field.name], str(field.type)):
             yield f"{field.name} is {_short(data[field.name])}, not a {field.type} in range"
     yield from _profile_problems(data["profile"])
+    if isinstance(data["origin"], dict) and not is_origin(data["origin"]):
+        yield f"origin is {_short(data['origin'])}, which does not say what was copied from where"
     if not isinstance(data["shards"], list):
         yield f"shards is {_short(data['shards'])}, not a list"
         return

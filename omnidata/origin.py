@@ -28,7 +28,30 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Origin = dict[str, Any]
+_OF_INPUT = {
+    **dict.fromkeys(("path", "digest", "key_prefix", "content"), str),
+    **dict.fromkeys(("num_records", "num_samples"), int),
+    **dict.fromkeys(("rejects", "taken", "settings", "versions", "origin"), dict),
+}
+
+
+def is_origin(value: Mapping[str, Any]) -> bool:
+    """Whether a manifest's ``origin`` is empty or has the shape above, at every depth."""
+    if not value:
+        return True
+    inputs = value.get("inputs")
+    if not isinstance(inputs, list) or not inputs:
+        return False
+    if not all(isinstance(value.get(name), str) for name in ("command", "where", "exclude")):
+        return False
+    return all(isinstance(entry, dict) and _is_input(entry) for entry in inputs)
+
+
+def _is_input(entry: Mapping[str, Any]) -> bool:
+    if any(type(entry.get(name)) is not kind for name, kind in _OF_INPUT.items()):
+        return False
+    counts = [*entry["rejects"].values(), *entry["taken"].values()]
+    return all(type(count) is int for count in counts) and is_origin(entry["origin"])
 
 
 def content_digest(hashes: Iterable[pa.ChunkedArray | pa.Array]) -> str:
@@ -63,6 +86,22 @@ def rows_of_inputs(
                 start += count
 
 
+def settings_of_builds(settings: Mapping[str, Any], origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of a dataset as each of the builds had them that its samples are from.
+
+    Inputs of a copy may differ in how long a sample might be and in the date that a template prints; a sample
+    rendered again is what it was by the settings of its own build.
+    """
+    if not origin:
+        return [dict(settings)]
+    found = [
+        dict(settings) | {name: each[name] for name in ("max_length", "date") if name in each}
+        for entry in origin["inputs"]
+        for each in settings_of_builds(entry["settings"], entry["origin"])
+    ]
+    return [each for at, each in enumerate(found) if each not in found[:at]]
+
+
 def describe(origin: Mapping[str, Any]) -> str:
     """An origin in words; "" of a dataset that was built.
 
@@ -71,9 +110,9 @@ def describe(origin: Mapping[str, Any]) -> str:
     """
     if not origin:
         return ""
-    paths = ", ".join(str(entry.get("path")) for entry in origin.get("inputs", []))
-    if origin.get("command") != "subset":
-        return f"{origin.get('command')} of {paths}"
-    conditions = [f"where {origin['where']}"] if origin.get("where") else []
-    conditions += [f"without the keys of {origin['exclude']}"] if origin.get("exclude") else []
+    paths = ", ".join(entry["path"] for entry in origin["inputs"])
+    if origin["command"] != "subset":
+        return f"{origin['command']} of {paths}"
+    conditions = [f"where {origin['where']}"] if origin["where"] else []
+    conditions += [f"without the keys of {origin['exclude']}"] if origin["exclude"] else []
     return f"subset of {paths}: {', '.join(conditions)}"

@@ -196,6 +196,20 @@ def test_two_builds_merged_are_one_build_of_both(tmp_path):
     assert codes(tmp_path / "merged", deep=True) == set()
 
 
+def test_samples_of_builds_of_other_lengths_render_again_to_what_they_were(tmp_path):
+    corpus = write_corpus(tmp_path / "c", num_llava=0, num_chat=4, bad=False)
+    turn = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A red square."}]
+    long = json.dumps({"id": "long", "messages": turn * 4})
+    (corpus.folder / "chat.jsonl").write_text(f"{long}\n{long}\n")
+    for length in (60, 2048):
+        source = (str(corpus.folder / "chat.jsonl"),)
+        corpus.build(tmp_path / str(length), options=INLINE, source=source, max_length=length)
+    merge(tmp_path / "60", tmp_path / "2048", out=tmp_path / "all")
+    assert len(set(Dataset(tmp_path / "all").index["n_tokens"].to_pylist())) == 2
+    assert Dataset(tmp_path / "all").manifest.settings["max_length"] == 2048
+    assert codes(tmp_path / "all", deep=True) == set()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100), st.integers(1, 9))
 def test_shards_hold_every_sample_once_and_no_more_than_they_may(sizes, room, most):
@@ -288,7 +302,10 @@ def test_verify_sees_a_copy_that_does_not_hold_what_it_says(pair, tmp_path):
     assert found(first | {"rejects": {}}, second) == {"origin"}
     assert found(first | {"num_records": 44}, second) == {"origin"}
     assert found(first, second | {"key_prefix": "2-"}) == {"origin"}
-    assert found(first, {}) == {"origin"}
+    sound = (tmp_path / "c" / MANIFEST).read_bytes()
+    with pytest.raises(UserError, match="does not say what was copied from where"):
+        found(first, {})
+    (tmp_path / "c" / MANIFEST).write_bytes(sound)
     changed(tmp_path / "c", origin=origin)
     shard = tmp_path / "c" / manifest.shards[0].path
     raw = bytearray(shard.read_bytes())

@@ -38,7 +38,7 @@ def check_agreement(datasets: Sequence[Dataset]) -> None:
     if lines:
         raise UserError(
             f"these datasets do not fit into one: compared with {first.path},{''.join(lines)}\n"
-            "Build them with the same --model (or --tokenizer and --num-query) and settings of pictures."
+            "Build them with the same settings, or name them all in a recipe's `data`: it mixes what it can."
         )
 
 
@@ -62,3 +62,7 @@ def _settings(first: Manifest, other: Manifest) -> Iterator[tuple[str, Any, Any]
     """(what, in the first, in the other) of settings that a dataset has once for all of its samples."""
     yield "the cutting of pictures (--max-slices)", *(slicing_of(m.settings) for m in (first, other))
     yield "--image-fit", *(m.settings.get("image_fit", "squash") for m in (first, other))
+    # By these a conversation is rendered again: one value for all, or `omnidata render` would change some.
+    yield "--train-on", *(m.settings.get("train_on", "all") for m in (first, other))
+    yield "--system", *(m.settings.get("system") for m in (first, other))
+    yield "--content-token", *(sorted(m.settings.get("content_token", ())) for m in (first, other))

@@ -18,6 +18,7 @@ from omnidata.builder.settings import settings_from_json
 from omnidata.conversation import trained_on
 from omnidata.dialogue import Dialogue, DialogueError, dialogue_json, read_dialogue
 from omnidata.durable import Store
+from omnidata.origin import settings_of_builds
 from omnidata.render import Renderer
 from omnidata.schema import Manifest, RejectError, Sample, UserError
 
@@ -36,8 +37,12 @@ def check_dialogue(sample: Sample, manifest: Manifest, url: str) -> Iterator[tup
     except RejectError as error:
         yield "dialogue", f"KEY.json: {error.detail}"
         return
-    if what := rendered_otherwise(sample, dialogue, manifest, url):
-        yield "dialogue", f"KEY.json rendered again gives {what}"
+    found = [
+        rendered_otherwise(sample, dialogue, replace(manifest, settings=settings), url)
+        for settings in settings_of_builds(manifest.settings, manifest.origin)
+    ]
+    if all(found):
+        yield "dialogue", f"KEY.json rendered again gives {found[0]}"
 
 
 def rendered_otherwise(sample: Sample, dialogue: Dialogue, manifest: Manifest, url: str) -> str | None:
@@ -61,7 +66,7 @@ def rendered_otherwise(sample: Sample, dialogue: Dialogue, manifest: Manifest, u
     return None
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _renderer(settings: str, url: str) -> Renderer | None:
     try:
         return load_renderer(settings_from_json(json.loads(settings)), Store(url))
