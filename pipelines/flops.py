@@ -38,6 +38,15 @@ class FlopCount:
         lengths = np.diff(microbatch.cu_seqlens.numpy())
         return self.of(lengths, images=len(microbatch.images), supervised=num_supervised(microbatch))
 
+    @property
+    def token_weights(self) -> dict[str, float]:
+        """What an image and a document's squared length weigh in tokens: for ``PackLoader.weigh``."""
+        shape, token = self.shape, 2 * self.shape.lm_params * self.token_multiplier
+        return {
+            "image_cost": self.image_flops / token,
+            "attention_cost": shape.lm_layers * shape.lm_width / shape.lm_params,
+        }
+
     def of(self, lengths: Sequence[float] | np.ndarray, *, images: int, supervised: int) -> float:
         """FLOPs for documents of ``lengths`` tokens."""
         tokens = float(token_flops(self.shape, np.asarray(lengths)).sum()) * self.token_multiplier

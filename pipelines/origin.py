@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omnidata import Dataset
+from omnidata.loader.loader import OtherVersionError
 from omnidata.schema import UserError
 from pipelines.checkpoint import changed_keys
 from pipelines.config import Recipe
@@ -62,6 +63,8 @@ def naming_changes(path: Path, recipe: Recipe) -> Iterator[None]:
     """A refusal of the loader's state also names the keys that did change, which it can't know."""
     try:
         yield
+    except OtherVersionError as error:
+        raise UserError(f"{path} cannot be resumed: {error}") from error
     except UserError as error:
         keys = [line for line in changed_keys(path, recipe) if line.startswith(("data.", "run.seed"))]
         found = "; ".join(keys) or "no key of the recipe, so a dataset was built anew under the same path"

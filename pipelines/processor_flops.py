@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from omnidata.loader.microbatch import Microbatch
+from omnidata.plan.catalog import IMAGE_PIXELS
 from omnimodel.parts import Parts
 from pipelines.data import num_supervised
 
@@ -49,6 +50,16 @@ class ProcessorFlopCount:
             pixel_values=microbatch.num_pixels,
             features=0 if has_dummy else int(microbatch.token_type_ids.sum()),
         )
+
+    @property
+    def token_weights(self) -> dict[str, float]:
+        """What 448² pixels and a document's squared length weigh in tokens: for ``PackLoader.weigh``.
+
+        The connector's work goes with tokens of pictures, which are tokens, so it is left out.
+        """
+        token = 2 * self.token_params * self.passes["language_model"]
+        picture = self.of([], images=1, supervised=0, pixel_values=IMAGE_PIXELS)
+        return {"image_cost": picture / token, "attention_cost": self.token_attention / self.token_params}
 
     def of(
         self,

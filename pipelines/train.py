@@ -146,6 +146,7 @@ def prepare(recipe: Recipe, world: World) -> Training:
     if not recipe.run.resume:
         checkpoints.refuse_existing()
     built = build_model(recipe, config, world)
+    loader.weigh(**built.flop_count.token_weights)
     proven = prove_isolation(recipe, world, built, datasets[0])
     if world.is_main and proven:
         print(proven, flush=True)

@@ -11,7 +11,7 @@ from omnidata.adapters import hf
 
 def main(path, folder, run, steps):
     model = hosts.load_model(folder)
-    data = hf.train_dataset(path, model, **{**hosts.SETTINGS, "global_batch": 4})
+    data = hf.train_dataset(path, model, **{**hosts.SETTINGS, **hosts.FOUR_RANKS})
     arguments = {"optim": "sgd", "learning_rate": hosts.LR, "lr_scheduler_type": "constant"}
     arguments |= {"max_grad_norm": 0, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
     arguments |= {

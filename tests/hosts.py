@@ -17,6 +17,7 @@ from omnidata.loader import PackLoader
 
 NUM_STEPS, KILLED_AT = 30, 12
 SETTINGS = {"max_tokens": 96, "global_batch": 2, "num_epochs": 3, "seed": 3}
+FOUR_RANKS = {"global_batch": 4, "seed": 5}  # the second step has packs with and without pictures
 LR = 1e-2
 TEXT = {
     **{

@@ -214,7 +214,7 @@ def test_another_tokenizer_or_too_few_embeddings_are_refused(made, mistral):
 @pytest.mark.slow
 def test_four_ranks_then_two_are_one(made, tmp_path):
     """Three steps with 4 ranks, then three more with 2: the losses of one process, some without pictures."""
-    settings = SETTINGS | {"global_batch": 4}
+    settings = SETTINGS | hosts.FOUR_RANKS
     ranks = [islice(PackLoader(made[0], rank=rank, world_size=4, **settings), 3) for rank in range(4)]
     assert any(len({bool(one.images) for one in step}) == 2 for step in zip(*ranks, strict=True))
     own = hosts.own_losses(made[0], hosts.load_model(made[1]), steps=6, settings=settings)

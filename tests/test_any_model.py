@@ -225,6 +225,12 @@ def test_flops_are_those_that_torch_counts(family, name):
     with FlopCounterMode(display=False) as counter:
         model(**model_inputs(microbatch, CPU)).loss.backward()
     assert count.microbatch(microbatch) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    # and packs are dealt by them: a document's and a picture's share, in tokens
+    weights, token = count.token_weights, count.of([1], images=0, supervised=0)
+    document = 300 + weights["attention_cost"] * 300**2
+    assert token * document == pytest.approx(count.of([300], images=0, supervised=0), rel=0.01)
+    picture = count.of([], images=1, supervised=0, pixel_values=3 * 448**2)
+    assert token * weights["image_cost"] == pytest.approx(picture, rel=0.01)
 
 
 def test_the_planner_knows_weights_and_time_and_says_what_it_does_not(family, tmp_path, capsys):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from omnidata import Dataset, EpochPlan, cli
-from omnidata.plan.cost import Assumptions
+from omnidata.plan.cost import Assumptions, token_weights
 from omnidata.plan.forecast import Forecast, forecast, padding, rank_balance
+from omnidata.plan.window import ATTENTION_COST, IMAGE_COST
 
 MAX_TOKENS, GLOBAL_BATCH, WORLD_SIZE = 120, 3, 2
 
@@ -61,8 +62,7 @@ def test_balance_is_that_of_the_dealt_steps(plan, seen):
     ratios, waits, works = [], 0.0, 0.0
     for step in plan.steps(WORLD_SIZE, global_batch=GLOBAL_BATCH):
         costs = [
-            sum(step.packs[i].num_tokens + seen.image_cost * step.packs[i].num_images for i in rank)
-            for rank in step.ranks
+            sum(step.packs[i].cost(seen.image_cost, seen.attention_cost) for i in rank) for rank in step.ranks
         ]
         ratios.append(max(costs) / np.mean(costs))
         waits += WORLD_SIZE * max(costs) - sum(costs)
@@ -74,9 +74,9 @@ def test_balance_is_that_of_the_dealt_steps(plan, seen):
 
 def test_even_ranks_are_perfectly_balanced():
     same = np.full((4, 8), 100)
-    balance = rank_balance(same, np.ones((4, 8)), 4, 221.0)
+    balance = rank_balance(same, np.ones((4, 8)), same + 221.0, 4)
     assert (balance.tokens, balance.images, balance.cost, balance.idle) == (1.0, 1.0, 1.0, 0.0)
-    uneven = rank_balance(np.array([[3, 1]]), np.zeros((1, 2)), 2, 0.0)
+    uneven = rank_balance(np.array([[3, 1]]), np.zeros((1, 2)), np.array([[3.0, 1.0]]), 2)
     assert (
         uneven.tokens == pytest.approx(1.5) and uneven.idle == pytest.approx(1 / 3) and uneven.images == 1.0
     )
@@ -86,6 +86,14 @@ def test_padding_of_batches():
     assert padding(np.array([2, 4]), 2) == 0.25
     assert padding(np.array([2, 4, 3]), 2) == pytest.approx(1 - 9 / 11)  # the last batch has one sample
     assert padding(np.array([5, 5]), 1) == 0.0 and padding(np.zeros(0, int), 3) == 0.0
+
+
+def test_an_image_weighs_what_the_model_says(plan, seen):
+    trained = forecast(plan, assume=Assumptions(frozen=(), num_gpus=1))
+    small = forecast(plan, assume=Assumptions(model="vitl-7b"))
+    assert trained.image_cost == pytest.approx(3 * seen.image_cost) and small.image_cost < seen.image_cost
+    # OmniLMM-12B at 448 pixels, the tower frozen: the weights by which a plan makes its steps
+    assert token_weights(Assumptions()) == pytest.approx((IMAGE_COST, ATTENTION_COST), rel=0.02)
 
 
 def test_cost_counts_attention_by_document_and_images(plan, seen):

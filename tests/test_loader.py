@@ -183,6 +183,12 @@ def test_state_is_small_json_and_knows_its_plan(data):
             other.load_state_dict(one.state_dict())
 
 
+def test_a_state_of_another_version_is_refused_by_name(data):
+    state = loader(data).state_dict() | {"version": 1}
+    with pytest.raises(UserError, match=r"version 1, this release reads 2: .* ordered otherwise"):
+        loader(data).load_state_dict(state)
+
+
 def test_state_moves_on_with_the_last_microbatch_of_a_step(data):
     one = loader(data, world_size=2, rank=1)
     for number, _ in enumerate(itertools.islice(one, 7), start=1):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omnidata.plan.exchange import Amount, exchange
 from omnidata.plan.packing import best_fit, even_fit, pack
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 4)), max_size=60)
@@ -74,12 +75,57 @@ def test_even_packs_cost_alike():
     assert spread(even_fit) < 0.6 * spread(best_fit)
 
 
+@pytest.mark.parametrize("max_tokens", [4096, 8192])
+def test_packs_hold_as_many_images_as_any_other(max_tokens):
+    tokens, images = natural(20_000)
+    pack_of, num_packs = pack(tokens, images, max_tokens=max_tokens)
+    held = np.bincount(pack_of, images)
+    assert held.max() <= np.ceil(held.mean()) + 1 and held.std() < 0.8
+    assert tokens.sum() / (num_packs * max_tokens) > 0.99
+
+
+def test_packs_hold_as_many_pixels_as_any_other_and_a_mixture_s_as_well():
+    """Half text alone, half pictures of any size: packs of pictures alone would cost several times more."""
+    rng = np.random.default_rng(5)
+    images = (np.arange(8000) % 2) * rng.choice([1, 1, 2], 8000)
+    seen = rng.integers(64, 1200, 8000) * (images > 0)  # tokens of the pictures of a sample
+    tokens = seen + np.clip(rng.lognormal(5.5, 0.8, 8000), 20, 2000).astype(int)
+    pack_of, num_packs = pack(tokens, images, max_tokens=8192, pixels=seen * 1024 * 3)
+    held = np.bincount(pack_of, seen)
+    assert held.max() < 1.05 * held.mean() and tokens.sum() / (num_packs * 8192) > 0.985
+    pack_of, _ = best_fit(tokens, images, max_tokens=8192)
+    assert np.bincount(pack_of, seen).max() > 1.15 * held.mean()
+
+
 def test_pack_takes_the_fewest_where_even_packs_are_many_more():
-    tokens = np.clip(np.random.default_rng(0).lognormal(6.8, 0.7, 2000), 64, 4096).astype(int)
-    none = np.zeros(2000, int)
-    fewest = best_fit(tokens, none, max_tokens=4096)[1]
-    assert even_fit(tokens, none, max_tokens=4096)[1] > 1.01 * fewest
-    assert pack(tokens, none, max_tokens=4096)[1] == fewest
+    rng = np.random.default_rng(0)
+    tokens, images = rng.integers(1400, 2700, 2000), rng.integers(0, 9, 2000)
+    fewest = best_fit(tokens, images, max_tokens=4096)[1]
+    assert even_fit(tokens, images, max_tokens=4096)[1] > 1.02 * fewest
+    assert pack(tokens, images, max_tokens=4096)[1] == fewest
+
+
+def test_packs_without_images_are_the_fewest():
+    tokens, none = natural(5000)[0], np.zeros(5000, int)
+    assert pack(tokens, none, max_tokens=4096)[1] == best_fit(tokens, none, max_tokens=4096)[1]
+
+
+@given(samples=lengths, seed=st.integers(0, 9))
+def test_an_exchange_keeps_every_sample_and_evens_out(samples, seed):
+    tokens, images = np.array(samples, np.int64).reshape(-1, 2).T
+    num_packs = max(1, len(samples) // 3)
+    before = np.random.default_rng(seed).permutation(np.arange(len(samples)) % num_packs)
+    amounts = [Amount(tokens, 4.0, 40), Amount(images, 1.0)]
+    after = exchange(before, num_packs, amounts)
+    assert after.shape == before.shape and set(after.tolist()) <= set(range(num_packs))
+
+    def unevenness(pack_of):
+        held = [np.bincount(pack_of, a.values, num_packs) for a in amounts]
+        shares = [h / max(h.mean(), 1) for h in held]
+        return sum(a.weight * np.square(x).sum() for a, x in zip(amounts, shares, strict=True))
+
+    over = [np.maximum(np.bincount(x, tokens, num_packs) - 40, 0).sum() for x in (before, after)]
+    assert unevenness(after) <= unevenness(before) + 1e-9 or over[1] < over[0]
 
 
 def test_text_fills_packs_that_hold_no_more_images():

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnidata.plan.blend import Source, quotas
-from omnidata.plan.epoch import EpochPlan, Position, deal
+from omnidata.plan.epoch import EpochPlan
+from omnidata.plan.steps import Position, deal
 from omnidata.schema import UserError
 
 SIZES = [40, 55, 30, 70, 45, 60]
@@ -55,17 +56,18 @@ def test_equal_numbers_give_equal_plans_and_others_do_not():
 
 def test_the_order_is_pinned():
     # A saved position means something only while the same integers give the same order.
-    assert rows(plan())[:2] == [[201, 28, 196, 8, 43, 29], [21, 234, 16]]
+    assert rows(plan())[:2] == [[71, 72, 93, 11], [237, 233, 22, 234]]
+    assert rows(next(plan().steps(global_batch=2)).packs) == [[68, 65, 18, 195], [40, 196, 81, 29]]
 
 
-def test_the_digests_of_old_recipes_are_pinned():
-    # A run that was begun by an earlier version goes on only if its plan has the same digest.
+def test_digests_are_pinned():
+    # A run that was begun by this version goes on under later ones only if its plan has the same digest.
     weights = [Source(MadeUpCatalog(SIZES), weight=3), Source(MadeUpCatalog([10] * 5, shift=3), weight=1)]
     epochs = [Source(MadeUpCatalog(SIZES), epochs=2), Source(MadeUpCatalog([10] * 5, shift=3))]
-    assert plan().digest == "4b4f3fe09061ecc9ef8e4e2b4d66935c"
-    assert plan(data=weights).digest == "ff17c9a79565a9ef6d8cbbdeb077dac0"
+    assert plan().digest == "0e17ae0653a58ee85955632a0ff54307"
+    assert plan(data=weights).digest == "9c99500e2dbb1db56655db68f0aafa3c"
     limits = {"max_images": 3, "oversize": "leave_out"}
-    assert plan(data=epochs, **limits).digest == "c51053c970314806a5e67e489e4287db"
+    assert plan(data=epochs, **limits).digest == "7384c701c8eaf60e009dcb450e542c20"
 
 
 def test_a_window_is_made_without_those_before_it():
@@ -110,9 +112,9 @@ def test_totals_are_the_sums_of_the_packs():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 16])
 def test_global_batches_do_not_depend_on_the_ranks(world_size):
-    packs = rows(plan())
+    alone = list(plan().steps(1, global_batch=10, image_cost=0))
     for step in plan().steps(world_size, global_batch=10):
-        assert rows(step.packs) == packs[10 * step.number : 10 * step.number + 10]
+        assert rows(step.packs) == rows(alone[step.number].packs)
         assert sorted(itertools.chain(*step.ranks)) == list(range(10))  # every pack to one rank
         assert len(step.ranks) == world_size
         counts = [len(rank) for rank in step.ranks]
@@ -134,13 +136,55 @@ def test_the_tail_is_dropped_or_kept_by_rule():
     assert len(dropped) == plan().num_steps(10) == num_packs // 10
     assert len(kept) == plan().num_steps(10, tail="pad") == num_packs // 10 + 1
     assert len(kept[-1].packs) == num_packs % 10
-    assert kept[-1].after.pack == len(plan().window(2))
+    assert kept[-1].after == Position(2, len(plan().window(2)))
 
 
-def test_positions_name_the_next_pack():
-    packs = list(plan().packs())
-    assert packs[0][1] == Position(0, 1)
-    assert rows(pack for pack, _ in plan().packs(packs[7][1])) == rows(pack for pack, _ in packs[8:])
+@pytest.mark.parametrize("batch", [1, 3, 4, 7])
+def test_every_pack_is_in_one_step(batch):
+    """Also those where one window ends and the next begins."""
+    steps = list(plan().steps(2, global_batch=batch, tail="pad"))
+    assert {len(step.packs) for step in steps[:-1]} == {batch}
+    assert sorted(rows(pack for step in steps for pack in step.packs)) == sorted(rows(plan()))
+
+
+def test_the_packs_of_a_step_cost_alike():
+    whole = EpochPlan(MadeUpCatalog([500] * 10), max_tokens=1000, window_samples=2500)
+    for batch in (4, 16):
+        steps = list(whole.steps(global_batch=batch))
+        spread = np.mean([np.ptp([pack.cost() for pack in step.packs]) for step in steps])
+        assert spread < 0.4 * np.ptp([pack.cost() for pack in whole])
+
+
+def test_steps_go_on_with_another_global_batch():
+    """What the stretch begun still holds comes first, as it would have come."""
+    whole = plan()
+    for done, other in itertools.product((1, 4, 8, 11), (1, 2, 5, 7)):
+        begun = list(whole.steps(2, global_batch=3))[:done]
+        rest = list(whole.steps(2, global_batch=other, start=begun[-1].after, tail="pad"))
+        taken = rows(pack for step in [*begun, *rest] for pack in step.packs)
+        assert sorted(taken) == sorted(rows(whole))
+        # and a stop between is no matter: the position says it all
+        again = list(whole.steps(4, global_batch=other, start=rest[0].after, tail="pad"))
+        assert [rows(step.packs) for step in again] == [rows(step.packs) for step in rest[1:]]
+
+
+def test_a_position_is_found_by_counting():
+    for step in plan().steps(global_batch=5):
+        assert plan().position(5 * (step.number + 1), 5) == step.after
+    assert plan().position(0, 5) == Position()
+
+
+def test_the_order_is_random_though_packs_are_even():
+    """Neither cost nor length says anything of the place: of steps, and of samples."""
+    whole = EpochPlan(MadeUpCatalog([1000] * 20), max_tokens=1000, window_samples=5000)
+    steps = list(whole.steps(global_batch=4))
+    costs = np.array([sum(pack.cost() for pack in step.packs) for step in steps])
+    packs = [pack for step in steps for pack in step.packs]
+    tokens = np.concatenate([pack.lengths.tokens for pack in packs])
+    place = np.repeat(np.arange(len(packs)), [len(pack.dataset) for pack in packs])
+    assert len(costs) > 1000 and abs(np.corrcoef(costs[1:], costs[:-1])[0, 1]) < 0.2
+    assert abs(np.corrcoef(costs, np.arange(len(costs)))[0, 1]) < 0.07
+    assert abs(np.corrcoef(tokens, place)[0, 1]) < 0.02
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=64), st.integers(1, 20))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 from omnidata.loader.assembler import Work
@@ -68,11 +69,7 @@ class Microbatches:
         epoch = bisect_left(self._ends, step)
         done = step - (self._ends[epoch - 1] if epoch else 0)
         packs, plan = done * self._loader.global_batch, self._loader.plan.at_epoch(epoch)
-        for window in plan.windows():
-            if packs <= len(window) or window.number == plan.num_windows - 1:
-                return State(step, epoch, window.number, min(packs, len(window)))
-            packs -= len(window)
-        raise IndexError(f"an epoch without windows has no step {step}")
+        return State(step, epoch, *astuple(plan.position(packs, self._loader.global_batch)))
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """What ``PackLoader.state_dict()`` says after ``step`` steps."""

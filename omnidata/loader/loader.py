@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ from omnidata.loader.remote import Remote
 from omnidata.loader.squares import Squares
 from omnidata.loader.workers import TIMEOUT, Workers
 from omnidata.plan.catalog import Place, Places
-from omnidata.plan.epoch import IMAGE_COST, WINDOW_SAMPLES, EpochPlan, Pack, Position, Step, Tail, Window
+from omnidata.plan.epoch import WINDOW_SAMPLES, EpochPlan, Tail
 from omnidata.plan.oversize import Oversize
+from omnidata.plan.steps import Position, Step
+from omnidata.plan.window import ATTENTION_COST, IMAGE_COST, Pack, Window
 from omnidata.schema import IGNORE_INDEX, IM_START, Sample, UserError
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,19 @@ class State:
 
     step: int = 0
     epoch: int = 0
-    window: int = 0
+    window: int = 0  # these and what follows: the plan's Position
     pack: int = 0
+    done: int = 0
+    batch: int = 0
+
+    @property
+    def position(self) -> Position:
+        """Where the next step begins in its epoch."""
+        return Position(self.window, self.pack, self.done, self.batch)
+
+
+class OtherVersionError(UserError):
+    """The state was saved by a release whose plans are others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +75,8 @@ class PackLoader:
         global_batch: packs a step, over all ranks; need not divide evenly.
         max_tokens, max_images, seed, oversize, window_samples: as EpochPlan's.
         num_epochs: None goes on for ever.
-        image_cost: tokens that one image weighs when work is dealt to ranks.
+        image_cost, attention_cost: tokens that one image, and a document's squared length, weigh when the
+            packs of a step are dealt to ranks (``weigh`` sets them later).
         tail: an epoch's last packs, too few for a step, are a step with empty microbatches (pad) or dropped.
         image_size: pixels per side of the square that images become; None: the manifest's.
         raw_pixels: a processor's tensors as bytes, to be normalised on the device by ``normalise``.
@@ -89,6 +103,7 @@ class PackLoader:
         num_epochs: int | None = None,
         packs_per_microbatch: int = 1,
         image_cost: float = IMAGE_COST,
+        attention_cost: float = ATTENTION_COST,
         tail: Tail = "pad",
         oversize: Oversize = "refuse",
         window_samples: int = WINDOW_SAMPLES,
@@ -121,7 +136,8 @@ class PackLoader:
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
         self.num_epochs, self.packs_per_microbatch = num_epochs, packs_per_microbatch
         self.microbatches_per_step = -(-global_batch // (world_size * packs_per_microbatch))
-        self._steps = {"global_batch": global_batch, "image_cost": image_cost, "tail": tail}
+        self._steps: dict[str, Any] = {"global_batch": global_batch, "tail": tail}
+        self.weigh(image_cost=image_cost, attention_cost=attention_cost)
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._of_workers = {"num_workers": num_workers, "prefetch": prefetch, "timeout": worker_timeout}
         self._state = State()
@@ -143,6 +159,10 @@ class PackLoader:
             im_start=manifest.special_tokens[IM_START] if manifest.is_omnilmm else None,
         )
 
+    def weigh(self, *, image_cost: float, attention_cost: float) -> None:
+        """Deal packs by another model's costs, the same on all ranks. What a step holds stays the same."""
+        self._steps |= {"image_cost": image_cost, "attention_cost": attention_cost}
+
     # --- state --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,8 +175,16 @@ class PackLoader:
 
         Raises:
             UserError: the state is of other data or other settings of the plan.
+            OtherVersionError: it is of a release that packed and ordered samples otherwise.
         """
-        if state.get("version") != _STATE_VERSION or state.get("digest") != self.plan.digest:
+        if (version := state.get("version")) != _STATE_VERSION:
+            raise OtherVersionError(
+                f"the loader's state is of version {version}, this release reads {_STATE_VERSION}: samples "
+                "were packed and ordered otherwise, so the run cannot go on in the middle of an epoch. End "
+                "it with the release that began it, or begin a new one from its weights "
+                "(`python pipelines/export.py RUN`)"
+            )
+        if state.get("digest") != self.plan.digest:
             raise UserError(
                 "the loader's state is of another plan: data, split, seed, max_tokens, max_images, oversize, "
                 f"exclusions or blend changed (digest {state.get('digest')} there, {self.plan.digest} here)"
@@ -176,9 +204,8 @@ class PackLoader:
             plan = self.plan.at_epoch(epoch)
             packs = plan.totals.num_packs
             if epoch == self._state.epoch:
-                packs -= self._state.pack + sum(
-                    len(plan.window(number)) for number in range(self._state.window)
-                )
+                before = (len(plan.window(number)) for number in range(self._state.window))
+                packs -= self._state.pack + self._state.done + sum(before)
             total += -(-packs // self.global_batch) if pad else packs // self.global_batch
         return total
 
@@ -255,8 +282,8 @@ class PackLoader:
             begun = state
             plan = self.plan.at_epoch(state.epoch)
             places = _PlacesOfWindows(plan, self._groups)
-            for step in plan.steps(self.world_size, start=Position(state.window, state.pack), **self._steps):
-                state = State(state.step + 1, state.epoch, step.after.window, step.after.pack)
+            for step in plan.steps(self.world_size, start=state.position, **self._steps):
+                state = State(state.step + 1, state.epoch, *astuple(step.after))
                 yield step, state, places
             if state == begun == State(begun.step, begun.epoch):
                 raise UserError(

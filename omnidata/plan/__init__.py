@@ -2,8 +2,10 @@
 
 sources, catalog    what a recipe names -> lengths and places, read from indexes row group by row group
 blend, order        several datasets as one shuffled sequence
-oversize, packing   samples that fit no pack; packs of even cost with almost no padding
-epoch               EpochPlan: windows, packs, steps, the deal to ranks
+oversize            samples that fit no pack
+packing, exchange   packs even in tokens and pixels, with almost no padding
+window, steps       the packs of a window; steps of packs of like cost, and their deal to ranks
+epoch               EpochPlan: all of it
 cost, forecast      what an epoch costs, and what is known of it before it starts
 """
 

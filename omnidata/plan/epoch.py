@@ -5,17 +5,17 @@
                               (2) packing.pack      packs of at most max_tokens and max_images
                               (3) permutation       the packs of the window, shuffled
     plan.steps(world_size=8, global_batch=64)
-                              (4) the next 64 packs, whatever the number of ranks
+                              (4) steps.runs        64 packs of like cost a step, for any number of ranks
                               (5) deal              to ranks, so that the work of each is even
 
-A position in the epoch is (window, packs of it that are done): two integers. A window is made without those
-before it, so resuming anywhere costs one window. No shard is opened.
+A position in the epoch is a few integers (steps.Position). A window is made without those before it, so
+resuming anywhere costs one window. No shard is opened.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -24,93 +24,20 @@ import numpy as np
 
 from omnidata.plan import packing
 from omnidata.plan.blend import SHUFFLED, Blend, Draw, Source
-from omnidata.plan.catalog import IMAGE_PIXELS, Lengths
+from omnidata.plan.catalog import Lengths
 from omnidata.plan.order import permutation
 from omnidata.plan.oversize import Oversize
 from omnidata.plan.sources import open_sources
+from omnidata.plan.steps import BEGIN, Position, Run, Step, deal, runs
+from omnidata.plan.window import ATTENTION_COST, IMAGE_COST, Pack, Window
 from omnidata.schema import UserError
 
 WINDOW_SAMPLES = 1 << 17  # samples shuffled and packed together; about 12 MB of plan
 ORDERED_SAMPLES = 1 << 10  # the same where a dataset has an order
-# Tokens that one image weighs (a processor's: 448² pixels): OmniLMM-12B with a frozen tower; 663 trained.
-IMAGE_COST = 221.0
+ALGORITHM = 2  # of packing and order; part of the digest: no state goes on in another order
 _PACK_ORDER = 0x9ACC  # keeps the order of packs unrelated to the order of samples
 
 Tail = Literal["drop", "pad"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pack:
-    """Samples that share one sequence; int64 ``[D]`` arrays, in the order in which they are laid out."""
-
-    window: Window  # where it comes from
-    dataset: np.ndarray  # position in the blend
-    passes: np.ndarray  # how many times that dataset had been exhausted before
-    lengths: Lengths
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, without padding."""
-        return int(self.lengths.tokens.sum())
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens."""
-        return int(self.lengths.supervised.sum())
-
-    @property
-    def num_images(self) -> int:
-        """Images."""
-        return int(self.lengths.images.sum())
-
-    @property
-    def image_load(self) -> float:
-        """What the tower is given, in pictures of 448² pixels; OmniLMM: the number of images."""
-        return float(self.lengths.pixels.sum()) / IMAGE_PIXELS
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Window:
-    """The packs of one window, in training order; samples of pack p are ``[starts[p], starts[p + 1])``."""
-
-    number: int
-    dataset: np.ndarray  # int64 [N], as in Pack
-    passes: np.ndarray
-    lengths: Lengths
-    starts: np.ndarray  # int64 [P+1]
-    num_cut: int  # samples shortened to fit a pack
-    num_left_out: int  # samples that fit no pack
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def pack(self, position: int) -> Pack:
-        """Pack ``position`` of this window."""
-        span = slice(self.starts[position], self.starts[position + 1])
-        return Pack(self, self.dataset[span], self.passes[span], self.lengths.take(span))
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A place in an epoch: the next pack is ``pack`` of ``window``."""
-
-    window: int = 0
-    pack: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """One update: its packs, and who computes them."""
-
-    number: int  # in the iteration that yielded it, from 0
-    packs: tuple[Pack, ...]  # the global batch, in plan order: the same for every world size
-    ranks: tuple[tuple[int, ...], ...]  # positions in ``packs`` for each rank, the costliest first
-    after: Position  # where the next step begins
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens over all ranks: the denominator of the loss."""
-        return sum(pack.num_supervised for pack in self.packs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +115,14 @@ class EpochPlan:
     @cached_property
     def digest(self) -> str:
         """Equal for plans whose epochs have equal packs in equal order (the epoch's number left out)."""
-        settings = (self.seed, self.max_tokens, self.max_images, self.oversize, self.window_samples)
+        settings = (
+            ALGORITHM,
+            self.seed,
+            self.max_tokens,
+            self.max_images,
+            self.oversize,
+            self.window_samples,
+        )
         shares = self._blend.shares  # of one dataset the same, whatever its weight
         blend = [
             (source.catalog.digest, str(share), *map(str, source.extras))
@@ -219,7 +153,11 @@ class EpochPlan:
         draw, num_cut, num_left_out = self._fit(self._blend.draw(number))
         lengths = draw.lengths
         pack_of, num_packs = packing.pack(
-            lengths.tokens, lengths.images, max_tokens=self.max_tokens, max_images=self.max_images
+            lengths.tokens,
+            lengths.images,
+            max_tokens=self.max_tokens,
+            max_images=self.max_images,
+            pixels=lengths.pixels,
         )
         place = permutation(num_packs, self.seed, self.epoch, number, _PACK_ORDER)
         pack_of = place[pack_of]
@@ -232,17 +170,10 @@ class EpochPlan:
         """The windows of the epoch from ``first`` on."""
         yield from map(self.window, range(first, self.num_windows))
 
-    def packs(self, start: Position = Position()) -> Iterator[tuple[Pack, Position]]:
-        """Every pack from ``start`` on, and the position after it."""
-        begin = start.pack
-        for window in self.windows(start.window):
-            for number in range(begin, len(window)):
-                yield window.pack(number), Position(window.number, number + 1)
-            begin = 0
-
     def __iter__(self) -> Iterator[Pack]:
-        for pack, _ in self.packs():
-            yield pack
+        """Every pack, in the order in which windows hold them; steps take them in another."""
+        for window in self.windows():
+            yield from map(window.pack, range(len(window)))
 
     # --- oversize samples ---------------------------------------------------------------------------------
 
@@ -310,52 +241,52 @@ class EpochPlan:
 
     # --- steps --------------------------------------------------------------------------------------------
 
+    def runs(
+        self, global_batch: int, *, start: Position = BEGIN, windows: Iterable[Window] | None = None
+    ) -> Iterator[Run]:
+        """What the steps take from ``start`` on; ``windows``: those from there on, if already made."""
+        if windows is None:
+            windows = self.windows(start.window)
+        return runs(windows, start, global_batch, self.seed, self.epoch)
+
+    def position(self, num_packs: int, global_batch: int) -> Position:
+        """The position after so many packs of the epoch's steps, at its end if there are fewer."""
+        position = BEGIN
+        for run in self.runs(global_batch):
+            position = run.after(min(num_packs, len(run.order)))
+            if num_packs <= len(run.order):
+                break
+            num_packs -= len(run.order)
+        return position
+
     def steps(
         self,
         world_size: int = 1,
         *,
         global_batch: int,
         image_cost: float = IMAGE_COST,
+        attention_cost: float = ATTENTION_COST,
         tail: Tail = "drop",
-        start: Position = Position(),
+        start: Position = BEGIN,
     ) -> Iterator[Step]:
         """The steps of the epoch from ``start`` on.
 
-        The packs of a step do not depend on ``world_size``. A last step with fewer than ``global_batch``
-        packs is dropped, or kept (``tail="pad"``; ranks without a pack get an empty microbatch).
+        The packs of a step depend on neither ``world_size`` nor the costs. A last step with fewer than
+        ``global_batch`` packs is dropped, or kept (``tail="pad"``; ranks without a pack get an empty
+        microbatch).
         """
-        number, batch, after = 0, [], start
-        for pack, after in self.packs(start):
-            batch.append(pack)
-            if len(batch) == global_batch:
-                yield _step(number, batch, world_size, image_cost, after)
-                number, batch = number + 1, []
-        if batch and tail == "pad":
-            yield _step(number, batch, world_size, image_cost, after)
 
+        def step(packs: list[Pack], after: Position) -> Step:
+            costs = np.array([pack.cost(image_cost, attention_cost) for pack in packs])
+            return Step(number, tuple(packs), tuple(map(tuple, deal(costs, world_size))), after)
 
-def _step(number: int, packs: list[Pack], world_size: int, image_cost: float, after: Position) -> Step:
-    costs = np.array([pack.num_tokens + image_cost * pack.image_load for pack in packs])
-    ranks = tuple(map(tuple, deal(costs, world_size)))
-    return Step(number, tuple(packs), ranks, after)
-
-
-def deal(costs: np.ndarray, world_size: int) -> list[list[int]]:
-    """Deal packs to ranks so that sums of cost are even, and so are the costs of each rank's n-th packs.
-
-    Round by round, the next ``world_size`` packs in order of cost: the costliest goes to the rank that has
-    least so far. Ranks that compute in lockstep (sharded parameters) wait for the costliest n-th pack, which
-    is hardly costlier than the others of its round.
-
-    Example: costs [5, 1, 4, 2] for 2 ranks -> [[0, 1], [2, 3]], 6 each.
-    """
-    order = np.argsort(-costs, kind="stable")
-    loads = np.zeros(world_size)
-    ranks: list[list[int]] = [[] for _ in range(world_size)]
-    for start in range(0, len(order), world_size):
-        dealt = order[start : start + world_size]
-        takers = np.argsort(loads, kind="stable")[: len(dealt)]
-        loads[takers] += costs[dealt]
-        for rank, pack in zip(takers.tolist(), dealt.tolist(), strict=True):
-            ranks[rank].append(pack)
-    return ranks
+        number, packs, after = 0, [], start
+        for run in self.runs(global_batch, start=start):
+            for done in range(run.done, len(run.order)):
+                packs.append(run.window.pack(run.order[done]))
+                after = run.after(done + 1)
+                if len(packs) == global_batch:
+                    yield step(packs, after)
+                    number, packs = number + 1, []
+        if packs and tail == "pad":
+            yield step(packs, after)

@@ -1,7 +1,7 @@
 """``omnidata plan``: what an epoch will be, before any GPU is rented. Everything comes from the index.
 
     plan windows        ─▶ per pack: samples, tokens, supervised, images     (a million samples in seconds)
-    cut into steps of G ─▶ per step: the loss denominator, tokens, images
+    taken by steps of G ─▶ per step: the loss denominator, tokens, images
     dealt to W ranks    ─▶ balance, and the share of time in which ranks wait for the slowest
     all documents       ─▶ FLOPs and hours (omnidata.plan.cost, its assumptions beside them)
 
@@ -18,8 +18,10 @@ import numpy as np
 
 from omnidata.index import numbers
 from omnidata.plan.catalog import IMAGE_PIXELS
-from omnidata.plan.cost import CHANNELS, Assumptions, Cost, epoch_cost
-from omnidata.plan.epoch import IMAGE_COST, EpochPlan, Window, deal
+from omnidata.plan.cost import CHANNELS, Assumptions, Cost, epoch_cost, token_weights
+from omnidata.plan.epoch import EpochPlan
+from omnidata.plan.steps import deal
+from omnidata.plan.window import Window
 from omnidata.schema import UserError
 
 
@@ -38,7 +40,7 @@ class Balance:
 
     tokens: float  # 1.0 is perfect
     images: float
-    cost: float  # tokens + image_cost × images: what the plan evens out
+    cost: float  # tokens + image_cost × images + attention_cost × squared lengths: what the plan evens out
     idle: float  # share of all ranks' time spent waiting for the costliest rank, 0 to 1
 
 
@@ -73,7 +75,8 @@ class Forecast:
     tokens_per_step: Spread
     supervised_per_step: Spread  # the loss denominator
     images_per_step: Spread
-    image_cost: float  # tokens that an image weighs when packs are dealt to ranks
+    image_cost: float  # tokens that an image weighs when packs are dealt to ranks, of the model below
+    attention_cost: float  # tokens that a document's squared length weighs
     balance: Balance
     cost: Cost
 
@@ -87,11 +90,11 @@ def forecast(
     *,
     world_size: int = 1,
     global_batch: int | None = None,
-    image_cost: float = IMAGE_COST,
     assume: Assumptions | None = None,
 ) -> Forecast:
     """Foresee the epoch of ``plan``; ``global_batch`` is one pack a rank unless given."""
-    global_batch = global_batch or world_size
+    global_batch, assume = global_batch or world_size, assume or Assumptions()
+    image_cost, attention_cost = token_weights(assume, image_size=_image_size(plan))
     windows = list(plan.windows())
     packs = pack_table(windows)
     num_packs, num_tokens = len(packs["tokens"]), int(packs["tokens"].sum())
@@ -100,10 +103,11 @@ def forecast(
         raise UserError(_nothing_fits(plan))
     lengths = np.concatenate([window.lengths.tokens for window in windows])
     num_steps = num_packs // global_batch
-    steps = {
-        name: column[: num_steps * global_batch].reshape(num_steps, global_batch)
-        for name, column in packs.items()
-    }
+    order = _order_of_steps(plan, windows, global_batch)[: num_steps * global_batch]
+    steps = {name: column[order].reshape(num_steps, global_batch) for name, column in packs.items()}
+    costs = (
+        steps["tokens"] + image_cost * (steps["pixels"] / IMAGE_PIXELS) + attention_cost * steps["squares"]
+    )
     unpacked_batch = max(1, round(num_samples / max(1, num_packs)))
     num_images = int(packs["images"].sum())
     return Forecast(
@@ -135,19 +139,23 @@ def forecast(
         supervised_per_step=spread(steps["supervised"].sum(axis=1)),
         images_per_step=spread(steps["images"].sum(axis=1)),
         image_cost=image_cost,
-        balance=rank_balance(
-            steps["tokens"],
-            steps["images"],
-            world_size,
-            image_cost,
-            image_loads=steps["pixels"] / IMAGE_PIXELS,
-        ),
-        cost=epoch_cost(
-            lengths,
-            pixels=_pixels(plan, windows),
-            assume=assume,
-        ),
+        attention_cost=attention_cost,
+        balance=rank_balance(steps["tokens"], steps["images"], costs, world_size),
+        cost=epoch_cost(lengths, pixels=_pixels(plan, windows), assume=assume),
     )
+
+
+def _image_size(plan: EpochPlan) -> int:
+    """Pixels per side of the picture that ``Pack.image_load`` counts as one."""
+    manifest = plan.sources[0].catalog.dataset.manifest
+    return manifest.image_size if manifest.is_omnilmm else 448
+
+
+def _order_of_steps(plan: EpochPlan, windows: list[Window], global_batch: int) -> np.ndarray:
+    """All packs' positions in ``pack_table``, as the steps take them."""
+    firsts = np.cumsum([0, *map(len, windows)])
+    taken = plan.runs(global_batch, windows=windows)
+    return np.concatenate([firsts[run.window.number] + run.order for run in taken])
 
 
 def _samples_of(windows: Iterable[Window], num_datasets: int) -> tuple[int, ...]:
@@ -189,13 +197,13 @@ def _pixels(plan: EpochPlan, windows: list[Window]) -> np.ndarray:
 
 
 def pack_table(windows: Iterable[Window]) -> dict[str, np.ndarray]:
-    """Samples, tokens, supervised tokens and images of every pack, int64, in the order of the epoch."""
-    columns: dict[str, list[np.ndarray]] = {"samples": []} | {name: [] for name in COLUMNS}
+    """Samples, tokens, supervised tokens, images, pixels and squared lengths of every pack, int64."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("samples", "squares", *COLUMNS)}
     for window in windows:
         columns["samples"].append(np.diff(window.starts))
+        columns["squares"].append(window.sums(np.square(window.lengths.tokens)))
         for name in COLUMNS:
-            values = getattr(window.lengths, name)
-            columns[name].append(np.add.reduceat(values, window.starts[:-1]) if len(window) else values[:0])
+            columns[name].append(window.sums(getattr(window.lengths, name)))
     return {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
 
 
@@ -215,18 +223,10 @@ def padding(lengths: np.ndarray, batch: int) -> float:
     return float(1 - lengths.sum() / (filled.max(axis=1) * rows).sum())
 
 
-def rank_balance(
-    tokens: np.ndarray,
-    images: np.ndarray,
-    world_size: int,
-    image_cost: float,
-    *,
-    image_loads: np.ndarray | None = None,
-) -> Balance:
-    """How ``plan.deal`` splits steps; arrays ``[steps, packs]``, ``image_loads`` as Pack.image_load."""
+def rank_balance(tokens: np.ndarray, images: np.ndarray, costs: np.ndarray, world_size: int) -> Balance:
+    """How ``steps.deal`` splits steps; arrays ``[steps, packs]``."""
     if world_size == 1 or len(tokens) == 0:
         return Balance(1.0, 1.0, 1.0, 0.0)
-    costs = tokens + image_cost * (images if image_loads is None else image_loads)
     loads = np.zeros((3, len(tokens), world_size))
     for step, cost in enumerate(costs):
         for rank, mine in enumerate(deal(cost, world_size)):

@@ -5,10 +5,12 @@ Two ways, and ``pack`` takes the better for the samples at hand:
 ``best_fit``  longest first, each into the fullest pack that still has room for its tokens and images. The
               least padding; but the short samples, dense in images, end up together.
 ``even_fit``  longest first, dealt round by round to all the packs at once, the longest of a round to the
-              pack that has least so far. Every pack gets the same mixture, so all cost the same, which is
-              what ranks that wait for each other need. What does not fit is placed by best fit.
+              pack that has least so far; then packs exchange samples until all hold as many tokens and as
+              many pixels (exchange.py). All cost the same, whatever a pixel costs, which is what ranks that
+              wait for each other need. What does not fit is placed by best fit.
 
-Even packs are worth a little padding: ``pack`` takes them unless they need over 1 % more packs.
+Even packs are worth a little padding: ``pack`` takes them unless they need over 2 % more packs. Without any
+image full packs are even, and it takes the fewest.
 
 >>> pack_of, num_packs = best_fit(np.array([7, 5, 3, 3, 2]), np.zeros(5, int), max_tokens=10)
 >>> pack_of.tolist(), num_packs                       # 7 + 3, 5 + 3 + 2
@@ -22,17 +24,24 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-EVENNESS = 1.01  # times the packs of best fit that even packs may take
-_TARGET_FILL = 0.998  # of the packs that even_fit deals to: a little slack saves many misfits
+from omnidata.plan.exchange import Amount, exchange
+
+EVENNESS = 1.02  # times the packs of best fit that even packs may take
+_TARGET_FILL = 0.993  # of the packs that even_fit deals to: a little slack saves many misfits
 _MOST_IMAGES = 1.3  # times the images of the mean pack that an even pack may hold
-_TOKEN_ROUNDS = 3  # the last rounds even out tokens alone, those before them tokens and images
-_TIGHT_IMAGES = 1.25  # max_images below this many times the mean pack's images: both limits bind, and
-_TIGHT_ROUNDS = 8  # the last rounds even out tokens and images by turns
+_TOKENS_WEIGH = 4.0  # evenness of tokens, beside that of pixels: packs are nearly full
 
 Packed = tuple[np.ndarray, int]  # the pack of each sample, int64 [N]; and the number of packs
 
 
-def pack(tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None) -> Packed:
+def pack(
+    tokens: np.ndarray,
+    images: np.ndarray,
+    *,
+    max_tokens: int,
+    max_images: int | None = None,
+    pixels: np.ndarray | None = None,
+) -> Packed:
     """Assign every sample to a pack: even packs if they are almost as few, else the fewest.
 
     Args:
@@ -40,8 +49,11 @@ def pack(tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images:
         images: ``[N]``, each at most ``max_images``.
         max_tokens: tokens that a pack holds.
         max_images: images that a pack holds; None does not limit them.
+        pixels: ``[N]``, values of the images' pixel tensors; None: all images have as many.
     """
-    even = even_fit(tokens, images, max_tokens=max_tokens, max_images=max_images)
+    if not np.any(images):
+        return best_fit(tokens, images, max_tokens=max_tokens)
+    even = even_fit(tokens, images, max_tokens=max_tokens, max_images=max_images, pixels=pixels)
     bound = max(np.sum(tokens) / max_tokens, np.sum(images) / (max_images or np.inf))
     if even[1] <= EVENNESS * bound:  # no packing takes fewer than ``bound``
         return even
@@ -61,18 +73,30 @@ def best_fit(
 
 
 def even_fit(
-    tokens: np.ndarray, images: np.ndarray, *, max_tokens: int, max_images: int | None = None
+    tokens: np.ndarray,
+    images: np.ndarray,
+    *,
+    max_tokens: int,
+    max_images: int | None = None,
+    pixels: np.ndarray | None = None,
 ) -> Packed:
-    """Deal samples to as many packs as they need at least; place what does not fit by best fit."""
+    """Deal samples to few more packs than they need at least, even them out, place the rest by best fit."""
     tokens, images = np.asarray(tokens, np.int64), np.asarray(images, np.int64)
     bound = np.inf if max_images is None else max(max_images, 1)
     needed = max(tokens.sum() / max_tokens, images.sum() / bound)
     num_packs = min(len(tokens), max(int(np.ceil(needed)), round(needed / _TARGET_FILL)))
+    pack_of = exchange(
+        _deal(tokens, num_packs),
+        num_packs,
+        [
+            Amount(tokens, _TOKENS_WEIGH, max_tokens),
+            Amount(images if pixels is None else np.asarray(pixels, np.int64), 1.0),
+            Amount(images, 0.0, bound),
+        ],
+    )
     # No pack may end with many more images than the mean one, limited or not: ranks would wait for it.
     most = int(max(_MOST_IMAGES * images.sum() / max(needed, 1), images.max(initial=1))) + 1
     tokens, images, max_images = _checked(tokens, images, max_tokens, min(most, bound))
-    tight = np.isfinite(bound) and bound * needed < _TIGHT_IMAGES * images.sum()
-    pack_of = _deal(tokens, images, num_packs, tight=tight)
     misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
     fitting = np.ones(len(tokens), bool)
     fitting[misfits] = False
@@ -80,7 +104,8 @@ def even_fit(
     room = _Room(max_tokens, max_images)
     room.open_used(*used)
     _place(misfits, tokens, images, room, pack_of)
-    return pack_of, room.num_packs
+    kept, pack_of = np.unique(pack_of, return_inverse=True)  # samples that moved may leave a pack empty
+    return pack_of, len(kept)
 
 
 def _checked(
@@ -94,34 +119,17 @@ def _checked(
     return tokens, images, max_images
 
 
-def _deal(tokens: np.ndarray, images: np.ndarray, num_packs: int, *, tight: bool) -> np.ndarray:
-    """Round by round, longest samples first: the largest of a round to the pack that has least so far."""
+def _deal(tokens: np.ndarray, num_packs: int) -> np.ndarray:
+    """Round by round, longest samples first: the longest of a round to the pack that has least so far."""
     order = np.argsort(-tokens, kind="stable")
-    pixels = images * (tokens.sum() / max(images.sum(), 1))  # all the images weigh as much as all the tokens
-    weights = {
-        "tokens": tokens,
-        "both": tokens + pixels,
-        "tokens first": tokens + pixels / 1000,
-        "images first": tokens / 1000 + pixels,
-    }
-    held = {name: np.zeros(num_packs) for name in weights}
+    held = np.zeros(num_packs, np.int64)
     pack_of = np.empty(len(tokens), np.int64)
-    num_rounds = -(-len(order) // max(num_packs, 1))
-    for number in range(num_rounds):
-        samples = order[number * num_packs : (number + 1) * num_packs]
-        what = _what_counts(num_rounds - number, tight=tight)
-        samples = samples[np.argsort(-weights[what][samples], kind="stable")]
-        packs = np.argsort(held[what], kind="stable")[: len(samples)]
+    for start in range(0, len(order), max(num_packs, 1)):
+        samples = order[start : start + num_packs]
+        packs = np.argsort(held, kind="stable")[: len(samples)]
         pack_of[samples] = packs
-        for name, weight in weights.items():
-            held[name][packs] += weight[samples]
+        held[packs] += tokens[samples]
     return pack_of
-
-
-def _what_counts(rounds_left: int, *, tight: bool) -> str:
-    if tight and rounds_left <= _TIGHT_ROUNDS:
-        return "images first" if rounds_left % 2 else "tokens first"
-    return "tokens" if not tight and rounds_left <= _TOKEN_ROUNDS else "both"
 
 
 def _misfits(
