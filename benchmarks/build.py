@@ -131,7 +131,7 @@ def run(command: list[str], out: Path) -> Usage:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log)
-        usages = dict(_reap())
+        usages = dict(reap())
         os.sync()  # ours has been waiting for it all along
         seconds = time.perf_counter() - started
         process.returncode = usages[process.pid][0]
@@ -146,7 +146,7 @@ def run(command: list[str], out: Path) -> Usage:
     return Usage(seconds, cpu_seconds, max(usage.ru_maxrss for usage in used) * 1024)
 
 
-def _reap() -> Iterator[tuple[int, tuple[int, Any]]]:
+def reap() -> Iterator[tuple[int, tuple[int, Any]]]:
     """(pid, (exit code, rusage)) of every child until none is left, orphans of children included.
 
     Workers may belong to a fork server, whose parent ends without waiting for it.

@@ -21,7 +21,9 @@ SHARD_PATH = re.compile(rf"{SHARDS_DIR}/[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 def manifest_to_json(manifest: Manifest) -> bytes:
     """Stable, readable JSON: the same manifest gives the same bytes."""
     optional = _optional()
-    content = {k: v for k, v in asdict(manifest).items() if k not in optional or v != optional[k]}
+    values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}  # nothing is copied
+    values["shards"] = [asdict(shard) for shard in manifest.shards]
+    content = {k: v for k, v in values.items() if k not in optional or v != optional[k]}
     return (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n").encode()
 
 

@@ -33,6 +33,14 @@ def test_start():
 
 
 @pytest.mark.slow
+def test_scale():
+    arguments = ("--samples", "64", "--files", "100", "--loaders", "2", "--json")
+    report = json.loads(run_benchmark("scale.py", *arguments))
+    assert set(report) == {"build, shrink", "build, keep", "files", "load, 2 workers"}
+    assert report["load, 2 workers"]["pictures a microbatch"] > 0
+
+
+@pytest.mark.slow
 def test_render():
     report = json.loads(run_benchmark("render.py", "--records", "64", "--json"))
     assert all(figures["render_batch, us"] > 0 for figures in report.values()) and len(report) == 2

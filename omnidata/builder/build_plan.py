@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -124,8 +124,10 @@ def with_surveys(stretches: Sequence[Stretch], surveys: Sequence[Survey]) -> tup
     known = [survey.record_bytes for survey in surveys if survey.record_bytes]
     fallback = max(MIN_RECORD_BYTES, sum(known) // len(known) if known else 0)
     return tuple(
-        replace(stretch, counts=survey.counts, record_bytes=survey.record_bytes or fallback)
-        for stretch, survey in zip(stretches, surveys, strict=True)
+        Stretch(
+            each.file, each.unit, each.start, each.num_records, survey.counts, survey.record_bytes or fallback
+        )
+        for each, survey in zip(stretches, surveys, strict=True)
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from omnidata.builder.settings import TRAIN, BuildSettings
 from omnidata.corpus import SourceFile, Unit
+from omnidata.corpus.source import Plain
 from omnidata.schema import shard_name
 
 MIN_RECORD_BYTES = 2048  # two arrays with their headers: what the smallest sample takes
@@ -27,7 +28,7 @@ MAX_AUTO_BYTES, MIN_AUTO_BYTES, AUTO_SHARDS, MAX_AUTO_SAMPLES = 512_000_000, 16_
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(Plain):
     """A unit of the corpus with what the survey found out about it."""
 
     file: int  # which of the build's files
@@ -39,7 +40,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Plain):
     """Records ``[first, last)`` of those that a stretch holds for one split."""
 
     stretch: Stretch

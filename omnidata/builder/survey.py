@@ -21,7 +21,7 @@ from omnidata import corpus
 from omnidata.builder.job import Job, read_stretch, stages
 from omnidata.builder.layout import Stretch, split_of
 from omnidata.builder.records import Built
-from omnidata.corpus.source import UNIT_RECORDS
+from omnidata.corpus.source import UNIT_RECORDS, Plain
 from omnidata.schema import UserError
 from omnidata.shards import BLOCK, sample_members
 
@@ -31,7 +31,7 @@ TASKS, MOST = 512, 256  # as many tasks as keep any number of workers busy; at m
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Plain):
     """A source file, and the hash of what is in it."""
 
     file: corpus.SourceFile
@@ -67,7 +67,7 @@ class SurveyTask:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(Plain):
     """What a SurveyTask found out about one unit."""
 
     counts: tuple[int, ...]  # records a split

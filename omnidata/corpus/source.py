@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from omnidata.schema import Record, UserError
@@ -25,8 +25,17 @@ _WHOLE = 1 << 30  # bytes up to which digest() reads the whole file
 _SAMPLES, _SAMPLE = 256, 1 << 20  # beyond that: so many evenly spaced samples of so many bytes
 
 
+class Plain:
+    """Travels between processes as a call with its fields, in half the time of a dataclass's own way."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), tuple([getattr(self, name) for name in self.__slots__])
+
+
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(Plain):
     """A run of records that can be read on its own. What the numbers count is the shape's business."""
 
     start: int  # bytes (of the uncompressed file), or rows of a row group
@@ -37,7 +46,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceFile(Plain):
     """One input file."""
 
     source: str  # its name as the user gave it (what a glob found, for a glob)
@@ -86,7 +95,10 @@ def with_names(files: Sequence[SourceFile]) -> list[SourceFile]:
                 names[number] = end
         left = [number for number in left if not names[number]]
         length += 1
-    return [replace(file, name=name) for file, name in zip(files, names, strict=True)]
+    return [
+        SourceFile(file.source, file.format, file.shape, file.num_bytes, file.compression, name)
+        for file, name in zip(files, names, strict=True)
+    ]
 
 
 def _parts(source: str) -> list[str]:
