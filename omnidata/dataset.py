@@ -158,8 +158,8 @@ class Dataset:
     # --- samples ------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        if self.where:
-            return len(self.rows_of_index)
+        if (rows := self.rows_of_index) is not None:
+            return len(rows)
         return self.manifest.num_samples if self.split is None else self.manifest.splits[self.split]
 
     def row(self, position: int) -> dict[str, Any]:
@@ -170,8 +170,8 @@ class Dataset:
 
     def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Index rows at these positions (>= 0), without reading the whole index."""
-        if self.where:
-            positions = self.rows_of_index[list(positions)].tolist()
+        if (rows := self.rows_of_index) is not None:
+            positions = rows[list(positions)].tolist()
         elif self.split is not None:
             splits = Dataset(self.path).index_columns(["split"])["split"].to_numpy()
             positions = (splits == self.split).nonzero()[0][list(positions)].tolist()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from omnidata.profiles import Profile, Run
-from omnidata.render import Renderer
+from omnidata.render import Draft, Renderer
 from omnidata.schema import (
     CONTENT_TOKENS,
     Conversation,
@@ -34,13 +34,13 @@ from omnidata.schema import (
     UserError,
 )
 from omnidata.text.chat_template import NONCE
+from omnidata.text.cuts import Span
 from omnidata.text.encoder import refuse_surrogates
 from omnidata.text.lines import Line
 from omnidata.text.part_template import Layout, PartTemplate, Structure, parts_of, structure_of, texts_of
 from omnidata.text.spans import interleave, labels_of, refuse_unsupervised
 
 _STRETCH = re.compile(rf"(\ufdd0{NONCE}\d+\ufdd1)\1*")  # a control token's guard, once or again and again
-Span = tuple[int, int, int]  # characters to supervise: first, end, blanks before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +52,8 @@ class _Stretches:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
-    """One conversation before it is encoded."""
-
-    text: str  # guarded
-    spans: tuple[Span, ...]
-    ends: tuple[tuple[int, int], ...]  # (message, characters up to its end) of each assistant turn
-    widths: dict[str, tuple[int, ...]]  # guard -> how often each of its occurrences stands in the ids
-    places: tuple[tuple[int, int], ...]  # characters of each run: first, end
-    runs: tuple[Run, ...]
-    notes: tuple[str, ...] = ()  # what the report should tell besides
-
-    @property
-    def num_images(self) -> int:
-        """Pictures."""
-        return len(self.runs)
-
-
-@dataclass(frozen=True, slots=True)
 class _Written:
-    """A conversation's text before it is said what of it is learned; the names are those of ``_Draft``."""
+    """A conversation's text before it is said what of it is learned; the names are those of ``Draft``."""
 
     pieces: list[str]
     starts: list[int]  # characters, of each content
@@ -82,9 +64,10 @@ class _Written:
 
     def draft(
         self, spans: tuple[Span, ...], ends: tuple[tuple[int, int], ...], notes: tuple[str, ...] = ()
-    ) -> _Draft:
+    ) -> Draft:
         """With what is learned."""
-        return _Draft(self.text, spans, ends, self.widths, self.places, self.runs, notes)
+        num_images = len(self.runs)
+        return Draft(self.text, spans, num_images, ends, notes, self.widths, self.places, self.runs)
 
 
 class PartRenderer(Renderer):
@@ -97,6 +80,8 @@ class PartRenderer(Renderer):
         content_tokens: special tokens that content may spell.
         date: today's for the templates that print it, as YYYY-MM-DD.
     """
+
+    _template: PartTemplate
 
     def __init__(
         self,
@@ -154,7 +139,7 @@ class PartRenderer(Renderer):
 
     # --- step 2: conversation -> guarded text -------------------------------------------------------------
 
-    def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
+    def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> Draft:
         messages = conversation.messages
         if not conversation.is_plain:
             return self._draft_spoken(conversation, generation_prompt)
@@ -175,7 +160,7 @@ class PartRenderer(Renderer):
                 ends += [(number, mine[-1][1])] if mine else ()
         return written.draft(_joined(spans), tuple(ends))
 
-    def _draft_spoken(self, conversation: Conversation, generation_prompt: bool) -> _Draft:
+    def _draft_spoken(self, conversation: Conversation, generation_prompt: bool) -> Draft:
         """A conversation with tools, calls or reasoning."""
         messages = conversation.messages
         lines = [
@@ -292,11 +277,11 @@ class PartRenderer(Renderer):
 
     # --- step 4: encoding -> ids and labels ---------------------------------------------------------------
 
-    def _finish(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Rendered:
+    def _finish(self, conversation: Conversation, draft: Draft, encoding: Any) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
         counts = self._counts(ids, draft)
         length = int(counts.sum())
-        if self.max_length is not None and length > self.max_length:
+        if not self._fits(length):
             return self._truncate(conversation, draft, encoding, length)
         labels = labels_of(ids, encoding, draft.spans)
         refuse_unsupervised(labels)
@@ -315,7 +300,7 @@ class PartRenderer(Renderer):
             notes=self._notes(draft),
         )
 
-    def _counts(self, ids: np.ndarray, draft: _Draft) -> np.ndarray:
+    def _counts(self, ids: np.ndarray, draft: Draft) -> np.ndarray:
         """How often each id stands in the sample; RejectError if the tokenizer moved a token of a run."""
         counts = np.ones(len(ids), dtype=np.intp)
         for guard, widths in draft.widths.items():
@@ -328,7 +313,7 @@ class PartRenderer(Renderer):
             counts[places] = widths
         return counts
 
-    def _length(self, draft: _Draft, encoding: Any, stop: int | None = None) -> int:
+    def _length(self, draft: Draft, encoding: Any, stop: int | None = None) -> int:
         return int(self._counts(np.array(encoding.ids), draft)[:stop].sum())
 
     def render_prompt(self, conversation: Conversation) -> np.ndarray:

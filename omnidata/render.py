@@ -22,14 +22,15 @@ ids are exactly those of ``apply_chat_template(messages)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from omnidata.outcomes import caught
+from omnidata.profiles import Run
 from omnidata.schema import (
     CONTENT_TOKENS,
     IGNORE_INDEX,
@@ -43,6 +44,7 @@ from omnidata.schema import (
 )
 from omnidata.text.chat_template import ChatTemplate, TurnShape, prints_zephyr
 from omnidata.text.closings import Closings
+from omnidata.text.cuts import Span
 from omnidata.text.encoder import IMAGE_GUARD, Encoder, refuse_surrogates
 from omnidata.text.guarding import added_tokens
 from omnidata.text.lines import Line, written_texts
@@ -77,16 +79,18 @@ class _Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
+class Draft:
     """One conversation before it is encoded."""
 
     text: str  # guarded
-    spans: tuple[
-        tuple[int, int, int], ...
-    ]  # characters: first of the content, after the closing token, slack
+    spans: tuple[Span, ...]
     num_images: int
     ends: tuple[tuple[int, int], ...] = ()  # (message, characters up to its end) of each assistant turn
     notes: tuple[str, ...] = ()  # what the report should tell besides
+    # For a processor's model alone (part_renderer):
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # guard -> width of each occurrence
+    places: tuple[tuple[int, int], ...] = ()  # characters of each picture's run: first, end
+    runs: tuple[Run, ...] = ()
 
 
 class Renderer:
@@ -125,9 +129,8 @@ class Renderer:
         self._scribe = Scribe(self._template, self._encoder, self._closings)
         self._slice_guards = None if slice_tokens is None else self._encoder.require(slice_tokens)
         self.is_omnilmm = self._is_omnilmm()
-        self.default_system = (
-            (DEFAULT_SYSTEM if self.is_omnilmm else None) if default_system == "auto" else default_system
-        )
+        own = DEFAULT_SYSTEM if self.is_omnilmm else None
+        self.default_system = own if default_system == "auto" else default_system
         self._system = Message("system", (TextPart(self.default_system or ""),))
         self._bos = self._find_bos()
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
@@ -168,7 +171,7 @@ class Renderer:
         alone = [caught(self._encoder.encode_batch, [text]) for text in texts]
         return [each if isinstance(each, RejectError) else each[0] for each in alone]
 
-    def _finish_or_refuse(self, conversation: Conversation, draft: Any, encoding: Any) -> Rendered:
+    def _finish_or_refuse(self, conversation: Conversation, draft: Draft, encoding: Any) -> Rendered:
         if isinstance(encoding, RejectError):
             raise encoding
         return self._finish(conversation, draft, encoding)
@@ -216,7 +219,7 @@ class Renderer:
 
     # --- step 2: conversation -> guarded text ---------------------------------------------------------------
 
-    def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> _Draft:
+    def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> Draft:
         messages = self._with_system(conversation.messages)
         if not conversation.is_plain:
             return self._draft_transcript(messages, conversation.tools, generation_prompt)
@@ -227,24 +230,20 @@ class Renderer:
         printed = plan.shape.contents(contents)
         num_images = self._num_images(messages)
         starts, text = interleave(plan.pieces, printed)
-        spans = tuple(
-            (
-                starts[turn.message],
-                starts[turn.message] + len(printed[turn.message]) + turn.closing,
-                turn.slack,
-            )
-            for turn in plan.turns
-            if messages[turn.message].supervised
-        )
         ends = tuple(
             (turn.message, starts[turn.message] + len(printed[turn.message]) + turn.closing)
             for turn in plan.turns
         )
-        return _Draft(text, spans, num_images, ends)
+        spans = tuple(
+            (starts[turn.message], end, turn.slack)
+            for turn, (_, end) in zip(plan.turns, ends, strict=True)
+            if messages[turn.message].supervised
+        )
+        return Draft(text, spans, num_images, ends)
 
     def _draft_transcript(
         self, messages: Sequence[Message], tools: Sequence[Any], generation_prompt: bool
-    ) -> _Draft:
+    ) -> Draft:
         """A conversation with tools, calls or reasoning."""
         lines = [
             Line(message, (self._content(message),), is_default=message is self._system)
@@ -255,7 +254,7 @@ class Renderer:
         self._dress(pieces, generation_prompt)
         starts, text = interleave(pieces, script.contents)
         spans, ends = script.places(starts, [message.supervised for message in messages])
-        return _Draft(text, spans, self._num_images(messages), ends, script.notes)
+        return Draft(text, spans, self._num_images(messages), ends, script.notes)
 
     def _num_images(self, messages: Sequence[Message]) -> int:
         """Image blocks."""
@@ -289,14 +288,14 @@ class Renderer:
 
     # --- step 4: encoding -> ids and labels -----------------------------------------------------------------
 
-    def _finish(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Rendered:
+    def _finish(self, conversation: Conversation, draft: Draft, encoding: Any) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
         length = self._length(draft, encoding)
-        if self.max_length is not None and length > self.max_length:
+        if not self._fits(length):
             return self._truncate(conversation, draft, encoding, length)
         labels = labels_of(ids, encoding, draft.spans)
         starts: tuple[int, ...] = ()
-        if draft.num_images:
+        if draft.num_images and self._encoder.image_ids:
             self._ignore_tiles(ids, labels)
             ids, labels = self._widen(ids, labels)
             starts = tuple(np.flatnonzero(ids == self._encoder.image_ids[0]).tolist())
@@ -309,10 +308,13 @@ class Renderer:
             notes=self._notes(draft),
         )
 
-    def _notes(self, draft: Any) -> tuple[str, ...]:
+    def _fits(self, length: int) -> bool:
+        return self.max_length is None or length <= self.max_length
+
+    def _notes(self, draft: Draft) -> tuple[str, ...]:
         return (*self._closings.notes(draft.text, [end for _, end in draft.ends]), *draft.notes)
 
-    def _length(self, draft: _Draft, encoding: Any, stop: int | None = None) -> int:
+    def _length(self, draft: Draft, encoding: Any, stop: int | None = None) -> int:
         """Tokens of the sample, or of what stands before token ``stop`` of the encoding, images widened."""
         ids = np.array(encoding.ids[:stop])
         return len(ids) + int(np.count_nonzero(ids == self._encoder.image_id)) * (self.num_query + 1)
@@ -330,7 +332,7 @@ class Renderer:
             return ids, labels
         return widened(ids, labels, self._encoder.image_id, self._encoder.image_ids, self.num_query)
 
-    def _truncate(self, conversation: Conversation, draft: _Draft, encoding: Any, length: int) -> Rendered:
+    def _truncate(self, conversation: Conversation, draft: Draft, encoding: Any, length: int) -> Rendered:
         """Cut whole turns from the end, down to an assistant turn after which everything fits.
 
         The whole conversation's encoding says about how long each beginning of it is, so that, however many
@@ -341,24 +343,22 @@ class Renderer:
             shorter = replace(conversation, messages=conversation.messages[:keep])
             draft = self._draft(shorter)
             [encoding] = self._encoder.encode_batch([draft.text])
-            if self._length(draft, encoding) <= self.max_length:
+            if self._fits(self._length(draft, encoding)):
                 return replace(self._finish(shorter, draft, encoding), num_truncated_messages=total - keep)
         raise RejectError(
             "too_long",
             f"{length} tokens, over max_length {self.max_length}, and no assistant turn ends before that",
         )
 
-    def _beginnings(self, conversation: Conversation, draft: _Draft, encoding: Any) -> Iterator[int]:
+    def _beginnings(self, conversation: Conversation, draft: Draft, encoding: Any) -> Iterator[int]:
         """Numbers of messages that end with an assistant turn and may fit, the most first."""
-        shift = sum(message.role == "system" for message in conversation.messages[:1]) - sum(
-            message.role == "system" for message in self._with_system(conversation.messages)[:1]
-        )
+        shift = len(conversation.messages) - len(self._with_system(conversation.messages))
         for message, end in reversed(draft.ends):
             token = encoding.char_to_token(end - 1)
             keep = message + 1 + shift
             if token is None or not 0 < keep < len(conversation.messages):
                 continue
-            if self._length(draft, encoding, token + 1) <= self.max_length + SURE:
+            if self._fits(self._length(draft, encoding, token + 1) - SURE):
                 yield keep
 
     # --- facts for the manifest -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import xxhash
@@ -127,7 +127,7 @@ def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
         yield f"{sample.key}.{image_member(position, extension)}", data
 
 
-def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[tuple[int, int]]:
+def write_shard(file: Writable, samples: Iterable[Sample]) -> list[tuple[int, int]]:
     """Write a whole shard; return each sample's (offset, nbytes).
 
     The archive ends as ``tarfile`` ends it: two zero blocks, padded to 10,240 bytes.
@@ -147,10 +147,18 @@ def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[tuple[int, in
     return spans
 
 
-def end_archive(file: BinaryIO, position: int) -> None:
+def end_archive(file: Writable, position: int) -> None:
     """Write what ends an archive whose members take ``position`` bytes."""
     file.write(_ZEROS[: 2 * BLOCK])
     file.write(_ZEROS[: -(position + 2 * BLOCK) % tarfile.RECORDSIZE])
+
+
+class Writable(Protocol):
+    """A file, as far as shards are written to it."""
+
+    def write(self, data: bytes, /) -> int:
+        """As a file's."""
+        ...
 
 
 class HashedFile:
@@ -161,7 +169,7 @@ class HashedFile:
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview, /) -> int:
         """As a file's."""
         self.sha256.update(data)
         self.num_bytes += len(data)

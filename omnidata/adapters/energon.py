@@ -80,15 +80,15 @@ class PackTaskEncoder(DefaultTaskEncoder[TokenizedSample, TokenizedSample, Packe
         self, path: str, model: Any = None, *, max_tokens: int, max_images: int | None = None
     ) -> None:
         super().__init__()
-        self._limits = {"max_tokens": max_tokens, "max_images": max_images}
-        self._loader = open_packs(path, global_batch=1, **self._limits)
+        self._max_tokens, self._max_images = max_tokens, max_images
+        self._loader = open_packs(path, global_batch=1, max_tokens=max_tokens, max_images=max_images)
         self._token_types = Stream(self._loader, model).token_types
 
     def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
         """Best fit within the buffer."""
         tokens = np.array([len(sample.input_ids) for sample in samples])
         images = np.array([len(sample.images) for sample in samples])
-        pack_of, num_packs = pack(tokens, images, **self._limits)
+        pack_of, num_packs = pack(tokens, images, max_tokens=self._max_tokens, max_images=self._max_images)
         packs: list[list[TokenizedSample]] = [[] for _ in range(num_packs)]
         for number, sample in zip(pack_of.tolist(), samples, strict=True):
             packs[number].append(sample)

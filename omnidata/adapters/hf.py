@@ -102,9 +102,9 @@ class TrainDataset(datasets.Dataset):
         numbers = datasets.table.InMemoryTable.from_pydict({NUMBER: np.arange(len(self.microbatches))})
         super().__init__(numbers, fingerprint=loader.plan.digest[:16])
         self.loader = loader
-        self.source: Dataset = loader.plan.sources[0].catalog.dataset
+        self.source: Dataset = loader.plan.sources[0].index.dataset
         kind = model_class(self.source)
-        self._token_types = kind and token_types_name(kind)
+        self._token_types = None if kind is None else token_types_name(kind)
         self._takes_number = self._computed_loss = False
         self.collator = Collator(self.microbatches, self._token_types)
         if isinstance(tokenizer_or_model, torch.nn.Module):

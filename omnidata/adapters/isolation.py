@@ -21,6 +21,7 @@ import torch
 from omnidata.adapters.batch import model_inputs
 from omnidata.loader.loader import PackLoader, State
 from omnidata.loader.microbatch import Microbatch
+from omnidata.loader.reader import Document
 from omnidata.schema import IGNORE_INDEX, UserError
 
 ENOUGH, MOST_STEPS = 16, 64  # documents to choose two from, and steps to look for them in
@@ -34,7 +35,7 @@ REMEDY = (
 
 def check_model(model: Any, loader: PackLoader, *, token_types: str | None = None) -> bool:
     """UserError if the model cannot learn from these packs; whether it divides by ``num_items_in_batch``."""
-    dataset = loader.plan.sources[0].catalog.dataset
+    dataset = loader.plan.sources[0].index.dataset
     rows, needed = model.get_input_embeddings().weight.shape[0], dataset.manifest.vocab_size
     if rows < needed:
         raise UserError(
@@ -127,7 +128,7 @@ def _loss(model: Any, pack: Microbatch, which: int, token_types: str | None, num
 
 def _two_documents(loader: PackLoader) -> tuple[Microbatch, list[Microbatch]]:
     """Two documents of the first steps as a pack, and each alone: short ones, with pictures if any."""
-    found = []
+    found: list[tuple[Document, int]] = []
     for step, _, places in islice(loader.steps_from(State()), MOST_STEPS):
         for pack in step.packs:
             supervised = pack.lengths.supervised.tolist()

@@ -49,8 +49,8 @@ class Stream:
 
     def __init__(self, loader: PackLoader, model: Any = None, *, averaged_over: int = 1) -> None:
         self.loader, self._averaged_over = loader, averaged_over
-        kind = model_class(loader.plan.sources[0].catalog.dataset)
-        self.token_types = kind and token_types_name(kind)
+        kind = model_class(loader.plan.sources[0].index.dataset)
+        self.token_types = None if kind is None else token_types_name(kind)
         if model is not None and not check_model(model, loader, token_types=self.token_types):
             raise UserError(
                 f"{type(model).__name__} does not divide its loss by num_items_in_batch, so a step's loss "

@@ -64,7 +64,7 @@ class PackDataLoader(BaseDataLoader):
                 f"global_batch {global_batch} does not divide by {dp_world_size} ranks of {local_batch_size} "
                 "rows"
             )
-        dataset = self.loader.plan.sources[0].catalog.dataset
+        dataset = self.loader.plan.sources[0].index.dataset
         if dataset.manifest.num_images:
             raise UserError(f"{dataset.path} has pictures, and torchtitan's decoders take text only")
         size, built = tokenizer and tokenizer.get_vocab_size(), dataset.manifest.vocab_size

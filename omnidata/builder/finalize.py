@@ -94,6 +94,7 @@ def make_manifest(
     counts, tokenizer = total_counts(result for _, result in results), renderer.tokenizer
     kept, of_columns = kept_fields(settings.columns, counts["columns"])
     assert num_samples + num_rejects == plan.num_records, "samples + rejects = records"
+    assert settings.image_policy is not None, "the settings resolve it when they are made"
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         versions=plan.identity["versions"],

@@ -10,7 +10,7 @@ from typing import Any
 
 from omnidata import corpus
 from omnidata.builder.identity import identity_of
-from omnidata.builder.records import load_renderer, renderer_of
+from omnidata.builder.records import load_part_renderer, renderer_of
 from omnidata.builder.settings import BuildSettings
 from omnidata.builder.survey import Opened, OpenTask, RunTasks, in_order, in_runs, open_files
 from omnidata.corpus.source import file_size, is_url, with_names
@@ -96,7 +96,7 @@ def save_model(settings: BuildSettings, folder: str) -> tuple[Renderer, dict[str
     save_processor(processor, settings.model, f"{folder}/{PROCESSOR_DIR}")
     processor.tokenizer.chat_template = chat_template(processor)
     processor.tokenizer.save_pretrained(f"{folder}/{TOKENIZER_DIR}")
-    renderer = load_renderer(settings, Store(folder))
+    renderer = load_part_renderer(settings, Store(folder))
     for saved in (renderer.tokenizer, load_tokenizer(f"{folder}/{TOKENIZER_DIR}")):
         if fingerprint(saved) != fingerprint(processor.tokenizer):
             raise UserError(
@@ -104,6 +104,7 @@ def save_model(settings: BuildSettings, folder: str) -> tuple[Renderer, dict[str
                 "do not train with it"
             )
     before = fingerprint_of(ProcessorProfile(processor, settings.arguments))
+    assert isinstance(renderer.profile, ProcessorProfile), "load_part_renderer makes one"
     after = fingerprint_of(renderer.profile)
     if changes := describe(before, after):
         raise UserError(f"the processor of {settings.model} does not survive being saved: {changes[0]}")

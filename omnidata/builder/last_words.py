@@ -16,7 +16,7 @@ READING = f"{SCRATCH}/reading"
 
 
 @contextlib.contextmanager
-def reading(store: Store, task: ShardTask) -> Iterator[Callable[[str], None]]:
+def reading(store: Store, task: ShardTask) -> Iterator[Callable[[str], object]]:
     """A note of the record that is being read, on disk, so that it outlives a worker that dies of it."""
     path = reading_path(store, task)
     os.makedirs(os.path.dirname(path), exist_ok=True)

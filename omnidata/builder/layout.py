@@ -122,6 +122,7 @@ def _within(positions: Sequence[int], stretch: Stretch) -> Sequence[int]:
 
 def _cut_split(stretches: Sequence[Stretch], settings: BuildSettings, position: int) -> Iterator[list[Piece]]:
     """The pieces of each shard of one split. ``room`` counts records, or bytes by the estimate."""
+    most: float
     if settings.samples_per_shard:
         room, most = settings.samples_per_shard, settings.samples_per_shard
     else:

@@ -217,6 +217,7 @@ class Stages:
         """The pictures of one sample at the smallest sizes that are proven to give equal runs."""
         limit = self.settings.max_pixels
         sizes = tuple(read_header(data, max_pixels=limit).upright_size for data in files)
+        assert isinstance(self.renderer, PartRenderer), "pictures shrink so for a processor alone"
         smaller = self.renderer.profile.smaller(sizes) if sizes else ()
         return tuple(self._picture(data, size=size) for data, size in zip(files, smaller, strict=True))
 
@@ -250,6 +251,11 @@ def load_renderer(settings: BuildSettings, folder: Store) -> Renderer:
     if not settings.model:
         tokenizer = folder.local_copy(TOKENIZER_DIR)
         return renderer_of(settings, load_prepared(tokenizer) or load_tokenizer(tokenizer))
+    return load_part_renderer(settings, folder)
+
+
+def load_part_renderer(settings: BuildSettings, folder: Store) -> PartRenderer:
+    """The same of a processor's dataset."""
     from omnidata.profiles.folder import chat_template, load_processor
     from omnidata.profiles.processor import ProcessorProfile
 

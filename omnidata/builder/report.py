@@ -141,7 +141,7 @@ def report_of(manifest: Manifest, **run: Any) -> BuildReport:
 def partial_report(done: Any, *, num_shards: int, **run: Any) -> BuildReport:
     """The report of a task while others still have shards to build; ``done``: (task, result) pairs."""
     results = [result for _, result in done]
-    rejects, splits = Counter[str](), Counter[str]()
+    rejects, splits, counts = Counter[str](), Counter[str](), total_counts(results)
     for task, result in done:
         rejects.update(result.rejects)
         splits[task.split] += result.num_samples
@@ -161,6 +161,9 @@ def partial_report(done: Any, *, num_shards: int, **run: Any) -> BuildReport:
         num_shards=num_shards,
         shards_done=len(results),
         first_rejects=[],
-        **{name: counts for name, counts in total_counts(results).items() if name != "columns"},
+        unread_keys=counts["unread_keys"],
+        spelled_tokens=counts["spelled_tokens"],
+        content_tokens=counts["content_tokens"],
+        notes=counts["notes"],
         **run,
     )

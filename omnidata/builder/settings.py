@@ -169,7 +169,8 @@ def _default(name: str) -> Any:
 
 def settings_from_json(values: dict[str, Any]) -> BuildSettings:
     """The settings that ``to_json`` gave."""
-    return BuildSettings(**{name: tuple(v) if name in LISTS else v for name, v in values.items()})
+    given: dict[str, Any] = {name: tuple(v) if name in LISTS else v for name, v in values.items()}
+    return BuildSettings(**given)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from omnidata.builder.columns import KEPT, kept_json, part_schema
 from omnidata.builder.job import Job, read_stretch, stages
@@ -159,9 +159,10 @@ def shard_result(
 ) -> ShardResult:
     """A finished shard in numbers."""
     num_tokens = sum(row["n_tokens"] for row in rows)
-    info = file and ShardInfo(
-        task.path, task.split, len(rows), num_tokens, file.num_bytes, file.sha256.hexdigest()
-    )
+    info = None
+    if file:
+        digest = file.sha256.hexdigest()
+        info = ShardInfo(task.path, task.split, len(rows), num_tokens, file.num_bytes, digest)
     return ShardResult(
         num_records=len(rows) + len(rejects),
         num_samples=len(rows),
@@ -185,7 +186,21 @@ def total_counts(results: Iterable[ShardResult]) -> dict[str, dict[str, int]]:
     return {name: dict(sorted(counter.items())) for name, counter in totals.items()}
 
 
-def part_path(task: ShardTask) -> str:
+class NumberedShard(Protocol):
+    """A shard by its place in the dataset: the task of a build or of a copy."""
+
+    @property
+    def split(self) -> str:
+        """Which split it is of."""
+        ...
+
+    @property
+    def number(self) -> int:
+        """Its number in the split."""
+        ...
+
+
+def part_path(task: NumberedShard) -> str:
     """The file that says that a shard is done."""
     return f"{PARTS}/{task.split}-{task.number:05d}.parquet"
 
@@ -195,7 +210,7 @@ def rejects_path(task: ShardTask) -> str:
     return f"{PARTS}/{task.split}-{task.number:05d}.rejects.parquet"
 
 
-def read_part(store: Store, task: ShardTask) -> ShardResult | None:
+def read_part(store: Store, task: NumberedShard) -> ShardResult | None:
     """The result of a shard that is done, or None.
 
     A shard whose file is gone or has another size is not done.

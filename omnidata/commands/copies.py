@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 from omnidata.builder.settings import RunOptions, parse_size
 from omnidata.copier.report import CopyReport
@@ -10,12 +11,24 @@ from omnidata.copier.run import copy
 from omnidata.copier.settings import CopySettings
 
 
-def merge(datasets: Sequence[str], **flags: object) -> CopyReport:
+class CopyFlags(TypedDict):
+    """The options that both commands have."""
+
+    out: str
+    samples_per_shard: int | None
+    shard_bytes: str | None
+    workers: int | None
+    dry_run: bool
+    overwrite: bool
+    quiet: bool
+
+
+def merge(datasets: Sequence[str], **flags: Unpack[CopyFlags]) -> CopyReport:
     """Copy all samples of these datasets into one."""
     return _copy("merge", datasets, **flags)
 
 
-def subset(dataset: str, *, where: str, exclude: str, **flags: object) -> CopyReport:
+def subset(dataset: str, *, where: str, exclude: str, **flags: Unpack[CopyFlags]) -> CopyReport:
     """Copy the samples that meet a condition."""
     return _copy("subset", [dataset], where=where, exclude=exclude, **flags)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from omnidata.plan.cost import assumptions
+from omnidata.plan.oversize import Oversize
 from omnidata.printable import to_json
 
 
@@ -21,7 +22,7 @@ def plan(
     epoch: int,
     max_tokens: int | None,
     max_images: int | None,
-    oversize: str,
+    oversize: Oversize,
     global_batch: int | None,
     world_size: int,
     as_json: bool,

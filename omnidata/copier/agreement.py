@@ -60,9 +60,12 @@ def differences(first: Manifest, other: Manifest) -> Iterator[str]:
 
 def _settings(first: Manifest, other: Manifest) -> Iterator[tuple[str, Any, Any]]:
     """(what, in the first, in the other) of settings that a dataset has once for all of its samples."""
-    yield "the cutting of pictures (--max-slices)", *(slicing_of(m.settings) for m in (first, other))
-    yield "--image-fit", *(m.settings.get("image_fit", "squash") for m in (first, other))
+    yield "the cutting of pictures (--max-slices)", slicing_of(first.settings), slicing_of(other.settings)
+    was, found = (m.settings.get("image_fit", "squash") for m in (first, other))
+    yield "--image-fit", was, found
     # By these a conversation is rendered again: one value for all, or `omnidata render` would change some.
-    yield "--train-on", *(m.settings.get("train_on", "all") for m in (first, other))
-    yield "--system", *(m.settings.get("system") for m in (first, other))
-    yield "--content-token", *(sorted(m.settings.get("content_token", ())) for m in (first, other))
+    was, found = (m.settings.get("train_on", "all") for m in (first, other))
+    yield "--train-on", was, found
+    yield "--system", first.settings.get("system"), other.settings.get("system")
+    was, found = (sorted(m.settings.get("content_token", ())) for m in (first, other))
+    yield "--content-token", was, found

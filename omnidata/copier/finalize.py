@@ -120,7 +120,7 @@ def make_manifest(settings: CopySettings, inputs: Sequence[Input], results: Resu
     inputs', so in a subset they are of the dataset that it was taken from.
     """
     manifests = [each.dataset.manifest for each in inputs]
-    first, shards = manifests[0], [result.info for _, result in results]
+    first, shards = manifests[0], [result.info for _, result in results if result.info]
     splits, rejects = Counter[str](), Counter[str]()
     for shard in shards:
         splits[shard.split] += shard.num_samples

@@ -77,7 +77,8 @@ def copy_shard(job: CopyJob, task: CopyTask, report: Any) -> ShardResult:
     store = Store(job.out)
     for path in (task.path, f"{task.path}.idx", part_path(task)):
         store.remove_temps(path)
-    tables, spans = [], []
+    tables: list[pa.Table] = []
+    spans: list[tuple[int, int]] = []
     with store.write(task.path) as file:
         copy = _ShardCopy(task, HashedFile(file), report)
         for piece in task.pieces:

@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from omnidata.corpus.source import SourceFile, open_source_bytes
 from omnidata.schema import UserError
@@ -105,7 +105,7 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     if compression == "zstd":
         return io.BufferedReader(_ZstdFile(raw), _BLOCK)
     # Files of fsspec are raw ones at heart: their readline knows no limit.
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, _BLOCK)
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast("io.RawIOBase", raw), _BLOCK)
 
 
 def _closing(reader: Any, raw: BinaryIO) -> Any:

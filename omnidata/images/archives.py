@@ -156,7 +156,7 @@ def _tar_members(file: Any) -> dict[str, Member]:
                 members[name] = Member(info.offset_data, info.size, info.size)
             elif info.islnk() and _clean(info.linkname) in members:  # a second name of an earlier member
                 members[name] = members[_clean(info.linkname)]
-            archive.members.clear()  # tarfile keeps every header it has seen: a gigabyte a million members
+            archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; tarfile keeps every header it has seen: a gigabyte a million members
     return members
 
 

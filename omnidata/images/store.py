@@ -26,7 +26,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import fsspec
 
-from omnidata.images.archives import is_archive, open_archive
+from omnidata.images.archives import Archive, is_archive, open_archive
 from omnidata.images.header import MAX_BYTES, MAX_FETCHED_BYTES
 from omnidata.images.web import Permit, fetch, is_public
 from omnidata.schema import ImageRef, RejectError, UserError
@@ -67,7 +67,7 @@ class ImageStore:
         self.max_bytes = max_bytes
         self._permit = permit
         self.respelled = 0  # pictures found under another Unicode form of their name
-        self._archive = None
+        self._archive: Archive | None = None
         if self.root is not None and not assumed:
             self._check_root(self.root)
 

@@ -179,8 +179,8 @@ def source_totals(
     names, rows = source
     sums = [np.bincount(rows, weights=w, minlength=len(names)) for w in (None, tokens, supervised, images)]
     found = [
-        SourceTotals(name, *(int(total[i]) for total in sums), rejects.get(name, 0))
-        for i, name in enumerate(names)
+        SourceTotals(name, int(samples), int(of_tokens), int(learned), int(pictures), rejects.get(name, 0))
+        for name, samples, of_tokens, learned, pictures in zip(names, *sums, strict=True)
     ]
     empty = [SourceTotals(name, 0, 0, 0, 0, rejects[name]) for name in rejects if name not in names]
     return tuple(sorted(found + empty, key=lambda totals: (-totals.num_samples, totals.source)))

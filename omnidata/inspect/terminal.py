@@ -268,9 +268,10 @@ def _learned(text: Text, console: Console) -> Text:
 def chip(run: Run, view: SampleView) -> str:
     """An image block in a word or two: `` image 640×480 · 66 tokens ``; of a cut picture also which part."""
     sizes, names = view.row["image_sizes"], view.slice_names
-    is_there = run.image is not None and run.image < min(len(sizes), len(names))
-    size = "{}×{}".format(*sizes[run.image]) if is_there else "missing"
-    part = f" · {names[run.image]}" if is_there and names[run.image] else ""
+    size, part = "missing", ""
+    if run.image is not None and run.image < min(len(sizes), len(names)):
+        size = "{}×{}".format(*sizes[run.image])
+        part = f" · {names[run.image]}" if names[run.image] else ""
     return f" image {size}{part} · {run.num_tokens} tokens "
 
 

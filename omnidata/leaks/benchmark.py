@@ -106,8 +106,8 @@ def _holders(found: Sequence[tuple[int, int, np.ndarray]]) -> Counter[int]:
     for entry, _, runs in found:
         of_entry.setdefault(entry, set()).update(runs.tolist())
     holders: Counter[int] = Counter()
-    for runs in of_entry.values():
-        holders.update(runs)
+    for of_one in of_entry.values():
+        holders.update(of_one)
     return holders
 
 

@@ -99,19 +99,18 @@ class Assembler:
     def _laid_out(self, work: Work, read: Reads, memory: np.ndarray | None) -> Parts | LoadError:
         squares, pictures = None, []
         if isinstance(self._images, Squares):
-            squares = self._squares(work, read, memory)
+            squares = self._squares(self._images, work, read, memory)
         elif self._images is not None:
-            pictures = self._pictures(work, read)
+            pictures = self._pictures(self._images, work, read)
         kept = [sample for _, sample in read if isinstance(sample, Sample)]
         failed = [sample for _, sample in read if isinstance(sample, LoadError)]
         if failed and self._on_error == "raise":
             return failed[0]
         if isinstance(self._images, ProcessorPixels):
-            parts = self._with_processor(kept, pictures, num_skipped=len(failed))
+            parts = _with_processor(self._images, kept, pictures, num_skipped=len(failed))
         else:
-            images = squares
-            if images is None:
-                images = tuple([image for sample in kept for image in sample.images])
+            files = tuple([image for sample in kept for image in sample.images])
+            images = files if squares is None else squares
             parts = lay_out(kept, images, im_start=self._im_start, num_skipped=len(failed))
         if isinstance(parts, LoadError):
             return parts
@@ -134,24 +133,24 @@ class Assembler:
 
     # --- images -------------------------------------------------------------------------------------------
 
-    def _squares(self, work: Work, read: Reads, memory: np.ndarray | None) -> np.ndarray:
+    def _squares(self, images: Squares, work: Work, read: Reads, memory: np.ndarray | None) -> np.ndarray:
         """uint8 ``[N, S, S, 3]``: every image goes straight into its place.
 
         A sample with an image that does not decode becomes a LoadError in ``read``.
         """
-        rows, row = self._images.rows(work, memory), 0
+        rows, row = images.rows(work, memory), 0
         for position, (document, sample) in enumerate(read):
             if isinstance(sample, LoadError):
                 continue
             with self._reader.naming(document):
                 try:
-                    self._images.fill(rows[row:], sample, document, epoch=work.epoch)
+                    images.fill(rows[row:], sample, document, epoch=work.epoch)
                     row += len(sample.images)
                 except RejectError as error:
                     read[position] = document, self._reader.error(document, error.detail)
         return rows[:row]
 
-    def _pictures(self, work: Work, read: Reads) -> list[list]:
+    def _pictures(self, images: ProcessorPixels, work: Work, read: Reads) -> list[list]:
         """The decoded pictures of each sample that is there; as above."""
         pictures = []
         for position, (document, sample) in enumerate(read):
@@ -159,32 +158,33 @@ class Assembler:
                 continue
             with self._reader.naming(document):
                 try:
-                    pictures.append(self._images.decode(sample, document, epoch=work.epoch))
+                    pictures.append(images.decode(sample, document, epoch=work.epoch))
                 except RejectError as error:
                     read[position] = document, self._reader.error(document, error.detail)
         return pictures
 
-    def _with_processor(
-        self, samples: list[Sample], pictures: list[list], *, num_skipped: int
-    ) -> Parts | LoadError:
-        keys = ", ".join(sample.key for sample in samples)
-        has_dummy = self._images.with_dummy and not any(pictures)
-        if has_dummy:
-            dummy = self._images.dummy
-            samples, pictures = [*samples, dummy.sample], [*pictures, [dummy.picture()]]
-        try:
-            tensors = self._images.tensors(pictures)
-            position_ids = self._images.position_ids(samples, tensors)
-        except (ValueError, RuntimeError, IndexError) as error:  # what processors raise on pictures
-            return LoadError(f"the processor fails on the pictures of the samples {keys}: {error}")
-        return lay_out(
-            samples,
-            tensors,
-            image_token_ids=self._images.profile.image_token_ids,
-            position_ids=position_ids,
-            num_skipped=num_skipped,
-            has_dummy=has_dummy,
-        )
+
+def _with_processor(
+    images: ProcessorPixels, samples: list[Sample], pictures: list[list], *, num_skipped: int
+) -> Parts | LoadError:
+    keys = ", ".join(sample.key for sample in samples)
+    has_dummy = images.with_dummy and not any(pictures)
+    if has_dummy:
+        dummy = images.dummy
+        samples, pictures = [*samples, dummy.sample], [*pictures, [dummy.picture()]]
+    try:
+        tensors = images.tensors(pictures)
+        position_ids = images.position_ids(samples, tensors)
+    except (ValueError, RuntimeError, IndexError) as error:  # what processors raise on pictures
+        return LoadError(f"the processor fails on the pictures of the samples {keys}: {error}")
+    return lay_out(
+        samples,
+        tensors,
+        image_token_ids=images.profile.image_token_ids,
+        position_ids=position_ids,
+        num_skipped=num_skipped,
+        has_dummy=has_dummy,
+    )
 
 
 def _groups(read: Reads) -> np.ndarray | None:

@@ -37,7 +37,7 @@ class Groups:
         if by == DATASET:
             self.names = _told_apart([source.catalog.name for source in sources])
             return
-        columns = [source.catalog.texts_of(by) for source in sources]
+        columns = [source.index.texts_of(by) for source in sources]
         counts: Counter[str] = Counter()
         for values, codes in columns:
             found = np.bincount(codes, minlength=len(values)).tolist()

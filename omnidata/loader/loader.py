@@ -139,18 +139,20 @@ class PackLoader:
         self._steps: dict[str, Any] = {"global_batch": global_batch, "tail": tail}
         self.weigh(image_cost=image_cost, attention_cost=attention_cost)
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._of_workers = {"num_workers": num_workers, "prefetch": prefetch, "timeout": worker_timeout}
+        self._prefetch, self._timeout = prefetch, worker_timeout
         self._state = State()
-        datasets = [source.catalog.dataset for source in self.plan.sources]
+        datasets = [source.index.dataset for source in self.plan.sources]
         manifest = datasets[0].manifest
-        changes = {"augment": _as(Augment, augment) if augment else None, "seed": seed}
+        changes: Augment | None = _as(Augment, augment) if augment else None
         if manifest.is_omnilmm:
             if dummy_picture:
                 raise UserError("dummy_picture is for a processor's datasets; OmniLMM's model needs none")
             fit = manifest.settings.get("image_fit", "squash")
-            images: Any = Squares(image_size or manifest.image_size, fit, **changes)
+            images: Any = Squares(image_size or manifest.image_size, fit, changes, seed)
         else:
-            images = open_pixels(datasets, raw=raw_pixels, with_dummy=dummy_picture, **changes)
+            images = open_pixels(
+                datasets, raw=raw_pixels, with_dummy=dummy_picture, augment=changes, seed=seed
+            )
         self._images, self._raw = images, raw_pixels and not manifest.is_omnilmm
         self._assembler = Assembler(
             SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),
@@ -268,7 +270,9 @@ class PackLoader:
         if not self._num_workers:
             yield from map(self._assembler.assemble, works)
             return
-        with Workers(self._assembler, **self._of_workers) as workers:
+        with Workers(
+            self._assembler, num_workers=self._num_workers, prefetch=self._prefetch, timeout=self._timeout
+        ) as workers:
             yield from workers.map(works)
 
     def _works(self) -> Iterator[tuple[Work, Sent]]:
@@ -362,7 +366,7 @@ class _PlacesOfWindows:
         if read not in self._places:
             rows = self._plan.rows_of_read(read, window)
             self._places[read] = {
-                dataset: self._plan.sources[dataset].catalog.locate(mine) for dataset, mine in rows.items()
+                dataset: self._plan.sources[dataset].index.locate(mine) for dataset, mine in rows.items()
             }
             for old in sorted(self._places)[:-2]:
                 del self._places[old]

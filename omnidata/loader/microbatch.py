@@ -148,11 +148,13 @@ def expand(
 
     cu_seqlens = np.concatenate(([0], np.cumsum(parts.lengths)))
     starts = np.repeat(cu_seqlens[:-1], parts.lengths)
-    images = parts.images
-    if isinstance(images, np.ndarray):
-        images = host(images).permute(0, 3, 1, 2)  # channels last: no transposition on the CPU
-    elif isinstance(images, dict):
-        images = {name: host(array) for name, array in images.items()}
+    images: torch.Tensor | dict[str, torch.Tensor] | tuple[bytes, ...]
+    if isinstance(parts.images, np.ndarray):
+        images = host(parts.images).permute(0, 3, 1, 2)  # channels last: no transposition on the CPU
+    elif isinstance(parts.images, dict):
+        images = {name: host(array) for name, array in parts.images.items()}
+    else:
+        images = parts.images
     positions = np.arange(len(starts)) - starts if parts.position_ids is None else parts.position_ids
     types = None if parts.token_types is None else host(parts.token_types.astype(np.int64))
     groups = supervised_groups = None

@@ -73,8 +73,7 @@ class RemoteShards:
         return failure
 
     def _attempt(self, name: str, place: Place) -> bytes:
-        raw = self._cache.get(name) if self._cache else None
-        if raw is not None:
+        if self._cache and (raw := self._cache.get(name)) is not None:
             try:
                 check_content(parse(raw, place), place)
                 return raw

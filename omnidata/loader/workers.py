@@ -342,8 +342,10 @@ def _received(answer: Any, buffer: Buffer | None, lender: Lender) -> Parts | Loa
             lender.take_back(buffer)
         return parts
     if isinstance(found, Tensors):
+        assert buffer is not None, "tensors are laid out in memory that was lent"
         flat = lender.array(buffer, (len(buffer.memory),))
         return replace(parts, images=unpack_tensors(found.layout, flat))
+    images: np.ndarray | tuple[Any, ...]
     if buffer is None:
         images = () if isinstance(found, list) else np.empty(found, np.uint8)
     elif isinstance(found, list):

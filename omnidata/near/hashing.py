@@ -29,6 +29,8 @@ import xxhash
 from omnidata.schema import RejectError, UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from omnidata.schema import Conversation, EncodedImage, Message
 
 NUM_NUMBERS = 64  # of a text's MinHash
@@ -84,7 +86,7 @@ def image_hash(data: bytes) -> str:
         raise RejectError("image_corrupt", f"the picture does not decode: {error}") from error
 
 
-def _on_white(picture: object) -> object:
+def _on_white(picture: Image.Image) -> Image.Image:
     """RGB, with what is transparent white."""
     from PIL import Image
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from omnidata.plan.cap import Cap
-from omnidata.plan.catalog import Catalog, Lengths
+from omnidata.plan.catalog import Catalog, IndexCatalog, Lengths
 from omnidata.plan.order import permutation
 from omnidata.plan.phases import Phase, Schedule
 from omnidata.schema import UserError
@@ -64,8 +64,16 @@ class Source:
                 f"{name}: `cap` is {self.cap}; give a number of samples (of each value of `cap_by`)"
             )
 
+    @property
+    def index(self) -> IndexCatalog:
+        """The catalog of a dataset that can be read; TypeError if this one is of lengths alone."""
+        if not isinstance(self.catalog, IndexCatalog):
+            raise TypeError(f"{self.catalog.name}: {type(self.catalog).__name__} has no samples to read")
+        return self.catalog
+
     def capped(self, seed: int, number: int) -> Cap:
-        """Which samples each pass takes."""
+        """Which samples each pass takes; there is a ``cap``."""
+        assert self.cap is not None, "asked only of a source with a cap"
         rows, codes = self.catalog.values(self.cap_by)
         return Cap(min(self.cap, len(rows)), rows, codes, key=(seed, number, _CAP))
 
@@ -81,16 +89,17 @@ def quotas(sources: list[Source], sizes: list[int] | None = None) -> list[Fracti
     for source, size in zip(sources, sizes, strict=True):
         _check(source, size)
     weights = [source.weights[0].weight if source.weights else source.weight for source in sources]
-    if all(weight is None for weight in weights):
+    given = [_fraction(weight) for weight in weights if weight is not None]
+    if not given:
         return [_fraction(source.epochs or 1) * n for source, n in zip(sources, sizes, strict=True)]
-    if any(weight is None for weight in weights):
+    if len(given) < len(weights):
         raise UserError(
             "every dataset of a blend needs a `weight`, or none does (then `epochs` counts, 1 each)"
         )
-    total = sum(map(_fraction, weights))
+    total = sum(given)
     if not total:
         return [Fraction(0)] * len(sources)  # the schedule says when
-    return [_fraction(weight) * sum(sizes) / total for weight in weights]
+    return [weight * sum(sizes) / total for weight in given]
 
 
 def _check(source: Source, size: int) -> None:
@@ -108,7 +117,7 @@ def _check(source: Source, size: int) -> None:
             raise UserError(f"{name}: `{what}` is {value!r}, it must be a positive number")
 
 
-def _fraction(value: float) -> Fraction:
+def _fraction(value: float | Fraction) -> Fraction:
     """What the user wrote: 0.1 is 1/10, not the nearest binary fraction."""
     return Fraction(str(value))
 
@@ -178,7 +187,7 @@ class Stream:
         if (number, group) not in self._groups:
             shards, last_shards, _ = self._layout(number)
             first = last_shards[group - 1] + 1 if group else 0
-            lengths = self._of_pass(number).read(shards[first : last_shards[group] + 1])
+            lengths = self._of_pass(number).read(shards[first : last_shards[group] + 1].tolist())
             shuffled = lengths.take(permutation(len(lengths.rows), *self._key, number, group))
             shuffled = self._sorted(shuffled)
             self._groups = dict([*self._groups.items(), ((number, group), shuffled)][-2:])
@@ -250,7 +259,7 @@ class Blend:
 
 def _scheduled(sources: list[Source], sizes: list[int], epoch: int, draw_samples: int) -> list[list[int]]:
     """Of each stream, where the windows of an epoch with changing weights begin and the last one ends."""
-    phases = [source.weights or (Phase(None, _fraction(source.weight)),) for source in sources]
+    phases = [source.weights or (_constant(source),) for source in sources]
     names = [source.catalog.name for source in sources]
     schedule = Schedule(phases, total=sum(sizes), names=names)
     num_windows = max(1, round(sum(sizes) / draw_samples))
@@ -262,3 +271,8 @@ def _scheduled(sources: list[Source], sizes: list[int], epoch: int, draw_samples
         if not rows or sum(row) > sum(rows[-1]):  # a window has a sample
             rows.append(row)
     return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _constant(source: Source) -> Phase:
+    assert source.weight is not None, "quotas() refuses a blend in which some have weights and others none"
+    return Phase(None, _fraction(source.weight))

@@ -46,13 +46,14 @@ class Lengths:
     tokens: np.ndarray
     supervised: np.ndarray
     images: np.ndarray
-    pixels: np.ndarray | None = None  # values of the images' pixel tensors; None: IMAGE_PIXELS for each
+    # Values of the images' pixel tensors; not given: IMAGE_PIXELS for each.
+    pixels: np.ndarray = None  # type: ignore[assignment]  # __post_init__ sets it
 
     def __post_init__(self) -> None:
         if self.pixels is None:
             object.__setattr__(self, "pixels", self.images * IMAGE_PIXELS)
 
-    def take(self, positions: np.ndarray) -> Lengths:
+    def take(self, positions: np.ndarray | slice) -> Lengths:
         """The samples at ``positions``, in that order."""
         return Lengths(*(getattr(self, name)[positions] for name in self.__slots__))
 
@@ -187,13 +188,16 @@ class IndexCatalog:
 
     def read(self, shards: Sequence[int]) -> Lengths:
         """The lengths of the samples of these shards, in index order."""
-        shards = np.sort(np.asarray(shards, np.int64))
+        shards = np.sort(np.asarray(shards, np.int64)).tolist()
         # OmniLMM's pictures are all alike, so what one costs is the image_cost itself.
         has_sizes = not self.dataset.manifest.is_omnilmm
         table = self._table(shards, (*LENGTHS, "image_pixels") if has_sizes else LENGTHS)
-        columns = [numbers(table, name).astype(np.int64) for name in LENGTHS]
+        tokens, supervised, images = (numbers(table, name).astype(np.int64) for name in LENGTHS)
         pixels = _row_sums(table["image_pixels"]) if has_sizes else None
-        lengths = Lengths(self._rows(shards), *columns, pixels)
+        if pixels is None:
+            lengths = Lengths(self._rows(shards), tokens, supervised, images)
+        else:
+            lengths = Lengths(self._rows(shards), tokens, supervised, images, pixels)
         _check_lengths(lengths, self.name)
         if self._kept is None:
             return lengths
@@ -295,7 +299,7 @@ class IndexCatalog:
 
     def locate(self, rows: np.ndarray) -> Places:
         """Where the bytes of these rows are (and of the others of their shards)."""
-        shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1)
+        shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1).tolist()
         has_sizes = not self.dataset.manifest.is_omnilmm
         table = self._table(shards, (*PLACES, "image_pixels") if has_sizes else PLACES)
         self._check_places(table)

@@ -43,14 +43,14 @@ class ModelShape:
         return (-(-image_size // self.patch_size)) ** 2 + 1
 
 
-_MISTRAL_7B = {"lm_params": 6.979588096e9, "lm_layers": 32, "lm_width": 4096}
+_MISTRAL_7B = (6.979588096e9, 32, 4096)  # lm_params, lm_layers, lm_width
 
 MODELS: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        ModelShape("omnilmm-12b", "EVA02-E/14 and Mistral-7B", 4.280795904e9, 63, 1792, 14, **_MISTRAL_7B),
-        ModelShape("so400m-7b", "SigLIP SO400M/14 and Mistral-7B", 0.397e9, 26, 1152, 14, **_MISTRAL_7B),
-        ModelShape("vitl-7b", "CLIP ViT-L/14 and Mistral-7B", 0.291e9, 23, 1024, 14, **_MISTRAL_7B),
+        ModelShape("omnilmm-12b", "EVA02-E/14 and Mistral-7B", 4.280795904e9, 63, 1792, 14, *_MISTRAL_7B),
+        ModelShape("so400m-7b", "SigLIP SO400M/14 and Mistral-7B", 0.397e9, 26, 1152, 14, *_MISTRAL_7B),
+        ModelShape("vitl-7b", "CLIP ViT-L/14 and Mistral-7B", 0.291e9, 23, 1024, 14, *_MISTRAL_7B),
     )
 }
 DEFAULT_MODEL = "omnilmm-12b"

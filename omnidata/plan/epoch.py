@@ -232,7 +232,9 @@ class EpochPlan:
             )
             for window in self.windows()
         ]
-        return Totals(*map(sum, zip(*parts, strict=True)), max_tokens=self.max_tokens)
+        sums: Iterator[int] = map(sum, zip(*parts, strict=True))
+        samples, packs, tokens, supervised, images, cut, left_out = sums
+        return Totals(samples, packs, tokens, supervised, images, cut, left_out, self.max_tokens)
 
     def num_steps(self, global_batch: int, *, tail: Tail = "drop") -> int:
         """Steps of the epoch."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from omnidata.index import numbers
-from omnidata.plan.catalog import IMAGE_PIXELS
+from omnidata.plan.catalog import IMAGE_PIXELS, IndexCatalog
 from omnidata.plan.cost import CHANNELS, Assumptions, Cost, epoch_cost, token_weights
 from omnidata.plan.epoch import EpochPlan
 from omnidata.plan.steps import deal
@@ -112,7 +112,7 @@ def forecast(
     num_images = int(packs["images"].sum())
     return Forecast(
         datasets=tuple(source.catalog.name for source in plan.sources),
-        where=tuple(_where(source.catalog) for source in plan.sources),
+        where=tuple(_where(source.index) for source in plan.sources),
         samples_of=_samples_of(windows, len(plan.sources)),
         seed=plan.seed,
         epoch=plan.epoch,
@@ -147,7 +147,7 @@ def forecast(
 
 def _image_size(plan: EpochPlan) -> int:
     """Pixels per side of the picture that ``Pack.image_load`` counts as one."""
-    manifest = plan.sources[0].catalog.dataset.manifest
+    manifest = plan.sources[0].index.dataset.manifest
     return manifest.image_size if manifest.is_omnilmm else 448
 
 
@@ -163,13 +163,13 @@ def _samples_of(windows: Iterable[Window], num_datasets: int) -> tuple[int, ...]
     return tuple(np.asarray(counts).tolist())
 
 
-def _where(catalog: Any) -> str | None:
+def _where(catalog: IndexCatalog) -> str | None:
     where = catalog.dataset.where
     return str(where) if where else None
 
 
 def _nothing_fits(plan: EpochPlan) -> str:
-    datasets = [source.catalog.dataset for source in plan.sources]
+    datasets = [source.index.dataset for source in plan.sources]
     shortest = min(
         min(numbers(dataset.index_columns(["n_tokens"]), "n_tokens"), default=0) for dataset in datasets
     )
@@ -186,7 +186,7 @@ COLUMNS = ("tokens", "supervised", "images", "pixels")
 
 def _pixels(plan: EpochPlan, windows: list[Window]) -> np.ndarray:
     """Values of each image's pixel tensors, as far as the plan knows: a sample's are taken as alike."""
-    manifests = [source.catalog.dataset.manifest for source in plan.sources]
+    manifests = [source.index.dataset.manifest for source in plan.sources]
     images = np.concatenate([window.lengths.images for window in windows])
     pixels = np.concatenate([window.lengths.pixels for window in windows])
     owners = np.concatenate([window.dataset for window in windows])
@@ -234,4 +234,5 @@ def rank_balance(tokens: np.ndarray, images: np.ndarray, costs: np.ndarray, worl
     top, mean = loads.max(axis=2), loads.mean(axis=2)
     ratios = np.where(mean > 0, top / np.maximum(mean, 1e-9), 1.0).mean(axis=1)
     idle = 1 - mean[2].sum() / top[2].sum()
-    return Balance(*ratios.tolist(), idle=float(idle))
+    of_tokens, of_images, of_cost = ratios.tolist()
+    return Balance(of_tokens, of_images, of_cost, float(idle))

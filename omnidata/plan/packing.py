@@ -96,7 +96,9 @@ def even_fit(
     )
     # No pack may end with many more images than the mean one, limited or not: ranks would wait for it.
     most = int(max(_MOST_IMAGES * images.sum() / max(needed, 1), images.max(initial=1))) + 1
-    tokens, images, max_images = _checked(tokens, images, max_tokens, min(most, bound))
+    tokens, images, max_images = _checked(
+        tokens, images, max_tokens, most if max_images is None else min(most, max(max_images, 1))
+    )
     misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
     fitting = np.ones(len(tokens), bool)
     fitting[misfits] = False

@@ -58,7 +58,8 @@ def _data(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from error
     data = content.get("data") if isinstance(content, Mapping) else None
-    train = data.get("train") if isinstance(data, Mapping) else None
+    data = dict(data) if isinstance(data, Mapping) else {}
+    train = data.get("train")
     if not isinstance(train, list) or not all(isinstance(entry, str | Mapping) for entry in train):
         raise UserError(f"{path} has no list of datasets under data.train: it is no recipe")
-    return dict(data)
+    return data

@@ -18,14 +18,13 @@ def processor_folder(url: str) -> str:
     return _local_copy(url)
 
 
-def open_profile(url: str, manifest: Manifest) -> ProcessorProfile | None:
-    """The processor's profile; None: the dataset is OmniLMM's, which has no processor. Loaded once a process.
+def open_profile(url: str, manifest: Manifest) -> ProcessorProfile:
+    """The profile of a processor's dataset, loaded once per process; OmniLMM's has no processor.
 
     Raises:
         UserError: the processor cannot be loaded.
     """
-    if manifest.profile["name"] == OMNILMM:
-        return None
+    assert manifest.profile["name"] != OMNILMM, "asked only of a processor's dataset"
     return _open(processor_folder(url), json.dumps(manifest.profile["arguments"]))
 
 

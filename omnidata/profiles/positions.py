@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -38,7 +39,7 @@ def _bare_model(folder: str) -> Any | None:
     if type(config) not in mapping:
         return None
     whole = mapping[type(config)]
-    module = inspect.getmodule(whole)
+    module = sys.modules[whole.__module__]
     classes = [whole, *(kind for _, kind in inspect.getmembers(module, inspect.isclass))]
     for kind in classes:
         if kind.__module__ == module.__name__ and hasattr(kind, "get_rope_index"):
@@ -67,6 +68,7 @@ def mrope_positions(
     import torch
 
     model = _bare_model(folder)
+    assert model is not None, "asked only where kind_of_positions gave MROPE"
     wanted = set(inspect.signature(model.get_rope_index).parameters)
     total, first, columns = sum(num_images), 0, []
     for ids, number in zip(documents, num_images, strict=True):

@@ -19,7 +19,7 @@ class Reply:
 
     def moved(self, places: dict[int, int]) -> Reply:
         """The same, its contents counted otherwise."""
-        spans = ((places[first], places[last], *more) for first, last, *more in self.spans)
+        spans = ((places[first], places[last], behind, slack) for first, last, behind, slack in self.spans)
         return Reply(self.line, tuple(spans))
 
 

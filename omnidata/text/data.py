@@ -97,10 +97,9 @@ def missing_of(calls: Sequence[Mapping[str, Any]], text: str) -> str:
     for function in functions:
         arguments = function.get("arguments")
         # JSON as text that is printed with escapes is a text in JSON, not a call's arguments.
-        is_text = isinstance(arguments, str)
         shown = (
             arguments.strip() in text
-            if is_text
+            if isinstance(arguments, str)
             else all(is_printed(each, text) for each in leaves(arguments))
         )
         if arguments is not None and not shown:

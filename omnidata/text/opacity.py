@@ -15,6 +15,7 @@ opaque, as does any syntax that is not listed here: the answer errs on the side 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 from jinja2 import nodes
@@ -70,7 +71,7 @@ class _Flow:
 
     # --- statements ---------------------------------------------------------------------------------------
 
-    def statements(self, body: list[nodes.Node]) -> None:
+    def statements(self, body: Sequence[nodes.Node]) -> None:
         for node in body:
             getattr(self, f"_do_{type(node).__name__.lower()}", _refuse)(node)
 

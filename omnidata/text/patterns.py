@@ -19,12 +19,25 @@ syntax tree does not know (looking back, anchors, references, unlisted propertie
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, auto
 from functools import lru_cache
 from itertools import product
 
-EMPTY, WHITE, BLANK, BLANKS, SOLID, LED, TORN = Kind = Enum("Kind", "EMPTY WHITE BLANK BLANKS SOLID LED TORN")
-Kinds = frozenset  # of Kind
+
+class Kind(Enum):
+    """A kind of text; the module's docstring says what each is."""
+
+    EMPTY = auto()
+    WHITE = auto()
+    BLANK = auto()
+    BLANKS = auto()
+    SOLID = auto()
+    LED = auto()
+    TORN = auto()
+
+
+EMPTY, WHITE, BLANK, BLANKS, SOLID, LED, TORN = Kind
+Kinds = frozenset[Kind]
 
 _ANY = Kinds({BLANK, WHITE, SOLID})  # of one character that may be any
 _IS_WHITE = {EMPTY, WHITE, BLANK, BLANKS}
@@ -223,7 +236,7 @@ class _Parser:
             raise NotProven
         if not negated:
             return kinds, has_blank
-        rest = {SOLID} | ({BLANK} - ({BLANK} if has_blank else set())) | (set() if has_all_white else {WHITE})
+        rest = {SOLID} | (set() if has_blank else {BLANK}) | (set() if has_all_white else {WHITE})
         return Kinds(rest), not has_blank and BLANK not in kinds
 
     def range(self, first: str) -> tuple[Kinds, bool]:

@@ -89,7 +89,8 @@ class PreparedTokenizer:
         missing = [token for token in tokens if token not in self.added_tokens_encoder]
         backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
         pad = self.pad_token or self.unk_token or self.eos_token
-        added = {token: backend.token_to_id(token) for token in missing}
+        ids = backend.get_vocab(with_added_tokens=True)
+        added = {token: ids[token] for token in missing}
         return replace(
             self,
             backend_tokenizer=backend,

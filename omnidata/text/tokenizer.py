@@ -22,7 +22,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -137,7 +137,7 @@ def template_text(tokenizer: Any) -> str:
     return template or ""
 
 
-def special_token_ids(tokenizer: Any, more: Sequence[str] = ()) -> dict[str, int]:
+def special_token_ids(tokenizer: Any, more: Iterable[str] = ()) -> dict[str, int]:
     """Ids of the special tokens that the tokenizer has: bos, eos, pad, unk, image, grounding, slice tokens.
 
     ``more`` names others to include where it has them.

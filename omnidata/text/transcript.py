@@ -83,7 +83,8 @@ class _Draft:
         self._marked = self._messages([mark(i) for i in range(len(self._slots))], self._shown)
 
     def _data_of(self, message: Message) -> dict[str, Any]:
-        data = {key: message.more[key] for key in ("name", "tool_call_id") if key in message.more}
+        keys = ("name", "tool_call_id")
+        data: dict[str, Any] = {key: message.more[key] for key in keys if key in message.more}
         return {**data, "tool_calls": self._form.calls(message)} if "tool_calls" in message.more else data
 
     # --- printing ----------------------------------------------------------------------------------------
@@ -288,7 +289,8 @@ class _Draft:
                 f"the chat template starts {self._name(line)} otherwise than its generation prompt does",
             )
         # A tokenizer may join the last blanks with those that follow.
-        blanks = re.match(r"\s*", piece[len(found) :])[0] if found[-1].isspace() else ""
+        rest = piece[len(found) :]
+        blanks = rest[: len(rest) - len(rest.lstrip())] if found[-1].isspace() else ""
         return found + blanks
 
     @cached_property

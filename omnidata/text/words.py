@@ -176,8 +176,10 @@ class Words:
         return lengths
 
     def _forget(self) -> None:
-        self._ids = {token: (token_id,) for token, token_id in self._added.items()}
-        self._lengths = {token: (len(token),) for token in self._added}
+        self._ids: dict[str, tuple[int, ...]] = {
+            token: (token_id,) for token, token_id in self._added.items()
+        }
+        self._lengths: dict[str, tuple[int, ...]] = {token: (len(token),) for token in self._added}
         self._held = 0
 
 

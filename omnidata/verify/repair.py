@@ -111,7 +111,8 @@ class ShardReader:
         if foreign:
             what = f"at byte {foreign[0].offset} ({foreign[0].what})"
             return f"{task.shard.path} holds what no build writes, {what}"
-        return [{**row, "split": task.shard.split, "shard": task.shard.path} for row in found]
+        where = {"split": task.shard.split, "shard": task.shard.path}
+        return [row | where for row in found if not isinstance(row, Damage)]
 
     def _proven_row(self, span: Any) -> Row | Damage:
         try:

@@ -189,7 +189,8 @@ def stored_columns(
         slices = {} if check_slices(sample, manifest) else {"slices": slice_layout(sample, manifest)}
         runs = slices | omnilmm_columns(sample, manifest)
     else:
-        runs = {"slices": []} | _processor_columns(sample, sizes, manifest, url, row)
+        no_slices: Row = {"slices": []}
+        runs = no_slices | _processor_columns(sample, sizes, manifest, url, row)
     return runs | {
         "key": span.key,
         "offset": span.offset,
