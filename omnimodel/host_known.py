@@ -191,9 +191,10 @@ def _on_host(func: Any, args: Any, kwargs: dict[str, Any], device: torch.device)
 def _copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device, without a wait; what is expanded is copied once and expanded there."""
     shape = values.shape
-    for axis, stride in enumerate(values.stride()):
-        if stride == 0 and shape[axis] > 1:
-            values = values.narrow(axis, 0, 1)
+    with _disable_current_modes():
+        for axis, stride in enumerate(values.stride()):
+            if stride == 0 and shape[axis] > 1:
+                values = values.narrow(axis, 0, 1)
     if torch._C._get_dispatch_mode(_FAKE) is not None:
         return torch.empty(values.shape, dtype=values.dtype, device=device).expand(shape)
     with _disable_current_modes():
@@ -204,7 +205,7 @@ def _copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _is_number(tensor: torch.Tensor) -> bool:
     """Is it a Python number that became a tensor on its way?"""
-    return tensor.ndim == 0 and tensor.device.type == "cpu"
+    return type(tensor) is torch.Tensor and tensor.ndim == 0 and tensor.device.type == "cpu"
 
 
 def _is_known_number(leaf: Any) -> bool:
@@ -231,19 +232,23 @@ def _known_or_read(leaf: Any, device: torch.device) -> Any:
 # --- masks that are known ---------------------------------------------------------------------------------
 
 
-def _places(mask: torch.Tensor, device: torch.device) -> tuple[list[torch.Tensor], int]:
+def _places(mask: HostKnown, shape: Any) -> tuple[list[torch.Tensor], int]:
     """Integer indices of a mask's True, on the device, and the trailing axes along which it is expanded.
+
+    Args:
+        mask: of any shape that can be expanded to ``shape``.
+        shape: of what is looked at.
 
     A mask ``[B, T, 1]`` that was expanded to ``[B, T, D]`` gives rows (b, t) and 1, not T × D indices.
     """
     repeated = 0
-    while repeated < mask.ndim - 1 and (mask.stride(-1 - repeated) == 0 and mask.shape[-1 - repeated] > 1):
-        repeated += 1
     with _disable_current_modes():
-        for _ in range(repeated):
-            mask = mask.select(-1, 0)
-        columns = mask.nonzero(as_tuple=True)
-    return [_copied(column, device) for column in columns], repeated
+        values = mask.values.expand(shape)
+        while values.ndim > 1 and values.stride(-1) == 0 and values.shape[-1] > 1:
+            values = values.select(-1, 0)
+            repeated += 1
+        columns = values.nonzero(as_tuple=True)
+    return [_copied(column, mask.device) for column in columns], repeated
 
 
 def _indices(indices: Any, device: torch.device) -> Iterator[torch.Tensor | None]:
@@ -261,13 +266,13 @@ def _index(tensor: Any, indices: Any) -> torch.Tensor:
     """``tensor[indices]``."""
     [*others], mask = indices[:-1], indices[-1]
     if not others and isinstance(mask, HostKnown) and mask.dtype == torch.bool and mask.ndim:
-        return _select(_plain(tensor), mask.values, mask.device)
+        return _select(_plain(tensor), mask)
     return aten.index.Tensor(_plain(tensor), list(_indices(indices, tensor.device)))
 
 
-def _select(tensor: torch.Tensor, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor[mask]``, ``[N, …]``."""
-    rows, repeated = _places(mask, device)
+def _select(tensor: torch.Tensor, mask: HostKnown) -> torch.Tensor:
+    """``tensor[mask]``, ``[N, …]``, where the mask may be expanded to the tensor's first axes."""
+    rows, repeated = _places(mask, tensor.shape[: mask.ndim])
     found = aten.index.Tensor(tensor, rows)
     return found.reshape(-1, *found.shape[1 + repeated :]) if repeated else found
 
@@ -281,14 +286,15 @@ def _masked_select(tensor: Any, mask: Any) -> torch.Tensor:
     if not isinstance(mask, HostKnown):
         return aten.masked_select(_plain(tensor), mask)
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
-    return _select(_plain(tensor).expand(shape), mask.values.expand(shape), tensor.device).reshape(-1)
+    mask = aten.expand(mask, shape)
+    return _select(_plain(tensor).expand(shape), mask).reshape(-1)
 
 
 def _masked_scatter(tensor: Any, mask: Any, source: Any) -> torch.Tensor:
     tensor, source = _plain(tensor), _plain(source)
     if not isinstance(mask, HostKnown) or not tensor.ndim:
         return aten.masked_scatter(tensor, _plain(mask), source)
-    rows, repeated = _places(mask.values.expand(tensor.shape), tensor.device)
+    rows, repeated = _places(mask, tensor.shape)
     trailing = tensor.shape[tensor.ndim - repeated :]
     count = len(rows[0]) * math.prod(trailing)
     if source.numel() < count:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny_families
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 from omnidata.loader import PackLoader
 from omnimodel import host_known
@@ -51,20 +53,33 @@ def test_a_step_waits_for_nothing_and_learns_the_same(family, name):
         assert torch.equal(value, expected[key]), key
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "minicpmv4_6", "internvl"])
-def test_a_step_without_numbers_asks_for_none(family, name):
-    """On the meta device whoever needs a value raises, and copies from the host show. In bfloat16."""
-    inputs = {}
-    for key, value in pack(family(name)).items():
-        if isinstance(value, HostKnown):
-            inputs[key] = known(value.values, META)
-        else:
-            inputs[key] = value.to(META) if isinstance(value, torch.Tensor) else value
+WITHOUT_NUMBERS = ["qwen3_vl", "minicpmv4_6", "internvl"]
+
+
+@pytest.mark.parametrize("name", WITHOUT_NUMBERS)
+def test_a_step_on_the_meta_device_asks_for_no_value(family, name):
+    """There whoever needs one raises, and copies from the host show. In bfloat16."""
+    inputs = pack(family(name))
+    known_inputs = {key: value for key, value in inputs.items() if isinstance(value, HostKnown)}
+    assert {"input_ids", "position_ids", "cu_seqlens", "token_type_ids"} <= known_inputs.keys()
+    inputs |= {key: known(value.values, META) for key, value in known_inputs.items()}
+    inputs |= {key: inputs[key].to(META) for key in ("pixel_values", "shift_labels")}
+    config = config_of(str(family(name) / "model"))
     with META:
-        model = class_for(config := config_of(str(family(name) / "model")))._from_config(
-            config, dtype=torch.bfloat16
-        )
+        model = class_for(config)._from_config(config, dtype=torch.bfloat16)
     with as_on_gpu(), Waits("meta") as waits:
+        model(**inputs).loss.backward()
+    assert not waits.places
+
+
+@pytest.mark.parametrize("name", WITHOUT_NUMBERS)
+def test_a_rehearsed_step_asks_for_no_value(family, name):
+    """Fake tensors have none either; what the host knows stays real."""
+    inputs, config = pack(family(name)), config_of(str(family(name) / "model"))
+    with no_init_weights(), FakeTensorMode() as fake, as_on_gpu(), Waits() as waits:
+        model = class_for(config)._from_config(config, dtype=torch.bfloat16)
+        waits.places.clear()  # of making it
+        inputs |= {key: fake.from_tensor(inputs[key]) for key in ("pixel_values", "shift_labels")}
         model(**inputs).loss.backward()
     assert not waits.places
 
