@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from omnimodel import attention, host_known, loss, mixers
+from omnimodel import attention, host_known, loss, mixers, patches
 from omnimodel.parts import image_tower
 
 # A processor marks its pictures' tokens; models take that under one of these names.
@@ -87,6 +87,7 @@ class _Packed:
         self.logit_scale = logit_scale(self.config)  # until the class's own loss shows that it has none
         self.mixers = mixers.keep_apart(self.get_decoder())
         self._join_pictures()
+        patches.as_products(image_tower(self))
         host_known.tell(self)
         for module in (image_tower(self), self.get_decoder()):
             host_known.leave_out(module)

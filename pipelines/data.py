@@ -292,6 +292,8 @@ def _shared_settings(recipe: Recipe, world: World, config: Any) -> dict[str, Any
         "world_size": world.size,
         "image_size": config.image_size if is_omnilmm else None,
         "dummy_picture": not is_omnilmm,  # OmniLMM sees to that itself
+        # A quarter of the bytes to send; on a CPU nothing is sent, and workers had better normalise.
+        "raw_pixels": None if takes_gpu_path(world.device) else False,
         "pin_memory": world.device.type == "cuda",
     }
 
@@ -312,7 +314,9 @@ def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]
     if is_omnilmm:
         has_images = len(microbatch.images) > 0
         return inputs | {"pixel_values": to_device(microbatch.images, device) if has_images else None}
-    inputs |= {name: there(tensor, device) for name, tensor in microbatch.images.items()}
+    raw = microbatch.normalise.affines if microbatch.normalise else {}
+    for name, tensor in microbatch.images.items():
+        inputs[name] = raw[name](to_device(tensor, device)) if name in raw else there(tensor, device)
     return inputs | {"token_type_ids": there(microbatch.token_type_ids[None], device)}
 
 

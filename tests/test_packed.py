@@ -14,7 +14,7 @@ from omnidata.loader import PackLoader
 from omnidata.loader.microbatch import expand, lay_out
 from omnidata.loader.pixel_source import open_pixels
 from omnidata.schema import UserError
-from omnimodel import attention, isolation, mixers
+from omnimodel import attention, isolation, mixers, patches
 from omnimodel.loss import LogitScale
 from omnimodel.packed import class_for, config_of, token_types
 from omnimodel.parts import Parts
@@ -217,6 +217,22 @@ def test_a_tower_with_dropout_is_refused_as_well():
     tower = transformers.AttentionInterface()[attention.TOWER_NAME]
     with pytest.raises(ValueError, match=r"attention_dropout=0\.5 is not supported"):
         tower(torch.nn.Module(), query, query, query, None, dropout=0.5, **bounds)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.Conv3d])
+def test_a_convolution_over_single_patches_is_a_product(kind):
+    axes = 2 if kind is torch.nn.Conv2d else 3
+    tower = torch.nn.Sequential(kind(3, 5, 4, stride=4), kind(5, 5, 3, stride=1), kind(5, 5, 2, 2, padding=1))
+    own = kind(3, 5, 4, stride=4)
+    own.load_state_dict(tower[0].state_dict())
+    assert patches.as_products(tower) == ["0"]
+    for sides in ((4,) * axes, (8,) * axes):  # one patch, and a picture of them
+        pixels = torch.randn(7, 3, *sides)
+        expected, found = own(pixels), tower[0](pixels)
+        torch.testing.assert_close(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(tower[0].weight.grad, own.weight.grad, atol=1e-3, rtol=1e-4)
 
 
 # --- parts ------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import tiny_families
 import torch
@@ -13,7 +15,9 @@ from omnimodel import host_known
 from omnimodel.attention import as_on_gpu
 from omnimodel.host_known import HostKnown, known, plain
 from omnimodel.packed import class_for, config_of
-from pipelines.data import model_inputs
+from pipelines.config import parse_recipe
+from pipelines.data import model_inputs, train_loader
+from pipelines.parallel import World
 from pipelines.waits import Waits
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -92,6 +96,21 @@ def test_a_tower_that_is_not_told_waits(family, monkeypatch):
     monkeypatch.setattr(host_known, "making", lambda like: as_on_gpu())
     places, _ = step(load(family("llava_onevision")), pack(family("llava_onevision")))
     assert places
+
+
+@pytest.mark.parametrize(("name", "has_bytes"), [("qwen3_vl", True), ("minicpmv4_6", False)])
+def test_a_gpu_is_sent_bytes_where_the_processor_has_them(family, name, has_bytes):
+    tree = {"run": {"dir": "unused"}, "model": {"path": str(family(name) / "model")}, "optim": {"steps": 1}}
+    tree["data"] = {"train": [{"path": str(family(name) / "data")}], "max_tokens": 4096, "global_batch": 1}
+    recipe, config = parse_recipe(tree), config_of(str(family(name) / "model"))
+    world, dtypes, inputs = World(0, 1, CPU, "single"), [], []
+    for place in (contextlib.nullcontext(), as_on_gpu()):
+        with place:
+            microbatch = next(iter(train_loader(recipe, world, config)))
+            dtypes.append(microbatch.images["pixel_values"].dtype)
+            inputs.append(model_inputs(microbatch, CPU)["pixel_values"])
+    assert dtypes == [torch.float32, torch.uint8 if has_bytes else torch.float32]
+    torch.testing.assert_close(inputs[1], inputs[0], atol=1e-5, rtol=0)
 
 
 # --- tensors that the host knows --------------------------------------------------------------------------

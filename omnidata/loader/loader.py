@@ -79,7 +79,8 @@ class PackLoader:
             packs of a step are dealt to ranks (``weigh`` sets them later).
         tail: an epoch's last packs, too few for a step, are a step with empty microbatches (pad) or dropped.
         image_size: pixels per side of the square that images become; None: the manifest's.
-        raw_pixels: a processor's tensors as bytes, to be normalised on the device by ``normalise``.
+        raw_pixels: a processor's tensors as bytes, to be normalised on the device by ``normalise``; None:
+            if the processor has such.
         group_by: mark documents and supervised tokens with their dataset ("dataset") or a column of the
             index, say "source"; ``group_names`` has the names. None: no mark, and no cost.
         dummy_picture: a processor's microbatches without pictures get one small black one in a document of
@@ -109,7 +110,7 @@ class PackLoader:
         window_samples: int = WINDOW_SAMPLES,
         image_size: int | None = None,
         decode_images: bool = True,
-        raw_pixels: bool = False,
+        raw_pixels: bool | None = False,
         dummy_picture: bool = False,
         augment: Augment | Mapping[str, float] | None = None,
         group_by: str | None = None,
@@ -153,7 +154,7 @@ class PackLoader:
             images = open_pixels(
                 datasets, raw=raw_pixels, with_dummy=dummy_picture, augment=changes, seed=seed
             )
-        self._images, self._raw = images, raw_pixels and not manifest.is_omnilmm
+        self._images, self._raw = images, not manifest.is_omnilmm and images.raw
         self._assembler = Assembler(
             SampleReader(datasets, remote=_as(Remote, remote or {}), checksum=checksum),
             images=images if decode_images else None,
@@ -263,6 +264,7 @@ class PackLoader:
             step=about.step,
             epoch=about.epoch,
             pin_memory=self._pin_memory,
+            normalise=self.normalise if self._raw else None,
         )
 
     def _assemble(self, works: Iterator[Work]) -> Iterator[Parts | LoadError]:

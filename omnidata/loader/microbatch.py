@@ -26,6 +26,8 @@ from omnidata.schema import IGNORE_INDEX, Sample
 if TYPE_CHECKING:
     import torch
 
+    from omnidata.profiles.tensors import Normalisation
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Microbatch:
@@ -57,6 +59,7 @@ class Microbatch:
         0  # a processor's: values of their pixel tensors before one picture is padded for another
     )
     has_dummy: bool = False  # the last document is no sample but one small picture with nothing supervised
+    normalise: Normalisation | None = None  # makes raw pixels the processor's; None: they are that
 
     @property
     def num_tokens(self) -> int:
@@ -134,7 +137,13 @@ def lay_out(
 
 
 def expand(
-    parts: Parts, *, num_supervised_tokens: int, step: int, epoch: int, pin_memory: bool = False
+    parts: Parts,
+    *,
+    num_supervised_tokens: int,
+    step: int,
+    epoch: int,
+    pin_memory: bool = False,
+    normalise: Normalisation | None = None,
 ) -> Microbatch:
     """The microbatch that ``parts`` stand for; with ``pin_memory`` all of it in page-locked memory.
 
@@ -181,4 +190,5 @@ def expand(
         num_images=parts.num_images,
         num_pixels=parts.num_pixels,
         has_dummy=parts.has_dummy,
+        normalise=normalise,
     )

@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 
 
 def open_pixels(
-    datasets: Sequence[Dataset], *, raw: bool, augment: Augment | None, seed: int, with_dummy: bool = False
+    datasets: Sequence[Dataset],
+    *,
+    raw: bool | None,
+    augment: Augment | None,
+    seed: int,
+    with_dummy: bool = False,
 ) -> ProcessorPixels:
     """The first dataset's processor; that of every dataset must do what it did when it was built.
+
+    ``raw``: tensors of bytes; None: if the processor has such.
 
     Raises:
         UserError: names what changed; or ``raw`` and the processor's tensors are no bytes.
@@ -30,7 +37,9 @@ def open_pixels(
     profile = open_profile(first.path, first.manifest)
     for dataset in datasets:
         check_fingerprint(profile, dataset.manifest.profile["fingerprint"], where=dataset.path)
-    if raw and normalisation_of(profile) is None:
+    if raw is None:
+        raw = normalisation_of(profile) is not None
+    elif raw and normalisation_of(profile) is None:
         raise UserError(
             f"raw_pixels: {type(profile.processor).__name__}'s tensors are no bytes before they "
             "are normalised, or padded otherwise; leave it out"

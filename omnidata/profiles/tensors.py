@@ -10,7 +10,7 @@ pictures, and used only where it gives the processor's own numbers on mixed pack
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,6 +94,14 @@ class Affine:
 
     scale: torch.Tensor
     shift: torch.Tensor
+    _copies: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # by device
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """Where ``raw`` is; scale and shift are copied there once."""
+        if raw.device not in self._copies:
+            self._copies[raw.device] = (self.scale.to(raw.device), self.shift.to(raw.device))
+        scale, shift = self._copies[raw.device]
+        return raw * scale + shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +117,7 @@ class Normalisation:
     def _one(self, name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
         if name not in self.affines:
             return tensor
-        affine = self.affines[name]
-        scaled = tensor * affine.scale.to(tensor.device) + affine.shift.to(tensor.device)
+        scaled = self.affines[name](tensor)
         return scaled if dtype is None else scaled.to(dtype)
 
 
