@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 
@@ -57,51 +56,21 @@ def renderer(mistral):
 @pytest.fixture(scope="session")
 def ten_records(tmp_path_factory):
     """Ten records: text, one picture, two pictures; the last has its picture in the second turn."""
-    import numpy as np
-    from PIL import Image
+    from family_data import write_ten_records
 
-    root = tmp_path_factory.mktemp("ten")
-    rng = np.random.default_rng(0)
-    for number, (width, height) in enumerate(((64, 48), (100, 40), (60, 90), (64, 48))):
-        small = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((width, height)).save(root / f"{number}.jpg")
-    with (root / "a.jsonl").open("w") as file:
-        for i in range(10):
-            names = [f"{(i + k) % 4}.jpg" for k in range(1 if i == 9 else i % 3)]
-            turns = [
-                ("user", "<image>" * len(names) + f"What is number {i}?"),
-                ("assistant", f"This is {i}."),
-            ]
-            turns = [("user", "Hi"), ("assistant", "Ho"), *turns] if i == 9 else turns
-            messages = [{"role": role, "content": text} for role, text in turns]
-            file.write(json.dumps({"id": f"r{i}", "images": names, "messages": messages}) + "\n")
-    return root
+    return write_ten_records(tmp_path_factory.mktemp("ten"))
 
 
 @pytest.fixture(scope="session")
 def family(ten_records, tmp_path_factory):
     """Family -> the folder with its ``model`` and its ``data``; made when it is first asked for."""
-    import tiny_families
-
-    from omnidata import cli
+    from family_data import build_family
 
     made = {}
 
     def of(name):
         if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            model = tiny_families.save(name, root / "model")
-            arguments = [
-                "build-shards",
-                ten_records / "a.jsonl",
-                "--image-root",
-                ten_records,
-                "--model",
-                model,
-            ]
-            arguments += ["--out", root / "data", "--workers", 1, "--quiet"]
-            assert cli.run([str(argument) for argument in arguments]) == 0
-            made[name] = root
+            made[name] = build_family(name, ten_records, tmp_path_factory.mktemp(name))
         return made[name]
 
     return of

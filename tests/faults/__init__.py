@@ -8,7 +8,8 @@
     damage.py         a shard, index and manifest that are cut, flipped, missing or exchanged
     mutants.py        the code made wrong on purpose: do the tests see it?
     training.py       a sample of kills and stops of training, in worlds of 1 to 3 ranks
-    trials.py         the long form of it: `make trials`
+    families.py       the same of transformers' own classes
+    trials.py         the long form of both: `make trials`
     checkpoints.py    every file of a checkpoint damaged in every way, three restarts after each
 
 Another part is a module with ``rows(folder, short) -> Iterator[Row]`` and a name in ``table.PARTS``.

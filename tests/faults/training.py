@@ -65,14 +65,21 @@ def rows(folder: Path, short: bool) -> Iterator[Row]:
 class Trial:
     """Runs that meet one fault after the other."""
 
+    worlds: tuple[tuple[str, int], ...] = WORLDS
+    patience = PATIENCE
+
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.folder, self.rng, self.number = folder, rng, 0
-        self.worlds = itertools.cycle(WORLDS)
-        self.data = build_tiny_dataset(folder / "data", num_samples=40, num_val=8)
+        self.next_worlds = itertools.cycle(self.worlds)
+        self.data = self.build()
         codes, *_ = self.attempt(self.recipe("whole"), "auto", 1, None)
         assert codes == [0], "the undisturbed run must end well"
         self.expected = lines(folder / "whole")
         assert len(self.expected["loss"]) == STEPS
+
+    def build(self) -> Path:
+        """The dataset."""
+        return build_tiny_dataset(self.folder / "data", num_samples=40, num_val=8)
 
     def recipe(self, name: str) -> Path:
         """A recipe in which everything that can be hit comes often."""
@@ -105,7 +112,7 @@ class Trial:
 
     def _one(self, row: Row, recipe: Path, waiting: list[Fault]) -> Path | None:
         """One attempt; the recipe if the run is to go on."""
-        strategy, size = next(self.worlds)
+        strategy, size = next(self.next_worlds)
         fault = waiting[0] if waiting else None
         run = recipe.with_suffix("")
         codes, was_hit, errors = self.attempt(recipe, strategy, size, fault)
@@ -147,7 +154,7 @@ class Trial:
         ]
         if fault and not fault.moment:
             self._shoot(recipe, processes, victims, fault.number, hit)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         for process in processes:
             process.join(timeout=max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in processes]

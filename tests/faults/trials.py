@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from faults import families
 from faults.table import Row
 from faults.training import KILL, MOMENTS, STOP, Fault, Trial
 
@@ -18,3 +19,4 @@ def rows(folder: Path, short: bool) -> Iterator[Row]:
             planted = [Fault(number, whom, moment) for moment in MOMENTS]
             yield trial.row(f"{name}, {whom}", "at random", [Fault(number, whom, None)] * at_random)
             yield trial.row(f"{name}, {whom}", "at a moment", planted * (1 if number == KILL else 2))
+    yield from families.rows(folder / "families", short)
