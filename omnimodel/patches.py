@@ -8,6 +8,8 @@ and oneDNN take such a convolution for what it says; the product is the same sum
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +20,7 @@ def as_products(tower: nn.Module) -> list[str]:
     changed = []
     for name, module in tower.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and _is_tiling(module):
-            module.__class__ = _product(type(module))
+            module.__class__ = _product(type(module))  # type: ignore[assignment]
             changed.append(name)
     return changed
 
@@ -29,7 +31,7 @@ def _is_tiling(module: nn.Conv2d | nn.Conv3d) -> bool:
 
 
 def _product(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, patches: torch.Tensor) -> torch.Tensor:
         if patches.shape[2:] != self.kernel_size:
             return kind.forward(self, patches)
         product = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
