@@ -162,13 +162,13 @@ def read_dialogue(raw: bytes | memoryview) -> Dialogue:
     return Dialogue(conversation, tuple(size for _, size, _ in images))
 
 
-def _list(value: Any, name: str) -> list[Any]:
+def _list(value: object, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise DialogueError(f"{name} is no list")
     return value
 
 
-def _read_image(value: Any) -> tuple[ImageRef, Size | None, Size | None]:
+def _read_image(value: object) -> tuple[ImageRef, Size | None, Size | None]:
     if not isinstance(value, dict) or not value.keys() <= {"grid", "path", "size"}:
         raise DialogueError("an image is no object of path, size and grid")
     path = value.get("path")
@@ -177,7 +177,7 @@ def _read_image(value: Any) -> tuple[ImageRef, Size | None, Size | None]:
     return ImageRef(path=path), _pair(value.get("size")), _pair(value.get("grid"))
 
 
-def _pair(value: Any) -> Size | None:
+def _pair(value: object) -> Size | None:
     if value is None:
         return None
     if (
@@ -189,7 +189,7 @@ def _pair(value: Any) -> Size | None:
     return value[0], value[1]
 
 
-def _read_message(value: Any, number: Any, grids: Any) -> Message:
+def _read_message(value: object, number: object, grids: object) -> Message:
     if not isinstance(value, dict) or not {"content", "role"} <= value.keys() or value["role"] not in ROLES:
         raise DialogueError(f"a message has no content, or no role of {', '.join(ROLES)}")
     is_off = "train" in value

@@ -74,7 +74,7 @@ class Executor(Protocol):
 
     capacity: int
 
-    def submit(self, task: Any) -> None:
+    def submit(self, task: object) -> None:
         """Start a task."""
 
     def wait(self) -> list[Event]:
@@ -164,7 +164,7 @@ class InlineExecutor:
         self._work = work
         self._tasks: deque[Any] = deque()
 
-    def submit(self, task: Any) -> None:
+    def submit(self, task: object) -> None:
         """Remember the task; ``wait`` runs it."""
         self._tasks.append(task)
 
@@ -217,7 +217,7 @@ class ProcessExecutor:
         self._lifeline_end, self._lifeline = self._context.Pipe(duplex=False)
         self._workers: list[_Worker] = []
 
-    def submit(self, task: Any) -> None:
+    def submit(self, task: object) -> None:
         """Give the task to an idle worker, starting one where there is none."""
         worker = next((worker for worker in self._workers if worker.task is None), None)
         if worker is None:

@@ -50,7 +50,7 @@ def reject_schema() -> pa.Schema:
     return _arrow_schema(REJECT_COLUMNS)
 
 
-def index_table(rows: Iterable[dict[str, Any]], schema: pa.Schema | None = None) -> pa.Table:
+def index_table(rows: Iterable[dict[str, object]], schema: pa.Schema | None = None) -> pa.Table:
     """Index rows (one dict a sample, keys as INDEX_COLUMNS) as a table; ``schema`` may have kept columns."""
     import pyarrow as pa
 
@@ -83,7 +83,7 @@ def kept_fields(found: pa.Schema, where: str = "the table") -> list[pa.Field]:
     return fields
 
 
-def reject_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
+def reject_table(rows: Iterable[dict[str, object]]) -> pa.Table:
     """Reject rows (one dict a record, keys as REJECT_COLUMNS) as a table."""
     import pyarrow as pa
 

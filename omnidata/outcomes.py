@@ -16,7 +16,7 @@ from typing import Any
 from omnidata.schema import RejectError, UserError
 
 
-def caught(function: Callable[..., Any], *arguments: Any) -> Any:
+def caught(function: Callable[..., object], *arguments: object) -> Any:
     """The function's result, or why there is none, as a RejectError.
 
     Raises:

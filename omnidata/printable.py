@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
-from typing import Any
 
 # Marks that reorder the text around them (UAX #9), so that a line shows something else than it says.
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -29,7 +28,7 @@ def printable(text: str) -> str:
     return text.translate(_visible())
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Readable JSON, with every character escaped that a terminal would obey."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -37,7 +37,7 @@ class RayExecutor:
         self._work, self._folder = ray.put(work), folder
         self._running: dict[Any, Any] = {}
 
-    def submit(self, task: Any) -> None:
+    def submit(self, task: object) -> None:
         """Start a Ray task."""
         self._running[self._remote.remote(self._work, self._folder, task)] = task
 
@@ -46,7 +46,7 @@ class RayExecutor:
         ready, _ = self._ray.wait(list(self._running), num_returns=1)
         return [self._event(reference) for reference in ready]
 
-    def _event(self, reference: Any) -> Event:
+    def _event(self, reference: object) -> Event:
         task, errors = self._running.pop(reference), self._ray.exceptions
         try:
             return Done(task, self._ray.get(reference))
@@ -64,7 +64,7 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def _ray_task(work: Work, folder: str | None, task: Any) -> Any:
+def _ray_task(work: Work, folder: str | None, task: object) -> Any:
     """Runs on a Ray worker. Nothing is reported on the way: the result says it all."""
     try:
         if folder is not None:

@@ -171,7 +171,7 @@ class Renderer:
         alone = [caught(self._encoder.encode_batch, [text]) for text in texts]
         return [each if isinstance(each, RejectError) else each[0] for each in alone]
 
-    def _finish_or_refuse(self, conversation: Conversation, draft: Draft, encoding: Any) -> Rendered:
+    def _finish_or_refuse(self, conversation: Conversation, draft: Draft, encoding: object) -> Rendered:
         if isinstance(encoding, RejectError):
             raise encoding
         return self._finish(conversation, draft, encoding)
@@ -332,7 +332,7 @@ class Renderer:
             return ids, labels
         return widened(ids, labels, self._encoder.image_id, self._encoder.image_ids, self.num_query)
 
-    def _truncate(self, conversation: Conversation, draft: Draft, encoding: Any, length: int) -> Rendered:
+    def _truncate(self, conversation: Conversation, draft: Draft, encoding: object, length: int) -> Rendered:
         """Cut whole turns from the end, down to an assistant turn after which everything fits.
 
         The whole conversation's encoding says about how long each beginning of it is, so that, however many

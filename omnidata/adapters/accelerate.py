@@ -42,7 +42,7 @@ class DeviceStream(Stream):
             yield send_to_device(batch, self._device, non_blocking=True)
 
 
-def packs(data: Any, accelerator: Accelerator, model: Any = None, **settings: Any) -> DeviceStream:
+def packs(data: object, accelerator: Accelerator, model: object = None, **settings: Any) -> DeviceStream:
     """This rank's batches, registered with the accelerator.
 
     Args:

@@ -45,8 +45,8 @@ STATE = "omnidata"  # its key among the callbacks' states in trainer_state.json;
 
 
 def train_dataset(
-    data: Any,
-    tokenizer_or_model: Any,
+    data: object,
+    tokenizer_or_model: object,
     *,
     max_tokens: int = 4096,
     global_batch: int = 8,
@@ -169,7 +169,7 @@ class TrainDataset(datasets.Dataset):
     def _alone(self) -> bool:
         return self.loader.world_size == 1  # the Trainer itself switches the average off then
 
-    def _check_tokenizer(self, tokenizer: Any) -> None:
+    def _check_tokenizer(self, tokenizer: object) -> None:
         measured, built = fingerprint(tokenizer), self.source.manifest.tokenizer_fingerprint
         if measured != built:
             raise UserError(
@@ -177,13 +177,13 @@ class TrainDataset(datasets.Dataset):
                 f"({measured[:12]}): build it with the model's, or train the model that it was built for"
             )
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: object) -> None:
         """UserError if the model cannot learn from these packs."""
         self._takes_number = check_model(model, self.loader, token_types=self._token_types)
         if self._takes_number:
             unwrap_peft_model(model).accepts_loss_kwargs = True
 
-    def check_once(self, model: Any) -> None:
+    def check_once(self, model: object) -> None:
         """The model's check, if it was not given at the start."""
         if not self._is_checked:
             says = accepts_loss_kwargs(model)  # what the Trainer has read by now
@@ -204,12 +204,12 @@ class TrainDataset(datasets.Dataset):
         return summed_loss(outputs["logits"], labels, num_items_in_batch)
 
 
-def unwrap_peft_model(model: Any) -> Any:
+def unwrap_peft_model(model: object) -> Any:
     """The model of transformers behind an adapter of peft's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def accepts_loss_kwargs(model: Any) -> bool:
+def accepts_loss_kwargs(model: object) -> bool:
     """As the Trainer reads it: will it give the model the number of supervised tokens?"""
     whole = unwrap_peft_model(model)
     if hasattr(whole, "accepts_loss_kwargs"):
@@ -234,7 +234,7 @@ class PackCallback(TrainerCallback):
         elif state.global_step:
             raise UserError("the checkpoint has no loader's state: it was not trained with this callback")
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Before any update: is the loss what it should be?"""
         self._data.check_loss()
 

@@ -90,7 +90,7 @@ def takes_denominator(model: Any, loader: PackLoader, *, token_types: str | None
 
 
 def _sees(
-    model: Any, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
+    model: object, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
 ) -> float:
     """By how much the loss of document ``1 - which`` moves when ``which`` changes, as a share of it."""
     other = _changed(whole, parts, which)
@@ -102,7 +102,7 @@ def _sees(
 
 
 def _differs(
-    model: Any, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
+    model: object, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
 ) -> float:
     """By how much a document's loss in the pack differs from its loss alone, as a share of it."""
     packed, alone = (_loss(model, pack, which, token_types) for pack in (whole, parts[which]))

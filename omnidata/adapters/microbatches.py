@@ -76,7 +76,7 @@ class Microbatches:
         state = self.state_at(step)
         return self._loader.state_dict() | {name: getattr(state, name) for name in State.__slots__}
 
-    def check_state(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: dict[str, object]) -> None:
         """UserError if ``state`` is of another plan."""
         position = self._loader.state_dict()
         self._loader.load_state_dict(state)

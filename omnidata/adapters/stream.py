@@ -16,7 +16,7 @@ from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
 
 
-def open_packs(data: Any, **settings: Any) -> PackLoader:
+def open_packs(data: object, **settings: Any) -> PackLoader:
     """A PackLoader of these settings, each of whose microbatches calls the tower of a processor's model.
 
     Hosts shard models and wait for every rank's gradients: a rank without pictures would leave the others
@@ -77,6 +77,6 @@ class Stream:
         """The position behind the last step that was yielded whole."""
         return self.loader.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from there; UserError if it is of other data or settings."""
         self.loader.load_state_dict(state)

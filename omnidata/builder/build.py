@@ -81,7 +81,7 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
 # --- (4) the plan -----------------------------------------------------------------------------------------
 
 
-def resume_plan(store: Store, identity: dict[str, Any], options: RunOptions) -> BuildPlan | None:
+def resume_plan(store: Store, identity: dict[str, object], options: RunOptions) -> BuildPlan | None:
     """The plan of the build that was begun here, if it is this one; None to begin anew."""
     plan = read_plan(store)
     if plan is not None:
@@ -112,7 +112,7 @@ def prepare(store: Store, job: Job, inputs: Inputs, executor: Executor, folder: 
         return plan
 
 
-def _built_before(store: Store, identity: dict[str, Any]) -> BuildReport:
+def _built_before(store: Store, identity: dict[str, object]) -> BuildReport:
     """For whoever comes when the dataset is complete: all is well if it is the same dataset."""
     manifest = manifest_from_json(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
     inputs = [{key: entry[key] for key in entry if key != "num_records"} for entry in manifest.inputs]

@@ -83,7 +83,7 @@ def write_plan(store: Store, plan: BuildPlan) -> None:
 
 
 def make_plan(
-    identity: dict[str, Any],
+    identity: dict[str, object],
     settings: BuildSettings,
     files: Sequence[SourceFile],
     run: RunTasks,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -43,7 +42,7 @@ def kinds_of(columns: Mapping[str, Value]) -> tuple[str, ...]:
     return tuple(f"{_KINDS[type(value)]} {name}" for name, value in columns.items())
 
 
-def part_schema(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Schema:
+def part_schema(schema: pa.Schema, rows: list[dict[str, object]]) -> pa.Schema:
     """The schema of a part with these rows."""
     has_kept = bool(rows) and KEPT in rows[0]
     return schema.append(pa.field(KEPT, pa.string(), nullable=False)) if has_kept else schema

@@ -37,7 +37,7 @@ def identity_of(
     settings: BuildSettings,
     opened: Sequence[Opened],
     tokenizer: dict[str, str],
-    profile: dict[str, Any],
+    profile: dict[str, object],
     *,
     images: str | None = None,
 ) -> dict[str, Any]:

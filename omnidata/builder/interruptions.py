@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 from omnidata.durable import HOPELESS, Store
 from omnidata.schema import UserError
@@ -23,7 +22,7 @@ class BuildInterrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """SIGTERM (a scheduler that wants the machine back) ends a build as Ctrl-C does."""
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set

@@ -7,7 +7,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from omnidata.builder.layout import ShardTask
 from omnidata.durable import SCRATCH, Store
@@ -37,7 +36,7 @@ def reading_path(store: Store, task: ShardTask) -> str:
     return os.path.join(tempfile.gettempdir(), f"omnidata-reading-{build}", name)
 
 
-def last_words(store: Store, task: Any) -> str:
+def last_words(store: Store, task: object) -> str:
     """The note that a dead worker left."""
     if isinstance(task, ShardTask):
         with contextlib.suppress(FileNotFoundError), open(reading_path(store, task), "rb") as file:

@@ -84,7 +84,7 @@ def _pairs(store: Store, results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def why(row: dict[str, Any]) -> str:
+def why(row: dict[str, object]) -> str:
     """A pair in words."""
     return (
         f"nearly repeats {row['of_source']}, {row['of_locator']} (id {row['of_id']!r}): texts "

@@ -125,7 +125,7 @@ class Stages:
                 note(_place(record))
                 yield self._finish(position, record, talk, outcome, pictures)
 
-    def _look(self, record: Record | Reject, talk: Any, note: Note) -> tuple[Any, Pictures | None]:
+    def _look(self, record: Record | Reject, talk: object, note: Note) -> tuple[Any, Pictures | None]:
         """The conversation with its pictures' grids or sizes, and the pictures; None: they can wait."""
         early = self.settings.max_slices or self.settings.model
         if not early or not isinstance(talk, Conversation):
@@ -143,7 +143,7 @@ class Stages:
         self,
         position: int,
         record: Record | Reject,
-        talk: Any,
+        talk: object,
         outcome: Rendered | RejectError | Reject,
         pictures: Pictures | None,
     ) -> Built | Reject:
@@ -270,7 +270,7 @@ def load_part_renderer(settings: BuildSettings, folder: Store) -> PartRenderer:
     )
 
 
-def renderer_of(settings: BuildSettings, tokenizer: Any) -> Renderer:
+def renderer_of(settings: BuildSettings, tokenizer: object) -> Renderer:
     """The renderer of OmniLMM's profile."""
     return Renderer(
         tokenizer,
@@ -320,7 +320,7 @@ def batches(
         yield batch
 
 
-def carried_bytes(value: Any) -> int:
+def carried_bytes(value: object) -> int:
     """Bytes and characters of what a parsed row holds, nested values included."""
     total, left = 0, [value]
     while left:
@@ -349,7 +349,7 @@ def rejected(record: Record, error: RejectError) -> Reject:
     )
 
 
-def raw_excerpt(payload: Any) -> str:
+def raw_excerpt(payload: object) -> str:
     """The start of a row as JSON, for people: ``{"id": "7", "image": "<81234 bytes>", …``."""
     try:
         text = orjson.dumps(_shortened(payload), default=str).decode()
@@ -358,7 +358,7 @@ def raw_excerpt(payload: Any) -> str:
     return text[:RAW_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _shortened(value: Any, depth: int = 0) -> Any:
+def _shortened(value: object, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         return "…"
     if isinstance(value, bytes):

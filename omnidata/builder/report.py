@@ -102,12 +102,12 @@ class BuildReport:
         ]
 
 
-def describe(reject: dict[str, Any]) -> str:
+def describe(reject: dict[str, object]) -> str:
     """One reject on one line."""
     return f"{reject['source']}, {reject['locator']}: {reject['detail']}".replace("\n", "␊")
 
 
-def examples(rejects: Iterable[dict[str, Any]]) -> str:
+def examples(rejects: Iterable[dict[str, object]]) -> str:
     """The rejects as lines to put below a message."""
     return "".join(f"\n  {describe(reject)}" for reject in rejects)
 

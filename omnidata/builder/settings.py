@@ -241,7 +241,7 @@ def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
     return values
 
 
-def _as_list(value: Any) -> list[str]:
+def _as_list(value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"{name}={share}" for name, share in value.items()]
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]

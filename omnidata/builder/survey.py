@@ -92,7 +92,7 @@ def scan(task: ScanTask) -> list[list[corpus.Unit]]:
     return [list(corpus.scan(file)) for file in task.files]
 
 
-def in_runs(items: Sequence[Any], *, most: int = MOST) -> list[tuple[Any, ...]]:
+def in_runs(items: Sequence[object], *, most: int = MOST) -> list[tuple[Any, ...]]:
     """The items as runs of one length, one a task."""
     length = min(most, max(1, len(items) // TASKS))
     return [tuple(items[start : start + length]) for start in range(0, len(items), length)]

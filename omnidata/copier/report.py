@@ -48,7 +48,7 @@ class CopyReport:
             *(f"  column {text}" for text in self.columns),
         ]
 
-    def _input_line(self, each: dict[str, Any]) -> str:
+    def _input_line(self, each: dict[str, object]) -> str:
         prefix = f"; its keys begin with {each['key_prefix']} here" if each["key_prefix"] else ""
         taken = f"{each['num_taken']:,} of {each['num_samples']:,}" if self.command == "subset" else ""
         return f"  {each['path']}: {taken or format(each['num_samples'], ',')} samples{prefix}"

@@ -100,7 +100,7 @@ def _is_done(store: Store, settings: CopySettings, inputs: Sequence[Input]) -> b
     )
 
 
-def _prepare(store: Store, first: Input, identity: dict[str, Any]) -> None:
+def _prepare(store: Store, first: Input, identity: dict[str, object]) -> None:
     """Begin anew: what belongs to all samples, and then the plan, which makes the copy resumable."""
     clear(store)
     source = Store(first.dataset.path)

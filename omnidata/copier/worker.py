@@ -59,7 +59,7 @@ class CopyJob:
     prefixes: tuple[str, ...]  # before the keys of each
     kept: tuple[pa.Field, ...]  # kept columns of the new index
 
-    def __call__(self, task: CopyTask, report: Any) -> ShardResult:
+    def __call__(self, task: CopyTask, report: object) -> ShardResult:
         """Write the shard."""
         return copy_shard(self, task, report)
 
@@ -72,7 +72,7 @@ def _open(path: str, digest: str) -> Dataset:
     return dataset
 
 
-def copy_shard(job: CopyJob, task: CopyTask, report: Any) -> ShardResult:
+def copy_shard(job: CopyJob, task: CopyTask, report: object) -> ShardResult:
     """Write the shard, its ``.idx`` and, last, its part."""
     store = Store(job.out)
     for path in (task.path, f"{task.path}.idx", part_path(task)):

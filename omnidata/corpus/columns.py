@@ -46,7 +46,7 @@ def check_names(names: Sequence[str]) -> None:
             raise UserError(f"--keep-column {other} and {name}: both would be the column {column_name(name)}")
 
 
-def column_value(value: Any) -> Value | None:
+def column_value(value: object) -> Value | None:
     """The value as a column holds it; None: no column can, or there is none (null, NaN)."""
     if isinstance(value, str):
         return value if len(value) <= MAX_TEXT and _is_unicode(value) else None
@@ -67,7 +67,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def take_named(
-    payload: Mapping[str, Any], names: Sequence[str], used: Collection[str]
+    payload: Mapping[str, object], names: Sequence[str], used: Collection[str]
 ) -> tuple[dict[str, Value], dict[str, Any]]:
     """The values of the named keys by column, and what of the record is neither used nor taken.
 
@@ -98,7 +98,7 @@ def _without(payload: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
     return copy
 
 
-def take_all(rest: Mapping[str, Any], columns: dict[str, Value], unread: dict[str, None]) -> None:
+def take_all(rest: Mapping[str, object], columns: dict[str, Value], unread: dict[str, None]) -> None:
     """``all``: move the values that no other reader took to ``columns``, their names out of ``unread``."""
     for key, inner in rest.items():
         value, name = column_value(inner), column_name(str(key))

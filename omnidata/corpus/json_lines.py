@@ -119,5 +119,5 @@ def bad_json(file: SourceFile, locator: str, text: bytes, detail: str) -> Reject
     return Reject(file.source, locator, file.place(locator), "bad_json", detail, raw)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")

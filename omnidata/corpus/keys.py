@@ -172,7 +172,7 @@ class KeyCheck:
         self._num_bytes = num_bytes
         self.counted: dict[str, None] = {}
 
-    def check(self, rest: Mapping[str, Any], where: str = "") -> None:
+    def check(self, rest: Mapping[str, object], where: str = "") -> None:
         """Refuse media and verdicts among the keys of ``rest``; remember every other that holds something.
 
         ``where`` is put before the names: ``"messages."`` for keys of turns.
@@ -197,7 +197,7 @@ class KeyCheck:
                 )
             self.counted[name] = None
 
-    def _is_media(self, key: str, value: Any) -> bool:
+    def _is_media(self, key: str, value: object) -> bool:
         if self._is_origin(key, value):
             return False
         if any(self._is_media_value(leaf) for leaf in _leaves(value)):
@@ -208,7 +208,7 @@ class KeyCheck:
         is_clear = bool(_MEDIA_WORDS.difference(_WEAK_WORDS).intersection(words))
         return any(self._could_be_media(leaf, is_clear) for leaf in _leaves(value))
 
-    def _is_origin(self, key: str, value: Any) -> bool:
+    def _is_origin(self, key: str, value: object) -> bool:
         """Is it where the record's own bytes came from, say ``url`` beside a picture in a tar?"""
         words = _words(key)
         if not words or not _ORIGIN_WORDS.issuperset(words) or re.search(r"\d", key):
@@ -234,12 +234,12 @@ class KeyCheck:
                 return True
         return False
 
-    def _could_be_media(self, value: Any, is_clear: bool) -> bool:
+    def _could_be_media(self, value: object, is_clear: bool) -> bool:
         """Under a name of media: any text or bytes."""
         is_text = isinstance(value, str) and (is_clear or not re.fullmatch(r"[\d\s.,:+-]*", value))
         return is_text or isinstance(value, bytes)
 
-    def _is_media_value(self, value: Any) -> bool:
+    def _is_media_value(self, value: object) -> bool:
         if isinstance(value, bytes | bytearray | memoryview):
             return len(value) > 0
         if not isinstance(value, str):
@@ -249,7 +249,7 @@ class KeyCheck:
         return bool(_MEDIA_URI.match(value) or _MEDIA_BASE64.match(value))
 
 
-def _holds_verdict(key: str, value: Any) -> bool:
+def _holds_verdict(key: str, value: object) -> bool:
     """Is the key, or one inside its value, a word on which texts are good?"""
     left = [(key, value)]
     while left:
@@ -263,7 +263,7 @@ def _holds_verdict(key: str, value: Any) -> bool:
     return False
 
 
-def _is_off(key: str, value: Any) -> bool:
+def _is_off(key: str, value: object) -> bool:
     """Does a record's own switch say no? A number does so only as a weight: ``label: 0`` may be a class."""
     key = _spelt(key)
     if key in ("weight", "loss") and isinstance(value, int | float):
@@ -271,14 +271,14 @@ def _is_off(key: str, value: Any) -> bool:
     return key in _SWITCHES and (value is False or _says(value, "false", "no"))
 
 
-def _is_switch(key: str, value: Any) -> bool:
+def _is_switch(key: str, value: object) -> bool:
     """Does a key of a turn or part say whether that is to be learned?"""
     return _spelt(key) in _TURN_SWITCHES and (
         isinstance(value, bool | int | float) or _says(value, "false", "no", "true", "yes")
     )
 
 
-def _says(value: Any, *words: str) -> bool:
+def _says(value: object, *words: str) -> bool:
     return isinstance(value, str) and value.strip().lower() in words
 
 
@@ -288,7 +288,7 @@ def _spelt(key: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower().replace("-", "_")
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Holds nothing: null, "", [], {}, or a container of nothing but those."""
     if value is None or isinstance(value, str | bytes):
         return not value
@@ -299,13 +299,13 @@ def is_empty(value: Any) -> bool:
     return False
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message, short."""
     text = f"<{len(value)} bytes>" if isinstance(value, bytes) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: object) -> Iterator[Any]:
     """Every value that is no container, however deep, without recursion."""
     left = [value]
     while left:

@@ -77,7 +77,7 @@ class Placer:
 
     # --- contents -----------------------------------------------------------------------------------------
 
-    def _place(self, content: Any, pool: ImagePool) -> Iterator[Part]:
+    def _place(self, content: object, pool: ImagePool) -> Iterator[Part]:
         if isinstance(content, str):
             yield from self._text(content, pool)
         elif isinstance(content, list):
@@ -169,7 +169,7 @@ class Placer:
         return parts
 
 
-def _has_image_parts(content: Any) -> bool:
+def _has_image_parts(content: object) -> bool:
     return isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type") in ("image", "image_url") for part in content
     )

@@ -69,7 +69,7 @@ class SourceFile(Plain):
                     digest.update(stream.read(_SAMPLE))
         return digest.hexdigest()
 
-    def record(self, locator: str, payload: dict[str, Any]) -> Record:
+    def record(self, locator: str, payload: dict[str, object]) -> Record:
         """A record of this file; without an id of its own it gets one from its place."""
         own = payload.get("id")
         known = isinstance(own, str | int) and not isinstance(own, bool) and own != ""

@@ -108,7 +108,7 @@ class _Captions:
     record: Record
     prompts: Sequence[str]
 
-    def turns(self, caption: Any) -> list[Turn]:
+    def turns(self, caption: object) -> list[Turn]:
         if not isinstance(caption, str):
             raise RejectError("bad_content", f"the caption is {shown(caption)}, no text")
         if not self.prompts:
@@ -124,11 +124,11 @@ class _Captions:
 # --- the shapes -------------------------------------------------------------------------------------------
 
 
-def _read_list(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+def _read_list(payload: dict[str, object], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
     return _joined([_turn(value) for value in _objects(payload[key])]), set()
 
 
-def _turn(value: dict[str, Any]) -> Turn:
+def _turn(value: dict[str, object]) -> Turn:
     """A turn with the keys of either convention, or a mixture of both."""
     speaker, content = _either(value, "role", "from"), _either(value, "content", "value")
     rest = {key: inner for key, inner in value.items() if key not in ("role", "from", "content", "value")}
@@ -138,14 +138,14 @@ def _turn(value: dict[str, Any]) -> Turn:
     return _turn_of(_role(speaker), content, rest)
 
 
-def _exchange(question: Any, answer: Any, rest: dict[str, Any]) -> list[Turn]:
+def _exchange(question: object, answer: object, rest: dict[str, object]) -> list[Turn]:
     """A question and its answer that share an object; ``rest``: what else stands in it."""
     own = {key: rest[key] for key in (*_SWITCHES, *REASONING_KEYS, *_CALLS) if key in rest}
     others = {key: value for key, value in rest.items() if key not in own}
     return [_turn_of("user", question, others), _turn_of("assistant", answer, own)]
 
 
-def _turn_of(role: Role, content: Any, value: dict[str, Any], *, is_call: bool = False) -> Turn:
+def _turn_of(role: Role, content: object, value: dict[str, object], *, is_call: bool = False) -> Turn:
     """A turn of what stands in its object beside speaker and content."""
     more = _more(role, value)
     used = {*_SWITCHES, *more}
@@ -162,7 +162,7 @@ def _turn_of(role: Role, content: Any, value: dict[str, Any], *, is_call: bool =
     return Turn(role, content, rest, _switch(value, role), more, is_call)
 
 
-def _more(role: Role, value: dict[str, Any]) -> dict[str, Any]:
+def _more(role: Role, value: dict[str, object]) -> dict[str, Any]:
     """The keys that ``apply_chat_template`` takes beside role and content."""
     if role in TOOL_ROLES:
         return {key: value[key] for key in _TOOLS_OWN if not is_empty(value.get(key))}
@@ -202,14 +202,14 @@ def _joined(turns: list[Turn]) -> list[Turn]:
     return joined
 
 
-def _either(value: dict[str, Any], first: str, second: str) -> Any:
+def _either(value: dict[str, object], first: str, second: str) -> Any:
     given = [value[key] for key in (first, second) if value.get(key) is not None]
     if len(given) == 2 and given[0] != given[1]:
         raise RejectError("bad_record", f"a turn has both {first!r} and {second!r}, and they differ")
     return given[0] if given else None
 
 
-def _switch(value: dict[str, Any], role: Role) -> bool | None:
+def _switch(value: dict[str, object], role: Role) -> bool | None:
     """Whether the turn's switches let it be learned; RejectError for others than 0, 1 and booleans."""
     switches = {key: value[key] for key in _SWITCHES if value.get(key) is not None}
     for key, switch in switches.items():
@@ -228,7 +228,7 @@ def _switch(value: dict[str, Any], role: Role) -> bool | None:
     return given.pop() if given else None
 
 
-def _read_texts(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+def _read_texts(payload: dict[str, object], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
     turns = []
     for pair in _objects(payload[key]):
         rest = {name: value for name, value in pair.items() if name not in ("user", "assistant")}
@@ -236,7 +236,7 @@ def _read_texts(payload: dict[str, Any], key: str, captions: _Captions) -> tuple
     return turns, set()
 
 
-def _read_alpaca(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+def _read_alpaca(payload: dict[str, object], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
     turns = []
     history = payload.get("history") or []
     if not isinstance(history, list) or not all(
@@ -259,7 +259,7 @@ def _read_alpaca(payload: dict[str, Any], key: str, captions: _Captions) -> tupl
     }
 
 
-def _read_question(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+def _read_question(payload: dict[str, object], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
     answer = "answer" if payload.get("answer") is not None else "chosen"
     read = {answer, "rejected"} if answer == "chosen" else {answer}
     return [Turn("user", payload[key]), Turn("assistant", payload.get(answer))], read
@@ -287,11 +287,11 @@ def _read_text(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[
     return _joined([_turn(value) for value in _objects(dialogue)]), set()
 
 
-def _read_caption(payload: dict[str, Any], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
+def _read_caption(payload: dict[str, object], key: str, captions: _Captions) -> tuple[list[Turn], set[str]]:
     return captions.turns(payload[key]), set()
 
 
-def _objects(value: Any) -> list[dict[str, Any]]:
+def _objects(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RejectError("bad_record", f"the turns are no list of objects but {shown(value)}")
     return value
@@ -307,7 +307,7 @@ _READERS: dict[str, Reader] = {
 }
 
 
-def _role(speaker: Any) -> Role:
+def _role(speaker: object) -> Role:
     role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join((*SPEAKERS, *CALLERS))

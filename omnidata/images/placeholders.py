@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from omnidata.images.references import STRUCT_KEYS, image_ref, is_absent
 from omnidata.schema import ImageRef, RejectError
@@ -72,7 +71,7 @@ class ImagePool:
         return self._images[position]
 
 
-def read_images(payload: dict[str, Any], image_keys: Sequence[str] = ()) -> ImagePool:
+def read_images(payload: dict[str, object], image_keys: Sequence[str] = ()) -> ImagePool:
     """The pool of a record's ``image`` or ``images`` and of the keys that the user named.
 
     Names stand for pictures as ``<name>`` only: ``{"photo": "1.jpg"}`` belongs to ``<photo>`` in the text.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Any
 
 from omnidata.schema import ImageRef, RejectError
 
@@ -30,7 +29,7 @@ def looks_like_base64(text: str) -> bool:
     return _BASE64_START.match(text) is not None
 
 
-def own_image(part: dict[str, Any]) -> ImageRef | None:
+def own_image(part: dict[str, object]) -> ImageRef | None:
     """The image that a content part carries itself: None for a bare ``{"type": "image"}``."""
     found = [part[key] for key in OWN_IMAGE_KEYS if not is_absent(part.get(key))]
     references = [image_ref(value) for value in found]
@@ -45,7 +44,7 @@ def own_image(part: dict[str, Any]) -> ImageRef | None:
     return None
 
 
-def image_ref(value: Any) -> ImageRef:
+def image_ref(value: object) -> ImageRef:
     """One image, however it is referred to."""
     if isinstance(value, dict) and value.keys() <= STRUCT_KEYS:
         value = value.get("bytes") or value.get("path") or value.get("url")
@@ -63,7 +62,7 @@ def _decode(text: str) -> bytes:
         raise RejectError("image_corrupt", f"the image's base64 does not decode: {error}") from error
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: object) -> bool:
     """Is there no picture: null, nothing, or a struct of nothing?"""
     if isinstance(value, dict) and value.keys() <= STRUCT_KEYS:
         return not any(value.values())

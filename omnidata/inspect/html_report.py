@@ -52,7 +52,7 @@ def write_report(
         raise UserError(f"cannot write the report to {path}: {error.strerror}") from error
 
 
-def render_page(data: dict[str, Any]) -> bytes:
+def render_page(data: dict[str, object]) -> bytes:
     """The finished page around ``data``."""
     folder = files("omnidata.inspect") / "report"
     page = (folder / "page.html").read_bytes()

@@ -47,7 +47,7 @@ class Run:
         return "".join(piece.text for piece in self.pieces)
 
 
-def kept_values(row: dict[str, Any]) -> list[tuple[str, str]]:
+def kept_values(row: dict[str, object]) -> list[tuple[str, str]]:
     """The kept columns of an index row that have a value, as text."""
     own = {*NEAR_COLUMNS, *(column.name for column in INDEX_COLUMNS)}
     pairs = [(name, value) for name, value in row.items() if name not in own and value is not None]

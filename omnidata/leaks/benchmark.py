@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -153,7 +152,7 @@ def _entry(record: Record, store: ImageStore) -> Entry:
     return Entry(record.source, record.id, record.locator, tuple(texts), tuple(hashes))
 
 
-def _leaves(value: Any) -> Iterator[str | ImageRef]:
+def _leaves(value: object) -> Iterator[str | ImageRef]:
     """Every text and every picture, however deep; a picture's bytes stand for the path beside them."""
     left = [value]
     while left:

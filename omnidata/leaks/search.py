@@ -48,10 +48,10 @@ class Searcher:
     def _reader(self) -> TextReader:
         return TextReader(Dataset(self.path))
 
-    def __call__(self, stretch: Stretch, report: Any) -> list[dict[str, Any]]:
+    def __call__(self, stretch: Stretch, report: object) -> list[dict[str, Any]]:
         return [leak for row in stretch.rows for leak in self._leaks(row)]
 
-    def _leaks(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _leaks(self, row: dict[str, object]) -> Iterator[dict[str, Any]]:
         sample = self._reader.sample(row)
         found: dict[int, dict[str, Any]] = {}
         for entry, share in self._texts(self._reader.text(sample)):
@@ -82,7 +82,7 @@ class Searcher:
                     round(float(counts[at] / self.table.text_sizes[at]), 3),
                 )
 
-    def _images(self, row: dict[str, Any], sample: Sample) -> Iterator[tuple[int, int]]:
+    def _images(self, row: dict[str, object], sample: Sample) -> Iterator[tuple[int, int]]:
         """(entry, bits in which one of its pictures differs from one of the sample's)."""
         if not len(self.table.images) or not sample.images:
             return
@@ -94,7 +94,7 @@ class Searcher:
             for at in np.flatnonzero(apart <= MAX_DISTANCE).tolist():
                 yield int(self.table.image_entries[at]), int(apart[at])
 
-    def _hash(self, row: dict[str, Any], image: bytes) -> str:
+    def _hash(self, row: dict[str, object], image: bytes) -> str:
         try:
             return image_hash(image)
         except RejectError as error:

@@ -237,7 +237,7 @@ def _limit_waits(connection: Connection, seconds: float) -> None:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-def _is_lack_of_memory(error: Any) -> bool:
+def _is_lack_of_memory(error: object) -> bool:
     """Python's own, or the kernel's word where a buffer was to be mapped."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 

@@ -21,7 +21,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -169,7 +169,7 @@ def _said(message: Message) -> str:
     return " ".join([message.text, *(_json(value) for _, value in sorted(message.more.items()))])
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return (
         value
         if isinstance(value, str)

@@ -18,7 +18,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -393,7 +393,7 @@ class _Strings:
         return [str(self._text[start:stop], "utf-8") for start, stop in spans]
 
 
-def _digest(values: Iterable[Any]) -> str:
+def _digest(values: Iterable[object]) -> str:
     import hashlib
 
     return hashlib.blake2b("\n".join(map(str, values)).encode(), digest_size=8).hexdigest()

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from omnidata.schema import UserError
 
@@ -27,7 +26,7 @@ class Phase:
     weight: Fraction
 
 
-def parse_phases(values: Sequence[Mapping[str, Any]], *, name: str) -> tuple[Phase, ...]:
+def parse_phases(values: Sequence[Mapping[str, object]], *, name: str) -> tuple[Phase, ...]:
     """Phases from what a recipe says.
 
     Raises:
@@ -50,7 +49,7 @@ def parse_phases(values: Sequence[Mapping[str, Any]], *, name: str) -> tuple[Pha
     return tuple(phases)
 
 
-def _fraction(value: Any, name: str) -> Fraction:
+def _fraction(value: object, name: str) -> Fraction:
     try:
         return Fraction(str(value))
     except ValueError:

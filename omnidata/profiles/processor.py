@@ -227,7 +227,7 @@ def _num_values(out: Any) -> int:
     return sum(value.numel() for name, value in out.items() if is_pixels(name, value))
 
 
-def is_pixels(name: str, value: Any) -> bool:
+def is_pixels(name: str, value: object) -> bool:
     """Whether an output of a processor holds pixels (``pixel_values``), not facts about them."""
     return name.startswith("pixel_values") and hasattr(value, "numel")
 
@@ -253,14 +253,14 @@ def _names_of_arguments(processor: Any) -> set[str]:
     return names - {"return_tensors", "device", "disable_grouping", "image_processor_type", "processor_class"}
 
 
-def _all_annotations(kind: Any) -> set[str]:
+def _all_annotations(kind: object) -> set[str]:
     names: set[str] = set()
     for base in getattr(kind, "__orig_bases__", ()) or ():
         names |= _all_annotations(base)
     return names | set(getattr(kind, "__annotations__", {}))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """JSON of settings: tuples become lists, what is no JSON its text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}

@@ -62,7 +62,7 @@ def pixel_tensors(
     return {name: as_tensor(value) for name, value in out.items() if name not in TEXT_OUTPUTS}
 
 
-def as_tensor(value: Any) -> torch.Tensor:
+def as_tensor(value: object) -> torch.Tensor:
     """A processor's output as one tensor; some give lists of equal ones."""
     import torch
 
@@ -110,7 +110,7 @@ class Normalisation:
 
     affines: Mapping[str, Affine]  # by the tensor's name
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor], dtype: Any = None) -> dict[str, torch.Tensor]:
+    def __call__(self, tensors: Mapping[str, torch.Tensor], dtype: object = None) -> dict[str, torch.Tensor]:
         """The tensors as the model wants them, on the device where they are; float32 unless ``dtype``."""
         return {name: self._one(name, tensor, dtype) for name, tensor in tensors.items()}
 

@@ -165,7 +165,7 @@ class ChatTemplate:
         return [{"type": "text", "text": text}] if role in self._parts_roles else text
 
     def print(
-        self, messages: Sequence[dict[str, Any]], generation_prompt: bool = False, tools: Any = None
+        self, messages: Sequence[dict[str, object]], generation_prompt: bool = False, tools: object = None
     ) -> str:
         """What the template prints, generation marks included; RejectError if it refuses."""
         try:
@@ -249,7 +249,7 @@ _MISTAKES = (
 )
 
 
-def _bounded(pieces: Iterable[str], given: list[Any]) -> Iterator[str]:
+def _bounded(pieces: Iterable[str], given: list[object]) -> Iterator[str]:
     """The pieces; RejectError for a template that prints without end."""
     held, open_values = 0, given
     while open_values:
@@ -349,5 +349,5 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

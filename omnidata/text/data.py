@@ -31,7 +31,7 @@ class Hidden:
     def __bool__(self) -> bool:
         return bool(self._texts)
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: object) -> Any:
         """The same data with marks in it; RejectError for half of a surrogate pair."""
         if isinstance(value, str):
             refuse_surrogates(value)
@@ -67,7 +67,7 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: object) -> Iterator[Any]:
     """Every value of nested data that is no container, and every key."""
     left = [value]
     while left:
@@ -80,7 +80,7 @@ def leaves(value: Any) -> Iterator[Any]:
             yield value
 
 
-def is_printed(leaf: Any, text: str) -> bool:
+def is_printed(leaf: object, text: str) -> bool:
     """Does the text show the value, in one of the ways in which templates print it?"""
     if isinstance(leaf, str):
         return any(spelt in text for spelt in (leaf, escaped(leaf), leaf.strip(), json.dumps(leaf)[1:-1]))

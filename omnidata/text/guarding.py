@@ -45,7 +45,7 @@ def guarded(backend: Any, guards: dict[str, str], image_guard: str) -> Any:
     return _written_anew(backend, guards, image_guard)
 
 
-def _dressed(tokenizer: Any, like: Any) -> Any:
+def _dressed(tokenizer: object, like: object) -> Any:
     """The tokenizer with the normalizer and pre-tokenizer of another."""
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         if (part := getattr(like, name)) is not None:

@@ -53,7 +53,7 @@ def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
 
 
-def _resolve_template(choice: str | None, tokenizer: Any, *, source: str | Path) -> str:
+def _resolve_template(choice: str | None, tokenizer: object, *, source: str | Path) -> str:
     named = {"zephyr": ZEPHYR}
     own = template_text(tokenizer)
     if choice in (None, "keep"):

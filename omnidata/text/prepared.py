@@ -165,7 +165,7 @@ def _with_legacy(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, An
     return config | legacy | lists
 
 
-def _is_generic(config: dict[str, Any], folder: Path) -> bool:
+def _is_generic(config: dict[str, object], folder: Path) -> bool:
     """Whether other people's loaders find the generic class, and nothing that it does not need."""
     return (
         config.get("tokenizer_class") == GENERIC
@@ -224,7 +224,7 @@ def _adds_no_token(config: dict[str, Any], added: list[dict[str, Any]]) -> bool:
     )
 
 
-def _with_flags(token: dict[str, Any]) -> dict[str, Any]:
+def _with_flags(token: dict[str, object]) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
     return flags | {"normalized": not token.get("special", False)} | token
 
@@ -239,5 +239,5 @@ def _is_warned_of(backend: Any, folder: Path) -> bool:
         return True
 
 
-def _content(token: Any) -> str:
+def _content(token: object) -> str:
     return token["content"] if isinstance(token, dict) else str(token)

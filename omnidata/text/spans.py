@@ -38,7 +38,7 @@ def token_range(encoding: Any, span: tuple[int, int, int]) -> tuple[int, int]:
     return first, last + 1
 
 
-def labels_of(ids: np.ndarray, encoding: Any, spans: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def labels_of(ids: np.ndarray, encoding: object, spans: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Labels int32 [L]: the ids of the tokens in the spans, IGNORE_INDEX elsewhere."""
     labels = np.full_like(ids, IGNORE_INDEX)
     for span in spans:

@@ -124,7 +124,7 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b(json.dumps(behaviour).encode(), digest_size=16).hexdigest()
 
 
-def template_fingerprint(tokenizer: Any) -> str:
+def template_fingerprint(tokenizer: object) -> str:
     """Hex sha256 of the chat template's text ("" where there is none)."""
     return hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
 

@@ -89,7 +89,7 @@ class _Draft:
 
     # --- printing ----------------------------------------------------------------------------------------
 
-    def _messages(self, texts: Sequence[str], data: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _messages(self, texts: Sequence[str], data: Sequence[dict[str, object]]) -> list[dict[str, Any]]:
         """The turns as apply_chat_template takes them, with these texts."""
         left, messages = iter(texts), []
         for line, more in zip(self._lines, data, strict=True):
@@ -101,7 +101,7 @@ class _Draft:
             messages.append({"role": role, "content": content, **thought, **more})
         return messages
 
-    def _real(self, generation_prompt: bool, tools: Any) -> str:
+    def _real(self, generation_prompt: bool, tools: object) -> str:
         messages = self._messages([slot.text for slot in self._slots], self._data)
         return without_marks(self._scribe.template.print(messages, generation_prompt, tools))
 

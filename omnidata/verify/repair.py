@@ -94,7 +94,7 @@ class ShardReader:
     url: str
     manifest: Manifest
 
-    def __call__(self, task: ShardCheck, report: Any) -> list[Row] | str:
+    def __call__(self, task: ShardCheck, report: object) -> list[Row] | str:
         """Walk one shard."""
         try:
             file = Store(self.url).open(task.shard.path)

@@ -47,7 +47,7 @@ class ShardChecker:
     url: str
     manifest: Manifest
 
-    def __call__(self, task: ShardCheck, report: Any) -> list[Finding]:
+    def __call__(self, task: ShardCheck, report: object) -> list[Finding]:
         """Check one shard."""
         return list(self.check(task.shard, task.rows))
 

@@ -55,7 +55,7 @@ def _whole(sign: str, value: float, kind: pa.DataType) -> tuple[str, pa.Scalar]:
     return sign, pa.scalar(int(value), kind)
 
 
-def _joined(join: Callable[[Any, Any], Any], parts: list[ds.Expression]) -> ds.Expression:
+def _joined(join: Callable[[object, object], object], parts: list[ds.Expression]) -> ds.Expression:
     """As a balanced tree: Arrow follows nested expressions by calls."""
     while len(parts) > 1:
         pairs = [parts[at : at + 2] for at in range(0, len(parts), 2)]
@@ -125,7 +125,7 @@ class Binder:
             return pa.array([int(v) for v in values if low <= v <= high and int(v) == v], kind)
         return pa.array(list(map(float, values)) if not isinstance(values[0], str | bool) else list(values))
 
-    def _kind(self, *operands: Any) -> str:
+    def _kind(self, *operands: object) -> str:
         """What is compared: a number, a text, or true or false."""
         kinds = {self._kind_of(operand): operand for operand in operands}
         if len(kinds) > 1:
@@ -133,7 +133,7 @@ class Binder:
             raise self._error(f"{spelled} cannot be compared")
         return next(iter(kinds))
 
-    def _kind_of(self, operand: Any) -> str:
+    def _kind_of(self, operand: object) -> str:
         import pyarrow as pa
 
         if not isinstance(operand, Name):

@@ -48,7 +48,7 @@ class Node:
     operands: tuple[Any, ...]  # Nodes, Names, literals; of ``in``: a Name, then literals
 
 
-def names_of(node: Any) -> Iterator[Name]:
+def names_of(node: object) -> Iterator[Name]:
     if isinstance(node, Name):
         yield node
     elif isinstance(node, Node):
@@ -56,7 +56,7 @@ def names_of(node: Any) -> Iterator[Name]:
             yield from names_of(operand)
 
 
-def spell(node: Any, *, inside: str = "") -> str:
+def spell(node: object, *, inside: str = "") -> str:
     if isinstance(node, Name):
         is_word = re.fullmatch(r"[^\W\d][\w.]*", node.name) and node.name.lower() not in KEYWORDS
         return node.name if is_word else f"`{node.name}`"
