@@ -1,6 +1,6 @@
 """Origin: what a dataset was copied from, as its manifest tells it, and the digest that proves it.
 
-``omnidata merge`` and ``subset`` write ``manifest.origin``; a build has none::
+``omnidata merge``, ``subset`` and ``export`` write ``manifest.origin``; a build has none::
 
     {"command": "merge", "where": "", "exclude": "", "inputs": [{
         "path": "data/a",                    as given
@@ -8,7 +8,7 @@
         "key_prefix": "0-",                  before each key, "" if no two inputs share one
         "num_records": 106, "num_samples": 100, "rejects": {"bad_role": 6},       of the whole input
         "taken": {"train": 90, "val": 10},   samples that were copied
-        "content": "c0…",                    content_digest of these
+        "content": "c0…",                    content_digest of these (of a view's: with their images)
         "settings": {…}, "versions": {…},    of its build
         "origin": {…}}, …]}                  its own
 

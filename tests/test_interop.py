@@ -16,6 +16,7 @@ import pytest
 import yaml
 from tiny_corpus import write_corpus
 
+from omnidata import cli
 from omnidata.builder.settings import OMNILMM_ONLY, BuildSettings, RunOptions
 from omnidata.dataset import Dataset
 from omnidata.shards import end_archive, tar_header
@@ -46,7 +47,13 @@ def datasets(tmp_path_factory):
         **omnilmm,
         **model,
     )
-    return {name: folder / name for name in ("mixed", "uniform", "processor")}
+    merge, subset = ("merge", "uniform", "some", "--out", "merged"), ("subset", "mixed", "--out", "some")
+    for command in ((*subset, "--where", "n_images == 1"), (*merge, "--samples-per-shard", 6)):
+        places = [
+            folder / word if word in ("mixed", "uniform", "some", "merged") else word for word in command
+        ]
+        assert cli.run([*map(str, places), "--quiet"]) == 0
+    return {name: folder / name for name in ("mixed", "uniform", "processor", "merged")}
 
 
 def default(name):
@@ -92,7 +99,7 @@ def test_the_card_opens_the_dataset(datasets, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("40 00000000")
 
 
-@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor"])
+@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor", "merged"])
 def test_webdataset_reads_every_sample(datasets, kind, monkeypatch):
     expected = by_key(datasets[kind])
     seen = run_card(datasets[kind], "webdataset", monkeypatch)["seen"]
@@ -102,7 +109,7 @@ def test_webdataset_reads_every_sample(datasets, kind, monkeypatch):
         same(own, sample["input_ids.npy"], sample["labels.npy"], images_in(sample))
 
 
-@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor"])
+@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor", "merged"])
 def test_energon_reads_every_sample(datasets, kind, monkeypatch):
     pytest.importorskip("megatron.energon")
     expected = by_key(datasets[kind])
@@ -121,7 +128,7 @@ def test_energon_reads_a_split_by_its_name(datasets):
         assert sum(shard.count for shard in meta.shards) == len(Dataset(datasets["mixed"], split=split))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "processor"])
+@pytest.mark.parametrize("kind", ["uniform", "processor", "merged"])
 def test_hugging_face_datasets_reads_every_sample(datasets, kind, monkeypatch, tmp_path):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path))

@@ -72,6 +72,9 @@ def what_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Example: ``["--max-length was 2048 and is 1024", "corpus.json changed (1200 -> 1350 bytes)"]``
     """
     old, new = before["settings"], now["settings"]
+    was, is_now = (settings.get("command", "build-shards") for settings in (old, new))
+    if was != is_now:
+        return [f"`omnidata {was}` began it"]
     flags = sorted(old.keys() | new.keys())
     lines = [
         f"--{name.replace('_', '-')} was {old.get(name)} and is {new.get(name)}"

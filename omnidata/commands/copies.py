@@ -1,4 +1,4 @@
-"""``omnidata merge`` and ``omnidata subset``, once their options are parsed."""
+"""``omnidata merge``, ``subset`` and ``export``, once their options are parsed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def merge(datasets: Sequence[str], **flags: Unpack[CopyFlags]) -> CopyReport:
 def subset(dataset: str, *, where: str, exclude: str, **flags: Unpack[CopyFlags]) -> CopyReport:
     """Copy the samples that meet a condition."""
     return _copy("subset", [dataset], where=where, exclude=exclude, **flags)
+
+
+def export(view: str, **flags: Unpack[CopyFlags]) -> CopyReport:
+    """Copy a view's samples, with the images and conversations of its base, into a dataset of its own."""
+    return _copy("export", [view], **flags)
 
 
 def _copy(

@@ -40,7 +40,10 @@ CHUNK = 100_000  # rows of rejects that are made at once
 
 def complete(store: Store, settings: CopySettings, inputs: Sequence[Input], results: Results) -> Manifest:
     """Write everything that the shards do not hold."""
-    manifest = make_manifest(settings, inputs, results)
+    content = None
+    if settings.command == "export":  # images included, of which the view's own hashes know nothing
+        content = content_digest(table["content_hash"] for table in _index_tables(store, results))
+    manifest = make_manifest(settings, inputs, results, content=content)
     kept = united([each.kept for each in inputs])
     with store.write(INDEX) as file:
         write_tables(file, pa.schema([*index_schema(), *kept]), _index_tables(store, results))
@@ -49,8 +52,8 @@ def complete(store: Store, settings: CopySettings, inputs: Sequence[Input], resu
     if ledger := list(_ledgers(inputs)):
         with store.write(NEAR) as file:
             write_tables(file, NEAR_SCHEMA, ledger)
-    for path, content in energon_files(manifest).items():
-        store.write_bytes(path, content)
+    for path, text in energon_files(manifest).items():
+        store.write_bytes(path, text)
     store.write_bytes(CARD, dataset_card(manifest, kept).encode())
     store.write_bytes(MANIFEST, manifest_to_json(manifest))
     leave(store)
@@ -113,7 +116,9 @@ def _ledgers(inputs: Sequence[Input]) -> Iterator[pa.Table]:
 # --- the manifest -----------------------------------------------------------------------------------------
 
 
-def make_manifest(settings: CopySettings, inputs: Sequence[Input], results: Results) -> Manifest:
+def make_manifest(
+    settings: CopySettings, inputs: Sequence[Input], results: Results, *, content: str | None = None
+) -> Manifest:
     """Totals of all shards, and where they come from.
 
     Counts that only a build can make (samples cut to fit, keys that nothing read, …) are the sums of the
@@ -156,21 +161,23 @@ def make_manifest(settings: CopySettings, inputs: Sequence[Input], results: Resu
         rejects=dict(sorted(rejects.items())),
         **{name: _summed([getattr(manifest, name) for manifest in manifests]) for name in counts},
         shards=shards,
-        origin=make_origin(settings, inputs, list(splits)),
+        origin=make_origin(settings, inputs, list(splits), content=content),
     )
 
 
-def make_origin(settings: CopySettings, inputs: Sequence[Input], splits: Sequence[str]) -> dict[str, Any]:
-    """What omnidata.origin describes."""
+def make_origin(
+    settings: CopySettings, inputs: Sequence[Input], splits: Sequence[str], *, content: str | None = None
+) -> dict[str, Any]:
+    """What omnidata.origin describes; ``content`` of the input, where it is not what its own index gives."""
     return {
         "command": settings.command,
         "where": settings.where,
         "exclude": settings.exclude,
-        "inputs": [_origin_of(each, splits) for each in inputs],
+        "inputs": [_origin_of(each, splits, content) for each in inputs],
     }
 
 
-def _origin_of(source: Input, splits: Sequence[str]) -> dict[str, Any]:
+def _origin_of(source: Input, splits: Sequence[str], content: str | None) -> dict[str, Any]:
     manifest = source.dataset.manifest
     rows = [source.chosen.get(split, np.zeros(0, np.int64)) for split in splits]
     hashes = source.dataset.index_columns(["content_hash"])["content_hash"]
@@ -182,7 +189,7 @@ def _origin_of(source: Input, splits: Sequence[str]) -> dict[str, Any]:
         "num_samples": manifest.num_samples,
         "rejects": manifest.rejects,
         "taken": {split: len(mine) for split, mine in zip(splits, rows, strict=True) if len(mine)},
-        "content": content_digest(part for mine in rows for part in pick(hashes, mine)),
+        "content": content or content_digest(part for mine in rows for part in pick(hashes, mine)),
         "settings": manifest.settings,
         "versions": manifest.versions,
         "origin": manifest.origin,
@@ -203,6 +210,8 @@ def common_settings(settings: Sequence[dict[str, Any]], copy: CopySettings) -> d
             merged[name] = max(values)
         elif len(values) == len(settings) and all(value == values[0] for value in values):
             merged[name] = values[0]
+    if copy.command == "export":
+        merged["conversation"] = True  # its base has them
     return merged | {"samples_per_shard": copy.samples_per_shard, "shard_bytes": copy.shard_bytes}
 
 

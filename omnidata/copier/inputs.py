@@ -32,7 +32,7 @@ class Input:
     """One dataset, whole, and the samples of it that are copied."""
 
     dataset: Dataset
-    nbytes: np.ndarray  # int64, of every row of its index
+    nbytes: np.ndarray  # int64, of every row of its index: what the sample takes in a shard
     chosen: dict[str, np.ndarray]  # split -> rows of its index, int64, ascending
     excluded: np.ndarray  # rows that --exclude names and --where would have taken
     kept: tuple[pa.Field, ...]  # its kept columns
@@ -76,7 +76,7 @@ def _check_out(datasets: Sequence[Dataset], out: str) -> None:
         if source.is_local and target.is_local:
             paths = [os.path.realpath(path) for path in paths]
         if source.is_local == target.is_local and paths[0] == paths[1]:
-            raise UserError(f"--out {out} is one of the datasets that are copied: choose another --out")
+            raise UserError(f"--out {out} is a dataset that is copied from: choose another --out")
 
 
 def _choose(dataset: Dataset, settings: CopySettings, excluded: frozenset[str]) -> Input:

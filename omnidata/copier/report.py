@@ -15,7 +15,7 @@ class CopyReport:
     """Totals of the new dataset, and what each input gave."""
 
     out: str
-    command: str  # merge | subset
+    command: str  # merge | subset | export
     dry_run: bool  # nothing was written
     inputs: list[dict[str, Any]]  # path, num_records, num_samples, num_taken, key_prefix
     num_records: int

@@ -14,6 +14,7 @@ their content, so a copy goes on only from the same ones.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def identity_of(settings: CopySettings, inputs: Sequence[Input]) -> dict[str, An
             "source": each.dataset.path,
             "num_bytes": sum(shard.num_bytes for shard in each.dataset.manifest.shards),
             "digest": each.digest,
-            "excluded": len(each.excluded),
+            "rows": hashlib.blake2b(each.rows.tobytes(), digest_size=16).hexdigest(),
         }
         for each in inputs
     ]
@@ -94,10 +95,11 @@ def _is_done(store: Store, settings: CopySettings, inputs: Sequence[Input]) -> b
         return False
     manifest = manifest_from_json(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
     common = common_settings([each.dataset.manifest.settings for each in inputs], settings)
-    return (manifest.settings, manifest.origin) == (
-        common,
-        make_origin(settings, inputs, list(manifest.splits)),
-    )
+    if not manifest.origin:
+        return False
+    content = manifest.origin["inputs"][0]["content"] if settings.command == "export" else None
+    origin = make_origin(settings, inputs, list(manifest.splits), content=content)
+    return (manifest.settings, manifest.origin) == (common, origin)
 
 
 def _prepare(store: Store, first: Input, identity: dict[str, object]) -> None:

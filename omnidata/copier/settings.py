@@ -13,7 +13,7 @@ from omnidata.where import Where
 class CopySettings:
     """What was asked for."""
 
-    command: str  # merge | subset
+    command: str  # merge | subset | export
     datasets: tuple[str, ...]  # folders or URLs, as given
     where: str = ""  # only samples that meet this condition
     exclude: str = ""  # a file that names the keys of samples to leave out
