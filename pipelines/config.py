@@ -96,9 +96,8 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["language_model"])  # vision_tower language_model
-    target_modules: list[str] = field(  # of the language model's blocks; of the tower's: every matrix
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    # of the language model's blocks; null: every matrix (nn.Linear), as of the tower's
+    target_modules: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

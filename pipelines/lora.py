@@ -72,8 +72,8 @@ def _matrices(model: nn.Module, target: str, config: LoraConfig) -> list[str]:
             # timm's EVA reads this matrix without calling its module, and so without the adapter, unless told
             # to add the bias by itself: the same numbers in two steps.
             module.qkv_bias_separate = True
-        is_chosen = target == "vision_tower" or name.rpartition(".")[2] in config.target_modules
-        if isinstance(module, nn.Linear) and is_chosen:
+        chosen = None if target == "vision_tower" else config.target_modules
+        if isinstance(module, nn.Linear) and (chosen is None or name.rpartition(".")[2] in chosen):
             names.append(name)
     if not names:
         raise UserError(f"model.lora.target_modules {config.target_modules} match nothing in the {target}")

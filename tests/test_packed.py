@@ -18,9 +18,10 @@ from omnimodel import attention, isolation, mixers, patches
 from omnimodel.loss import LogitScale
 from omnimodel.packed import class_for, config_of, token_types
 from omnimodel.parts import Parts
-from pipelines.config import parse_recipe
+from pipelines.config import LoraConfig, parse_recipe
 from pipelines.data import model_inputs
 from pipelines.isolation import prove_isolation
+from pipelines.lora import add_adapters
 from pipelines.model import BuiltModel, names_in_files
 from pipelines.parallel import World
 
@@ -233,6 +234,21 @@ def test_a_convolution_over_single_patches_is_a_product(kind):
         found.square().sum().backward()
         expected.square().sum().backward()
         torch.testing.assert_close(tower[0].weight.grad, own.weight.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["minicpmv4_6", "lfm2_vl"])
+def test_adapters_reach_every_matrix_of_the_blocks_and_all_of_them_learn(family, name):
+    """Recurrent and convolutional mixers have names of their own for theirs."""
+    pytest.importorskip("peft")
+    folder = family(name)
+    model = load(folder).train()
+    blocks = [b for b in Parts(model).blocks if b in set(model.get_decoder().modules())]
+    matrices = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    add_adapters(model, LoraConfig(rank=2))
+    [microbatch] = PackLoader(folder / "data", global_batch=1, max_tokens=4096, num_epochs=1)
+    model(**model_inputs(microbatch, CPU)).loss.backward()
+    learned = {n for n, p in model.named_parameters() if ".lora_B." in n and p.grad.abs().max() > 0}
+    assert len(learned) == len(matrices)
 
 
 # --- parts ------------------------------------------------------------------------------------------------
