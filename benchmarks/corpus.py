@@ -60,7 +60,7 @@ def prose() -> list[str]:
 
 
 def write_records(path: Path, count: int, photos: list[str], *, text: list[str] | None = None) -> None:
-    """LLaVA records, one a line; with no photos they are text only.
+    """LLaVA records, one per line; with no photos they are text only.
 
     Turns are passages of ``text``, or words of WORDS drawn at random.
     """

@@ -7,7 +7,7 @@
 (2) build: ours with pictures kept and shrunk, every picture decoded and its mask proven, in this process;
     beside ``datasets.map`` with the processor's ``apply_chat_template(tokenize=True)``, which keeps ids, but
     no mask and no picture. Each runs on a quarter of the records and on all: its rate is the difference.
-(3) load: pictures a second, from our shards to the model's tensors, by one worker, once a hundred have come:
+(3) load: pictures per second, from our shards to the model's tensors, by one worker, once 100 have come:
     PackLoader (packs of 8,192 tokens; raw bytes where the family has them, and normalised); beside a
     DataLoader whose samples are opened by Pillow and given to the processor one by one.
 (4) What share of the shards' bytes the arrays take.

@@ -41,7 +41,7 @@ class Sizes:
     layers: int = 4  # of the language model's 32
     blocks: int = 8  # of the tower's 63
     documents: int = 16  # in a pack, each with an image
-    length: int = 512  # tokens a document
+    length: int = 512  # tokens per document
     heads: int = 16  # of the head-width measurement
     patches: int = 1025
     longest: int = 2048  # of the uneven documents

@@ -33,7 +33,7 @@ SPAN = re.compile(r"<\|assistant\|>\n(.*?</s>)", re.DOTALL)
 
 @cache
 def tokenizer_at(path: str) -> Any:
-    """The tokenizer, loaded once a process."""
+    """The tokenizer, loaded once per process."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -5,11 +5,11 @@
 (1) Time of planning, in CPU seconds of one core; peak memory; a window of a billion made-up samples.
 (2) Padding: packs, beside random batches of 8 padded to their longest, and batches of 8 grouped by length.
 (3) Ranks that wait for each other: max / mean of the ranks' modelled cost, averaged over steps, beside packs
-    of best fit in random order; and how far steps differ in mean pictures a pack (standard deviation).
+    of best fit in random order; and how far steps differ in mean pictures per pack (standard deviation).
 
 Lengths are drawn as natural ones look: text log-normal around 200 tokens, 0-4 images of 66 tokens. The
 mixture is a third each of those, of captions of one picture, and of text alone (up to 3,500 tokens). Pictures
-of any size are a processor's: 32 pixels square a token, at 8,192 tokens a pack.
+of any size are a processor's: 32 pixels square a token, at 8,192 tokens per pack.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def plans(num_samples: int) -> dict[str, EpochPlan]:
     mixture = [Source(Remembered(third, draw)) for draw in (natural, captions, text_alone)]
     return {
         "natural": EpochPlan(Remembered(num_samples), max_tokens=MAX_TOKENS),
-        "natural, at most 20 images a pack": EpochPlan(
+        "natural, at most 20 images per pack": EpochPlan(
             Remembered(num_samples), max_tokens=MAX_TOKENS, max_images=20
         ),
         "mixture": EpochPlan(mixture, max_tokens=MAX_TOKENS),

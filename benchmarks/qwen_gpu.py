@@ -36,7 +36,7 @@ from pipelines.model import build_model
 from pipelines.optim import build_optimizer, clip_gradients
 from pipelines.parallel import start
 
-DOCUMENTS, TEXT = 20, 200  # tokens of text a document; a picture has 196 more, and two marks
+DOCUMENTS, TEXT = 20, 200  # tokens of text per document; a picture has 196 more, and two marks
 GRID = (1, 28, 28)  # patches of a picture; four of them are one token
 TEXT_CONFIG = {"rope_type": "default", "rope_theta": 5e6}
 TOY = {

@@ -8,11 +8,11 @@ It is what decides how far workers scale, and it can be counted on a small machi
 (1) build: CPU of the command itself and of its workers, a sample, between a quarter of the samples and all of
     them, so that the start does not count. ``workers at most`` is how many it would take to keep the command
     busy all the time.
-(2) load: CPU of the training process a microbatch, with so many workers whose decoder sleeps instead of
-    decoding (as if each had a core of its own), and the pictures a second of its workers that one training
+(2) load: CPU of the training process per microbatch, with so many workers whose decoder sleeps instead of
+    decoding (as if each had a core of its own), and the pictures per second of its workers that one training
     process could take.
-(3) files: a dry run over so many JSON files of one record each: CPU of the command and of its workers a file,
-    and what that makes of a million files on 16 cores.
+(3) files: a dry run over so many JSON files of one record each: CPU of the command and of its workers per
+    file, and what that makes of a million files on 16 cores.
 
 What did not help is in docs/design_notes.md, "Scale".
 """
@@ -100,7 +100,7 @@ class Sleeper(Squares):
 
 
 def measure_load(dataset: Path, num_workers: int) -> dict[str, float]:
-    """CPU of this process a microbatch."""
+    """CPU of this process per microbatch."""
     loader = PackLoader(dataset, global_batch=8, max_tokens=4096, num_workers=num_workers)
     assembler = loader._assembler
     assembler._images = Sleeper(assembler._images.size)

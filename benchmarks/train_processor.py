@@ -3,7 +3,7 @@
     python benchmarks/train_processor.py [--records 600] [--steps 40] [--warmup 5] [--json]
 
 Both have one core for the model and one worker for the data, the same random weights, AdamW, the same records
-(one picture of 64×64 and four short turns each) and as many samples a step. The Trainer pads a batch of
+(one picture of 64×64 and four short turns each) and as many samples per step. The Trainer pads a batch of
 them; its collator opens the pictures and calls ``apply_chat_template`` on every batch. Its labels are those
 of our dataset, put beside the ids that the processor gives: so both learn the same tokens, and the losses of
 the first batch are compared before anything is timed.

@@ -12,7 +12,7 @@ from torchtitan.trainer import Trainer
 
 from omnidata.adapters.torchtitan import PackDataLoader
 
-PACKS, SEQ_LEN = 64, 2048  # packs a step, tokens of a pack
+PACKS, SEQ_LEN = 64, 2048  # packs per step, tokens of a pack
 
 
 def job(dataset: str, run: str, steps: int = 1000) -> Trainer.Config:

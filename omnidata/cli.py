@@ -183,7 +183,7 @@ def inspect(
 @click.option(
     "--repair", is_flag=True, help="Rebuild a lost or damaged index, .idx or .nv-meta from the shards."
 )
-@click.option("--workers", type=click.IntRange(1), help="Processes for --deep; by default one a core.")
+@click.option("--workers", type=click.IntRange(1), help="Processes for --deep; by default one per core.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON (omnidata/verify/run.py).")
 def verify(dataset: str, **options: Any) -> int:
@@ -213,7 +213,9 @@ def verify(dataset: str, **options: Any) -> int:
     "--max-images", type=click.IntRange(0), help="Images a pack.  [default: the recipe's, else no limit]"
 )
 @click.option(
-    "--global-batch", type=click.IntRange(1), help="Packs a step.  [default: the recipe's, else one a rank]"
+    "--global-batch",
+    type=click.IntRange(1),
+    help="Packs per step.  [default: the recipe's, else one per rank]",
 )
 @click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
 @click.option("--split", help="Split to plan; by default train.")
@@ -277,7 +279,10 @@ def merge(datasets: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 @click.argument("dataset")
 @click.option("--where", default="", metavar="CONDITION", help="Samples that meet it, as in 'n_images <= 8'.")
 @click.option(
-    "--exclude", default="", metavar="FILE", help="But not these keys, one a line (decontaminate writes it)."
+    "--exclude",
+    default="",
+    metavar="FILE",
+    help="But not these keys, one per line (decontaminate writes it).",
 )
 @copy_options
 def subset(dataset: str, as_json: bool, **flags: Any) -> None:

@@ -30,7 +30,7 @@ from omnidata.schema import UserError
 
 SCRATCH = ".build"  # the builder's own folder inside a dataset; gone when the dataset is complete
 TEMP = f"{SCRATCH}/tmp"
-PARTS = f"{SCRATCH}/parts"  # of the index and the rejects, one a shard
+PARTS = f"{SCRATCH}/parts"  # of the index and the rejects, one per shard
 BUFFER = 1 << 20
 _STREAM = 8 << 20  # bytes after which the disk is told to write
 # A full disk, a quota, a limit on file size, a read-only or forbidden folder: trying again cannot help.

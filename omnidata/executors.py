@@ -195,7 +195,7 @@ class _Worker:
 def start_server(preload: Sequence[str], **environment: str) -> None:
     """Let the server that workers are forked from import ``preload``, while this process does something else.
 
-    There is one a process: only the first call says what it imports, and in which environment.
+    There is one per process: only the first call says what it imports, and in which environment.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     with one_thread(**environment):
@@ -218,7 +218,7 @@ class ProcessExecutor:
         self._workers: list[_Worker] = []
 
     def submit(self, task: object) -> None:
-        """Give the task to an idle worker, starting one where there is none."""
+        """Give the task to an idle worker, starting one if there is none."""
         worker = next((worker for worker in self._workers if worker.task is None), None)
         if worker is None:
             worker = self._start()

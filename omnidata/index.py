@@ -1,6 +1,6 @@
 """Indexes: ``index.parquet`` and ``rejects.parquet`` (the dataset's tables), and Energon's ``.tar.idx``.
 
-The Arrow schemas are made from ``omnidata.schema``; one row group a shard lets a reader take one shard's
+The Arrow schemas are made from ``omnidata.schema``; one row group per shard lets a reader take one shard's
 rows, and lets the builder append shard after shard with flat memory.
 """
 

@@ -67,7 +67,7 @@ Each shard is a plain WebDataset tar. A sample is
 | `KEY.labels.npy` | int32 `[L]`, unshifted: the token id where it is supervised, else -100 |
 {dialogue}| `KEY.jpg` (`.png`, `.webp`), `KEY.1.jpg`, … | the images, in the order of their blocks |
 {slices}
-`tokenizer/` is the tokenizer that made the ids{processor}. `index.parquet` has a row a sample with its byte
+`tokenizer/` is the tokenizer that made the ids{processor}. `index.parquet` has a row per sample with its byte
 range; `manifest.json` says what the dataset was built from. The code below is run from this folder.
 {columns}
 ## omnidata

@@ -58,7 +58,7 @@ def manifest_from_json(raw: bytes, *, where: str) -> Manifest:
 
 
 def _optional() -> dict[str, Any]:
-    """Keys that a manifest lacks where there is nothing to say, with what that means."""
+    """Keys that a manifest lacks if there is nothing to say, with what that means."""
     return {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(Manifest)

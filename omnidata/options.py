@@ -190,7 +190,7 @@ COST_OPTIONS = (
     click.option("--model", default="omnilmm-12b", show_default=True, help="Or so400m-7b, vitl-7b."),
     click.option("--gpu", default="h100", show_default=True, help="b200, h200, h100, a100, l40s, rtx4090."),
     click.option(
-        "--gpus", "num_gpus", type=int, help="GPUs of the estimate; by default 1, in plan one a rank."
+        "--gpus", "num_gpus", type=int, help="GPUs of the estimate; by default 1, in plan one per rank."
     ),
     click.option("--mfu", default=0.4, show_default=True, help="Assumed share of the peak FLOP/s."),
     click.option("--freeze", "frozen", multiple=True, help="Part not trained; repeatable, or 'none'."),

@@ -15,7 +15,7 @@ Step (4) ``_finish``: characters -> tokens by the tokenizer's offsets; images wi
          ones cut after an assistant turn.
 
 OmniLMM's format differs from what ``apply_chat_template`` gives in three ways: a default system turn unless
-one is given, BOS in front, and no newline after the last ``</s>``. It is used where the template prints
+one is given, BOS in front, and no newline after the last ``</s>``. It is used if the template prints
 Zephyr's turns and the tokenizer has the image tokens (``Renderer.is_omnilmm``). For every other tokenizer the
 ids are exactly those of ``apply_chat_template(messages)``.
 """
@@ -97,7 +97,7 @@ class Renderer:
     """Renders conversations for one tokenizer; see the module's docstring for what is supervised.
 
     ``default_system`` is put in front of a conversation that has no system turn: None for none, "auto" for
-    OmniLMM's where the tokenizer is OmniLMM's. ``slice_tokens`` stand around the tiles of pictures that are
+    OmniLMM's if the tokenizer is OmniLMM's. ``slice_tokens`` stand around the tiles of pictures that are
     cut (ImagePart.grid); the tokenizer must have them. ``date`` (YYYY-MM-DD) is today's for the templates
     that print it.
     """
@@ -145,7 +145,7 @@ class Renderer:
     # --- what users call ----------------------------------------------------------------------------------
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Ids and labels of one conversation; RejectError where that is not possible."""
+        """Ids and labels of one conversation; RejectError if that is not possible."""
         [result] = self.render_batch([conversation])
         if isinstance(result, RejectError):
             raise result
@@ -164,7 +164,7 @@ class Renderer:
         ]
 
     def _encode(self, texts: list[str]) -> list[Any]:
-        """Encodings; where the tokenizer fails on all at once, a RejectError for each that is to blame."""
+        """Encodings; if the tokenizer fails on all at once, a RejectError for each that is to blame."""
         encodings = caught(self._encoder.encode_batch, texts)
         if not isinstance(encodings, RejectError):
             return encodings
@@ -273,7 +273,7 @@ class Renderer:
         return text
 
     def _picture(self, part: ImagePart) -> str:
-        """A picture's guards: its block and, where it is cut, ``<slice>`` tiles row by row ``</slice>``."""
+        """A picture's guards: its block and, if it is cut, ``<slice>`` tiles row by row ``</slice>``."""
         if part.grid is None:
             return IMAGE_GUARD
         assert self._slice_guards is not None, "pictures are cut, so the renderer needs slice_tokens"
@@ -393,7 +393,7 @@ class Renderer:
     # --- what kind of tokenizer -----------------------------------------------------------------------------
 
     def _find_bos(self) -> str:
-        """The guard of BOS where the tokenizer itself puts BOS in front, else nothing."""
+        """The guard of BOS if the tokenizer itself puts BOS in front, else nothing."""
         bos = self.tokenizer.bos_token
         ids = self.tokenizer.backend_tokenizer.encode("a").ids
         return self._encoder.guard(bos) if bos and ids[:1] == [self.tokenizer.bos_token_id] else ""

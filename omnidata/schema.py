@@ -5,11 +5,11 @@ here and from nowhere else. A dataset is a directory (or an fsspec URL)::
 
     shards/train-00000.tar        plain USTAR WebDataset shard
     shards/train-00000.tar.idx    Energon index: n+1 little-endian uint64
-    index.parquet                 one row a sample (INDEX_COLUMNS), one row group a shard
+    index.parquet                 one row per sample (INDEX_COLUMNS), one row group per shard
     rejects.parquet               one row a refused record (REJECT_COLUMNS)
     near_duplicates.parquet       of --dedup near: the pairs (omnidata.builder.near)
     tokenizer/                    the exact tokenizer that was used
-    processor/                    the model's processor and configuration, where the profile is a processor's
+    processor/                    the model's processor and configuration, if the profile is a processor's
     .nv-meta/                     .info.json, split.yaml, dataset.yaml (Megatron-Energon)
     README.md                     dataset card
     manifest.json                 written last: its existence means that the dataset is complete
@@ -148,7 +148,7 @@ class Message:
     parts: tuple[Part, ...]
     supervised: bool = True  # of an assistant's turn: is it to be learned?
     # Keys that the chat template is given besides: reasoning_content, tool_calls, name, … as the record has
-    # them; "content": None where the record says so.
+    # them; "content": None if the record says so.
     more: dict[str, Any] = field(default_factory=dict)
     switched_off: bool = False  # the record itself says that this assistant's turn is not to be learned
 
@@ -384,7 +384,7 @@ class Manifest:
 
     @property
     def num_query(self) -> int:
-        """OmniLMM's <im_patch> tokens an image."""
+        """OmniLMM's <im_patch> tokens per image."""
         return self.profile["num_query"]
 
     @property

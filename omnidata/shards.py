@@ -279,5 +279,5 @@ def content_hash(sample: Sample) -> str:
 
 
 def dialogue_hash(dialogue: bytes) -> str:
-    """xxh3-64, in hex, of a ``KEY.json``; "" where there is none."""
+    """xxh3-64, in hex, of a ``KEY.json``; "" if there is none."""
     return xxhash.xxh3_64_hexdigest(dialogue) if dialogue else ""

@@ -9,7 +9,7 @@ not when a cache or an attention mask is about; here the boundaries go down to t
 
     cu_seq_lens given, GPU, half precision   torch's variable-length flash attention: no mask, no padding
     cu_seq_lens given, GPU, float32          one masked call (exact, quadratic memory: for tests)
-    cu_seq_lens given, CPU                   one causal call a document
+    cu_seq_lens given, CPU                   one causal call per document
     otherwise                                transformers' own SDPA and mask (padded batches, cache)
 
 A model whose layers see more than causality allows (Gemma: a picture's tokens see each other) gets its own

@@ -304,7 +304,7 @@ class OmniLMMForCausalLM(_OmniLMM, MistralForCausalLM):
         num_supervised_tokens: int | torch.Tensor | None,
         num_rows: int | None,
     ) -> torch.Tensor:
-        """Sum over supervised tokens over the denominator; 0, with zero gradients, where there is none."""
+        """Sum over supervised tokens over the denominator; 0, with zero gradients, if there is none."""
         rows, labels = loss.supervised_rows(hidden_BTD.flatten(0, 1), shift_labels.flatten(), num_rows)
         count = len(rows) if num_supervised_tokens is None else num_supervised_tokens
         count = count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)

@@ -1,13 +1,13 @@
 """The perceiver resampler: any number of patch features in, ``grid_size**2`` image tokens out.
 
     x_BND   patch features of the vision tower
-      1  kv_proj to the language model's width (only where the widths differ), LayerNorm
+      1  kv_proj to the language model's width (only if the widths differ), LayerNorm
       2  grid_size**2 learned queries attend to them; queries and keys get fixed 2-D sin-cos positions
       3  LayerNorm, then ``@ proj``
     y_BQE   what replaces the <im_patch> tokens
 
 Attention is one fused call that never forms the weights. The queries are the same for every image, so they
-are normalised and projected once, not once an image.
+are normalised and projected once, not once per image.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Resampler(nn.Module):
         *,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``grid`` is (rows, columns) of patches, needed where the image is no square.
+        """``grid`` is (rows, columns) of patches, needed if the image is no square.
 
         ``attn_mask`` is ``[Q, N]`` as nn.MultiheadAttention has it: True = blocked, or floats that are added.
         """

@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("assemble", help="Mistral folder + timm ViT -> the start of stage 1")
     one.add_argument("--llm", type=Path, required=True, help="folder of a Mistral model, such as Zephyr-7B")
     one.add_argument("--vision", required=True, help="timm name (downloads), or folder or file of weights")
-    one.add_argument("--vision-name", help="timm name of the weights, where the folder does not say it")
+    one.add_argument("--vision-name", help="timm name of the weights, if the folder does not say it")
     one.add_argument("--vision-kwargs", type=json.loads, help="JSON for timm.create_model")
     one.add_argument(
         "--tokenizer", type=Path, help="the dataset's tokenizer folder: gives the new tokens' ids"

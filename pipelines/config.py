@@ -37,7 +37,7 @@ class RunConfig:
 
     dir: str  # metrics.jsonl, tensorboard/, checkpoints/, final/ go here
     seed: int = 0  # weights, data order and dropout
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; master weights are always float32
     deterministic: bool = False  # bit-exact on a GPU too, and slower; a CPU is bit-exact without
     threads: int | None = at_least(1, None)  # CPU threads of torch; null: torch's own choice
@@ -63,7 +63,7 @@ class DatasetConfig:
     weight: float | None = None  # share of the samples, relative to the other weights; null: by size, or
     epochs: float | None = None  # passes in one epoch of the whole list; null: 1, unless there are weights
     weights: list[PhaseConfig] | None = None  # instead of weight: [{until: 0.5, weight: 3}, {weight: 1}]
-    exclude: str | None = None  # a file of keys to leave out, one a line
+    exclude: str | None = None  # a file of keys to leave out, one per line
     cap: int | None = None  # samples of one pass, others in the next …
     cap_by: str | None = None  # … of each value of this column of the index
     order: str = "shuffled"  # or length, or a numeric column of the index: rising; -length: falling

@@ -113,7 +113,7 @@ def _resampler_flops(config: OmniLMMConfig, shape: ModelShape) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The data sheet's dense bf16 peak of this device; None where it is not known (a CPU, say)."""
+    """The data sheet's dense bf16 peak of this device; None if it is not known (a CPU, say)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")

@@ -90,7 +90,7 @@ def read_questions(options: argparse.Namespace) -> Iterator[Ask]:
 
 
 def answer_all(answerer: Answerer, asks: Iterator[Ask], *, as_json: bool) -> None:
-    """Print every question, answer and truth; one JSON object a line with --json."""
+    """Print every question, answer and truth; one JSON object per line with --json."""
     for ask in asks:
         answer = answerer.reply([{"role": "user", "content": ask.question}], ask.images)
         if as_json:

@@ -42,7 +42,7 @@ from pipelines.parallel import DTYPES, World
 ADAM_BYTES = 8  # two float32 moments
 EMA_BYTES = 4  # a float32 mean of the weights (optim.ema)
 OVERHEAD = {"cpu": 0.0, "cuda": 1.5e9}  # bytes: CUDA context, NCCL and cuBLAS workspaces
-# Of a dataset that is not there yet: an image and this much text a sample, a quarter of it supervised.
+# Of a dataset that is not there yet: an image and this much text per sample, a quarter of it supervised.
 TEXT_TOKENS, SUPERVISED = 96, 0.25
 _PLANNED_ATTENTION = "flash_planned"  # the name must say flash: only such kernels take packed documents
 

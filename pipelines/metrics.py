@@ -255,7 +255,7 @@ def batch_arithmetic(recipe: Recipe, world: World, *, microbatches: int, total_s
     """How packs become steps, in one line."""
     data = recipe.data
     return (
-        f"{data.global_batch} packs a step = {world.size} rank(s) x {microbatches} microbatch(es) of up to "
+        f"{data.global_batch} packs per step = {world.size} rank(s) x {microbatches} microbatch(es) of up to "
         f"{data.max_tokens} tokens; {total_steps} steps"
     )
 

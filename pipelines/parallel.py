@@ -4,7 +4,7 @@
     single     one copy             -                                   16 P bytes + activations (float32)
     ddp        one copy a rank      summed over all ranks               16 P
     fsdp       1/n a rank           reduce-scattered over all ranks     16 P / n
-    hsdp       1/s a rank, s ranks  reduce-scattered inside a group,    16 P / s
+    hsdp       1/s per rank, s ranks  reduce-scattered inside a group,    16 P / s
                share a copy         then summed over the groups
 
 Gradients are SUMMED over ranks, never averaged: each microbatch's loss is already divided by the number

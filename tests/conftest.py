@@ -47,7 +47,7 @@ def mistral():
 
 @pytest.fixture(scope="session")
 def renderer(mistral):
-    """Renders with four tokens an image, at any length."""
+    """Renders with four tokens per image, at any length."""
     from omnidata.render import Renderer
 
     return Renderer(mistral, num_query=4, max_length=None)

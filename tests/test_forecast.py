@@ -115,7 +115,7 @@ def test_the_command(tiny_dataset, capsys):
     for expected in (
         "16: ",
         "3 packs over 2 ranks",
-        "supervised tokens a step",
+        "supervised tokens per step",
         "2 × h100",
         "MFU 40%",
         "idle",

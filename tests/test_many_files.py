@@ -34,7 +34,7 @@ def corpus(tmp_path):
 def test_many_files_are_built_in_order(corpus, tmp_path, monkeypatch):
     folder, of = corpus
     source = (str(folder / "*.json"),)
-    monkeypatch.setattr(survey, "TASKS", 7)  # several files a task
+    monkeypatch.setattr(survey, "TASKS", 7)  # several files per task
     in_runs = of.build(tmp_path / "runs", source=source, options=RunOptions(workers=2, quiet=True))
     monkeypatch.setattr(survey, "TASKS", 1000)
     one_by_one = of.build(tmp_path / "one", source=source, options=RunOptions(executor="inline", quiet=True))

@@ -125,7 +125,7 @@ def test_a_running_mean_of_the_weights_is_planned_for():
         estimate(each, OmniLMMConfig(**CONFIG), shape, num_ranks=2, device="cuda", microbatches=1).optimizer
         for each in (plain, averaged)
     )
-    assert held == 1.5 * without  # 12 bytes a parameter instead of 8
+    assert held == 1.5 * without  # 12 bytes per parameter instead of 8
 
 
 def test_gradients_come_as_activations_go():

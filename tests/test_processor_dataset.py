@@ -384,7 +384,7 @@ def test_an_augmentation_that_changes_sizes_is_refused(qwen):
 
 
 def test_a_processor_that_changed_is_refused_by_name_of_what_changed(data):
-    """Another number of pixels a token, as a release of transformers might bring."""
+    """Another number of pixels per token, as a release of transformers might bring."""
     file = data / "processor" / "processor_config.json"
     config = json.loads(file.read_text())
     config["image_processor"]["size"] = {"shortest_edge": 64 * 64, "longest_edge": 96 * 96}

@@ -44,7 +44,7 @@ from pipelines.generate import Answerer
 from pipelines.train import train
 
 INLINE = RunOptions(executor="inline", quiet=True)
-SIZE = 32  # pixels a side of a tile and of the tiny model's square
+SIZE = 32  # pixels per side of a tile and of the tiny model's square
 # Worked out by hand from MiniCPM-V's rule, at most 9 tiles of 448: picture -> (columns, rows)
 GRIDS = {
     (300, 200): None,  # 0.3 tiles' worth

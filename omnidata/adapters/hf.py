@@ -61,7 +61,7 @@ def train_dataset(
         what it does, a model by its
             vocabulary and by whether it keeps the documents of a pack apart.
         max_tokens: of a pack.
-        global_batch: packs a step, over all ranks.
+        global_batch: packs per step, over all ranks.
         num_epochs: how often the data is read.
         world_size: ranks; None asks torchrun's environment.
         settings: of PackLoader: max_images, seed, oversize, packs_per_microbatch, on_error, ...

@@ -29,7 +29,7 @@ ROUNDING, ROUNDING_OF_HALF = 1e-4, 3e-2  # of the loss; packed and alone have ot
 TOLERANCE = 1e-5  # of the loss; equal shapes give equal numbers but for the order of a GPU's sums
 REMEDY = (
     'try attn_implementation="sdpa" or "flash_attention_2" when the model is loaded; recurrent and '
-    "convolutional layers keep nothing apart in transformers: pipelines/train.py runs those once a document"
+    "convolutional layers keep nothing apart in transformers: pipelines/train.py runs those once per document"
 )
 
 

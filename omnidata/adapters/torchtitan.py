@@ -31,7 +31,7 @@ class PackDataLoader(BaseDataLoader):
         """``dataset_path``: the dataset."""
 
         split: str = "train"
-        global_batch: int = 0  # packs a step over all ranks: torchtitan's training.global_batch_size
+        global_batch: int = 0  # packs per step over all ranks: torchtitan's training.global_batch_size
         num_epochs: int | None = None  # None goes on for ever
         seed: int = 0
         num_workers: int = 0

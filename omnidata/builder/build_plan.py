@@ -33,7 +33,7 @@ from omnidata.schema import UserError
 
 PLAN = f"{SCRATCH}/plan.json"
 PROBES = 64  # records built in all, to estimate how many bytes one takes …
-PROBES_PER_UNIT = 4  # … or so many of every unit (or run of small ones), where that is more
+PROBES_PER_UNIT = 4  # … or so many of every unit (or run of small ones), if that is more
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_plan(
     *,
     weigh: bool = False,
 ) -> BuildPlan:
-    """Scan and, where the settings need it, survey the corpus; ``weigh`` records even if they do not.
+    """Scan and, if the settings need it, survey the corpus; ``weigh`` records even if they do not.
 
     Raises:
         UserError: there is not one record.

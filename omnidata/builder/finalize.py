@@ -1,6 +1,6 @@
 """Finalize: from finished shards to a complete dataset. The manifest is written last, then .build/ goes.
 
-    .build/parts/*.parquet          ─▶ index.parquet       one row group a shard, in shard order
+    .build/parts/*.parquet          ─▶ index.parquet       one row group per shard, in shard order
     .build/parts/*.rejects.parquet  ─▶ rejects.parquet
     counts of all shards            ─▶ .nv-meta/, README.md, manifest.json
 

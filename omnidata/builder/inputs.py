@@ -42,7 +42,7 @@ def open_inputs(settings: BuildSettings, folder: str, run: RunTasks) -> Inputs:
     """
     opened = open_sources(settings, run)
     images = None
-    if settings.image_root is not None:  # raises where there is none
+    if settings.image_root is not None:  # raises if there is none
         images = ImageStore(settings.image_root, allow_http=settings.allow_http).digest()
     if settings.model:
         renderer, profile = save_model(settings, folder)

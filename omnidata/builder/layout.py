@@ -35,7 +35,7 @@ class Stretch(Plain):
     unit: Unit
     start: int  # position of its first record in the whole corpus
     num_records: int
-    counts: tuple[int, ...]  # records a split, in the order of BuildSettings.splits
+    counts: tuple[int, ...]  # records per split, in the order of BuildSettings.splits
     record_bytes: int  # estimated bytes of one record in a shard
 
 
@@ -88,7 +88,7 @@ def split_of(record_id: str, settings: BuildSettings) -> str:
 
 
 def auto_shard_bytes(stretches: Sequence[Stretch]) -> int:
-    """Bytes a shard where nothing is said: 512 MB, less (to 16 MB) where that would give under 64 shards."""
+    """Bytes per shard if nothing is said: 512 MB, less (to 16 MB) if that would give under 64 shards."""
     total = sum(stretch.num_records * stretch.record_bytes for stretch in stretches)
     return min(MAX_AUTO_BYTES, max(MIN_AUTO_BYTES, total // AUTO_SHARDS))
 

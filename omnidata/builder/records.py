@@ -67,7 +67,7 @@ class Built:
     record: Record
     images: tuple[EncodedImage, ...]
     rendered: Rendered
-    grids: tuple[Grid | None, ...] = ()  # of each picture; empty where the build cuts none
+    grids: tuple[Grid | None, ...] = ()  # of each picture; empty if the build cuts none
     unread_keys: tuple[str, ...] = ()  # of the record, see Conversation
     spelled_tokens: tuple[str, ...] = ()  # control tokens that its replies spell
     content_tokens: tuple[str, ...] = ()  # added tokens that its replies are encoded with
@@ -86,7 +86,7 @@ Pictures = tuple[Picture, ...]
 
 @dataclass
 class Stages:
-    """The stages with everything they need, loaded once a worker."""
+    """The stages with everything they need, loaded once per worker."""
 
     settings: BuildSettings
     renderer: Renderer

@@ -44,13 +44,13 @@ class BuildSettings:
     date: str | None = None  # today's, for chat templates that print it
     image_root: str | None = None
     format: str = "auto"
-    num_query: int = 64  # <im_patch> tokens an image
+    num_query: int = 64  # <im_patch> tokens per image
     max_length: int | None = None  # tokens; None: MAX_LENGTH
     image_size: int = 448  # pixels
     image_policy: str | None = None  # keep | shrink; None: shrink for OmniLMM, keep for a processor
     image_fit: str = "squash"  # squash | center_crop: how the model's square is made of a picture
     max_slices: int = 0  # tiles that a large picture is cut into besides its overview; 0: none
-    slice_size: int | None = None  # pixels a side of a tile; None: image_size
+    slice_size: int | None = None  # pixels per side of a tile; None: image_size
     slice_tokens: tuple[str, ...] = SLICE_TOKENS  # before and after a picture's tiles
     check_images: str = "full"  # full | quick
     quality: int = 90  # JPEG quality of what is encoded anew

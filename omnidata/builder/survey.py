@@ -2,7 +2,7 @@
 
     OpenTask(names)       detect each file's format, hash its content       -> [Opened, or what is wrong]
     ScanTask(files)       cut each file into units                          -> [[unit, …], …]
-    SurveyTask(stretches) count records a split, weigh a few, collect ids   -> [Survey, …]
+    SurveyTask(stretches) count records per split, weigh a few, collect ids   -> [Survey, …]
 
 Each task is a run of files or units in their order, so that a million small files are a few thousand tasks.
 Measured per small file on one core: 15 µs to open and read it, and as much again for every message about it.
@@ -70,7 +70,7 @@ class SurveyTask:
 class Survey(Plain):
     """What a SurveyTask found out about one unit."""
 
-    counts: tuple[int, ...]  # records a split
+    counts: tuple[int, ...]  # records per split
     record_bytes: int | None  # mean of the task's probes that became samples; None if none did
     ids: bytes  # blake2b-128 of every record's id, one after the other
 
@@ -93,7 +93,7 @@ def scan(task: ScanTask) -> list[list[corpus.Unit]]:
 
 
 def in_runs(items: Sequence[object], *, most: int = MOST) -> list[tuple[Any, ...]]:
-    """The items as runs of one length, one a task."""
+    """The items as runs of one length, one per task."""
     length = min(most, max(1, len(items) // TASKS))
     return [tuple(items[start : start + length]) for start in range(0, len(items), length)]
 
@@ -163,7 +163,7 @@ def probes(task: SurveyTask) -> Iterator[tuple[corpus.SourceFile, Stretch, int]]
 
 
 def identity(record: Any) -> str:
-    """What decides a record's split: its id, or its place where there is none (a line that is no JSON)."""
+    """What decides a record's split: its id, or its place if there is none (a line that is no JSON)."""
     return record.id or f"{record.source}:{record.locator}"
 
 

@@ -37,7 +37,7 @@ class Choice:
         return self.key is not None or self.sample is not None
 
     def positions(self, dataset: Dataset, *, default: int) -> list[int]:
-        """Positions of the samples; ``default`` is the limit where none was given."""
+        """Positions of the samples; ``default`` is the limit if none was given."""
         limit = default if self.limit is None else self.limit
         return choose_positions(dataset, key=self.key, sample=self.sample, source=self.source, limit=limit)
 
@@ -83,7 +83,7 @@ def write_html(dataset: Dataset, path: str, *, choice: Choice, assume: Assumptio
 
 
 def summary_json(dataset: Dataset, *, choice: Choice, assume: Assumptions) -> str:
-    """The summary; with ``samples`` or ``reject_records`` beside it where they were asked for."""
+    """The summary; with ``samples`` or ``reject_records`` beside it if they were asked for."""
     report = summarize(dataset, assume=assume).as_dict()
     if choice.rejects:
         report["reject_records"] = rejects_of(dataset, source=choice.source)[: choice.limit]

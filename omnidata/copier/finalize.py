@@ -1,6 +1,6 @@
 """Finalize: from copied shards to a complete dataset. The manifest is written last, then .build/ goes.
 
-    .build/parts/*.parquet                          ─▶ index.parquet     one row group a shard, in shard order
+    .build/parts/*.parquet                          ─▶ index.parquet     a row group per shard, in order
     rejects.parquet of the inputs, what is left out ─▶ rejects.parquet   input after input
     near_duplicates.parquet of the inputs           ─▶ the same, keys as they are now
     counts of all shards and of the inputs          ─▶ .nv-meta/, README.md, manifest.json

@@ -4,7 +4,7 @@
     scan(file)         -> Unit, Unit, ...    cuts a file into runs of records, cheaply
     read(file, unit)   -> Record | Reject    parses one of them; any process, any order
 
-    json_lines   one JSON object a line, LLaVA or chat keys        scan reads every byte, parses nothing
+    json_lines   one JSON object per line, LLaVA or chat keys        scan reads every byte, parses nothing
     json_array   one JSON array of such objects, streamed          the same; {"data": [...]} is unwrapped
     parquet      Hugging Face datasets                             scan reads the footer
     tsv          Muffin, RLHF-V: base64 pictures in a table        scan reads every byte
@@ -89,7 +89,7 @@ def open_file(name: str, *, format: str = "auto") -> SourceFile:
         if format in ("auto", *shape.FORMATS) and shape.sniff(name, head):
             return SourceFile(name, _format(shape, format, head), candidate, file_size(name), compression)
     wanted = "any known format" if format == "auto" else f"--format {format}"
-    remedy = "write one object a line, or all of them in an array (under 'data' in an object)"
+    remedy = "write one object per line, or all of them in an array (under 'data' in an object)"
     hint = f"; {remedy}" if head.lstrip()[:1] == b"{" else ""
     raise UserError(f"source {name}: its first bytes {head[:20]!r} are not those of {wanted}{hint}")
 

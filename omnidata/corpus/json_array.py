@@ -44,7 +44,7 @@ def sniff(name: str, head: bytes) -> bool:
 
 
 def _array_start(head: bytes) -> int:
-    """Bytes in front of a wrapped array's bracket; 0 where nothing wraps it."""
+    """Bytes in front of a wrapped array's bracket; 0 if nothing wraps it."""
     match = _WRAPPER.match(head, len(BOM) if head.startswith(BOM) else 0)
     return match.end() - 1 if match else 0
 

@@ -40,7 +40,7 @@ def read_head(name: str, num_bytes: int) -> tuple[bytes, str]:
 
 @contextmanager
 def open_at(file: SourceFile, offset: int = 0) -> Iterator[BinaryIO]:
-    """The uncompressed bytes of a file from an offset; UserError where they cannot be read."""
+    """The uncompressed bytes of a file from an offset; UserError if they cannot be read."""
     key = (os.getpid(), file.source)  # a forked child must not move its parent's stream
     with _errors_named(file.source):
         stream = _open(file, key, offset)

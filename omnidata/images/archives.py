@@ -4,7 +4,7 @@ An archive is indexed once, when it is opened; a read is then one ranged read of
 Processes share no seek position, so a forked or unpickled archive works as it is.
 
     archive = open_archive("images.zip")
-    archive.read("coco/000000000139.jpg")  # bytes; KeyError where there is no such member
+    archive.read("coco/000000000139.jpg")  # bytes; KeyError if there is no such member
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ByteSource:
         return fsspec.open(self.path, "rb").open() if self._fs else open(self.path, "rb")
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Exactly this range; shorter only where the file ends."""
+        """Exactly this range; shorter only if the file ends."""
         if self._fs:
             return self._fs.cat_file(self._remote_path, start=offset, end=offset + nbytes)
         return os.pread(self._fd, nbytes, offset)
@@ -75,7 +75,7 @@ class Archive:
     is_zip: bool
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
-        """One member's content; KeyError where it is absent, RejectError where it is too large or damaged."""
+        """One member's content; KeyError if it is absent, RejectError if it is too large or damaged."""
         member = self.members[name]
         if member.size > max_bytes:
             detail = f"{name!r} in {self.source.path}: {member.size:,} bytes; the limit is {max_bytes:,}"
@@ -120,7 +120,7 @@ def is_archive(path: str) -> bool:
 
 
 def open_archive(path: str) -> Archive:
-    """Open and index; UserError where it cannot be read."""
+    """Open and index; UserError if it cannot be read."""
     try:
         source = ByteSource(path)
         is_zip = path.lower().endswith(".zip")
@@ -156,7 +156,8 @@ def _tar_members(file: Any) -> dict[str, Member]:
                 members[name] = Member(info.offset_data, info.size, info.size)
             elif info.islnk() and _clean(info.linkname) in members:  # a second name of an earlier member
                 members[name] = members[_clean(info.linkname)]
-            archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; tarfile keeps every header it has seen: a gigabyte a million members
+            # tarfile keeps every header it has seen: a gigabyte per million members. typeshed lacks the list.
+            archive.members.clear()  # type: ignore[attr-defined]
     return members
 
 

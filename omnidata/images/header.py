@@ -6,7 +6,7 @@
 A file of ten kilobytes can claim a hundred thousand by a hundred thousand pixels, so the limits are
 applied here: a decoder only ever sees what has passed. Magic bytes decide the format, never a file's name.
 
-JPEG and PNG, nearly all of any corpus, are read by the few lines below (about 10 µs an image); the
+JPEG and PNG, nearly all of any corpus, are read by the few lines below (about 10 µs per image); the
 others by Pillow, which reads no pixels when it opens a file.
 """
 
@@ -166,7 +166,7 @@ def _refuse_scan_bomb(data: bytes) -> None:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """Orientation (1..8) in an EXIF block; 1 where it is absent or unreadable, as viewers do."""
+    """Orientation (1..8) in an EXIF block; 1 if it is absent or unreadable, as viewers do."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 10:
         return 1
@@ -185,7 +185,7 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def png_chunks(data: bytes, *, check_crc: bool) -> list[tuple[bytes, int, int]]:
-    """Every chunk as (name, start, end) of its body, IEND included; RejectError where the chain breaks."""
+    """Every chunk as (name, start, end) of its body, IEND included; RejectError if the chain breaks."""
     chunks, position, view = [], 8, memoryview(data)
     while True:
         if position + 12 > len(data):
@@ -253,7 +253,7 @@ _PNG_NOTES = frozenset((b"eXIf", b"iCCP", b"tRNS", b"acTL"))
 
 
 def _png_profile(chunk: bytes | None) -> bytes | None:
-    """The ICC profile of an iCCP chunk: name, NUL, method, zlib stream; None where it does not unpack."""
+    """The ICC profile of an iCCP chunk: name, NUL, method, zlib stream; None if it does not unpack."""
     if chunk is None:
         return None
     try:

@@ -5,7 +5,7 @@
          ──shrink_rgb──▶ shorter side = image_size          antialiased bicubic; resize_rgb in training
          ──encode_rgb──▶ EncodedImage(data, "jpg", 597, 448)
 
-Under ``keep``, and under ``shrink`` where there is nothing to shrink, an image that any reader would show
+Under ``keep``, and under ``shrink`` if there is nothing to shrink, an image that any reader would show
 alike (8-bit RGB, opaque, upright, sRGB, one frame) keeps its original bytes; every other is converted:
 
     EXIF orientation   applied                     alpha        laid over white
@@ -70,7 +70,7 @@ def process_image(
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
 ) -> EncodedImage:
-    """Verify one image and make it ready to store; RejectError where it cannot be trusted.
+    """Verify one image and make it ready to store; RejectError if it cannot be trusted.
 
     A 2000×1500 JPEG under ``shrink`` at 448 becomes a 597×448 JPEG; a 300×200 one keeps its bytes.
     ``size`` (width, height) names the size in place of the policy.
@@ -341,7 +341,7 @@ def _scale_16_bits(image: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _to_srgb(icc: bytes | None, mode: str) -> Any:
-    """The transform from a profile to sRGB; None where there is nothing to do.
+    """The transform from a profile to sRGB; None if there is nothing to do.
 
     Nothing to do: no profile; one that amounts to sRGB (no probe colour moves by more than 2 of 255); one
     that is broken, or for other channels than the image has, which browsers ignore as well.
@@ -378,7 +378,7 @@ def _apply(transform: Any, image: Any) -> Any:
 
 
 def encode_rgb(rgb: np.ndarray, *, lossless: bool, quality: int) -> EncodedImage:
-    """uint8 ``[H, W, 3]`` -> PNG where nothing may be lost or a side is too long for JPEG, else JPEG."""
+    """uint8 ``[H, W, 3]`` -> PNG if nothing may be lost or a side is too long for JPEG, else JPEG."""
     height, width = rgb.shape[:2]
     if lossless or max(height, width) > MAX_JPEG_SIDE:
         return EncodedImage(_png(rgb), "png", width, height)

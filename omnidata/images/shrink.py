@@ -1,6 +1,6 @@
 """Shrinking for storage without torch, whose import alone takes longer than a small build.
 
-Measured on scikit-image's photographs at 0.5 to 0.93 of their size, one core: 0.5-1.3 ms a picture here,
+Measured on scikit-image's photographs at 0.5 to 0.93 of their size, one core: 0.5-1.3 ms per picture here,
 0.5-0.9 by torch, 2.2-8.3 by Pillow. The pixels differ from Pillow's bicubic by 0.09-0.23 of 255 on average
 (torch 0.006), which costs 0.02-0.03 dB once the picture is a JPEG of quality 90. Training's own resize stays
 torch's, bit for bit as the model's ImageProcessor (omnidata.images.pixels.resize_rgb).

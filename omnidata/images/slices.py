@@ -38,8 +38,8 @@ Grid = tuple[int, int]  # columns, rows
 class Slicing:
     """How large pictures are cut."""
 
-    max_slices: int  # tiles a picture at most
-    slice_size: int = 448  # pixels a side of a tile
+    max_slices: int  # tiles per picture at most
+    slice_size: int = 448  # pixels per side of a tile
     slice_tokens: tuple[str, str] = SLICE_TOKENS  # before and after a picture's tiles
 
     def to_json(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read_picture(data: bytes, *, slicing: Slicing | None = None, **options: Any)
 
 
 def choose_grid(width: int, height: int, *, slice_size: int, max_slices: int) -> Grid | None:
-    """(columns, rows) of the tiles of a picture; None where it stays whole."""
+    """(columns, rows) of the tiles of a picture; None if it stays whole."""
     multiple = min(-(-width * height // slice_size**2), max_slices)
     if multiple <= 1:
         return None

@@ -90,7 +90,7 @@ class ImageStore:
         return self._archive.digest() if self._archive else None
 
     def read(self, ref: ImageRef) -> bytes:
-        """The image's encoded bytes; RejectError where the record does not lead to any."""
+        """The image's encoded bytes; RejectError if the record does not lead to any."""
         if ref.data is not None:
             return ref.data
         assert ref.path is not None, "an ImageRef has a path or data"
@@ -211,7 +211,7 @@ def _strip_file(path: str) -> str:
 
 
 def _inside(root: str, path: str) -> str:
-    """``path`` normalised and relative; RejectError where it leads out of the root."""
+    """``path`` normalised and relative; RejectError if it leads out of the root."""
     inside = posixpath.normpath(path)
     if inside.startswith(("/", "..")) and (inside[0] == "/" or inside.split("/")[0] == ".."):
         raise RejectError(

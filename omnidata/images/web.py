@@ -184,7 +184,7 @@ class _PinnedHTTPS(_PinnedHTTP):
 
 
 def _left(deadline: float) -> float:
-    """Seconds that the next step may take; TimeoutError where there are none."""
+    """Seconds that the next step may take; TimeoutError if there are none."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError(f"not finished after {DEADLINE:.0f} s")

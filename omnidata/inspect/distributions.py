@@ -20,7 +20,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """A quantity over samples (or over images): nearest-rank quantiles and a histogram; all 0 where empty."""
+    """A quantity over samples (or over images): nearest-rank quantiles and a histogram; all 0 if empty."""
 
     min: float
     median: float

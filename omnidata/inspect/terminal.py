@@ -314,12 +314,12 @@ def _spreads(seen: Forecast) -> Table:
     for name in ("", "min", "median", "max"):
         table.add_column(name, justify="right" if name else "left")
     rows = {
-        "samples a pack": seen.samples_per_pack,
-        "tokens a pack": seen.tokens_per_pack,
-        "images a pack": seen.images_per_pack,
-        "tokens a step": seen.tokens_per_step,
-        "supervised tokens a step": seen.supervised_per_step,
-        "images a step": seen.images_per_step,
+        "samples per pack": seen.samples_per_pack,
+        "tokens per pack": seen.tokens_per_pack,
+        "images per pack": seen.images_per_pack,
+        "tokens per step": seen.tokens_per_step,
+        "supervised tokens per step": seen.supervised_per_step,
+        "images per step": seen.images_per_step,
     }
     for name, of in rows.items():
         table.add_row(name, *(_number(value) for value in (of.min, of.median, of.max)))
@@ -331,7 +331,7 @@ def _spreads(seen: Forecast) -> Table:
 
 @contextlib.contextmanager
 def shard_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over shards on standard error, where that is a terminal; calls are (shards done, in all)."""
+    """A bar over shards on standard error, if that is a terminal; calls are (shards done, in all)."""
     from rich.progress import Progress
 
     if quiet or not sys.stderr.isatty():

@@ -1,6 +1,6 @@
 """Assembler: documents -> Parts. What a worker process does; it holds no index, no order and no state.
 
-SampleReader.read            one ranged read a sample
+SampleReader.read            one ranged read per sample
 Squares | ProcessorPixels    decode, (augment), then a square, or the model's own processor
 lay_out                      ids and labels end to end
 """

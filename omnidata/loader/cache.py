@@ -1,7 +1,7 @@
 """Cache: remote samples kept on a local disk, shared by the ranks and workers of a node, under a size cap.
 
     cache_dir/size             bytes accounted for; guarded by an exclusive lock on cache_dir/lock
-    cache_dir/3f/3f9c...       one file a sample, named by the hash of where it came from
+    cache_dir/3f/3f9c...       one file per sample, named by the hash of where it came from
 
 A file appears under its name only when it is whole. Bytes are accounted for before they are written, so a
 killed process can only make the account too high; the next eviction counts anew and mends it. The least

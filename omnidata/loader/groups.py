@@ -4,7 +4,7 @@
     group_by="source"         the files that they were built from, or another column of the index: task, lang
 
 ``names[code]`` is a group's name. The most common values have a code each, the others share OTHER; samples
-without a value are NONE. A column is read whole, once, where the plan is made: a byte or two a sample.
+without a value are NONE. A column is read whole, once, when the plan is made: a byte or two per sample.
 """
 
 from __future__ import annotations

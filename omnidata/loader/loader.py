@@ -72,7 +72,7 @@ class PackLoader:
 
     Args:
         data: a path, a Dataset, ``{"path", "split", "where", …}`` (plan.sources), or a list of those.
-        global_batch: packs a step, over all ranks; need not divide evenly.
+        global_batch: packs per step, over all ranks; need not divide evenly.
         max_tokens, max_images, seed, oversize, window_samples: as EpochPlan's.
         num_epochs: None goes on for ever.
         image_cost, attention_cost: tokens that one image, and a document's squared length, weigh when the
@@ -122,7 +122,7 @@ class PackLoader:
         pin_memory: bool = False,
     ) -> None:
         if not 0 <= rank < world_size or global_batch < 1 or packs_per_microbatch < 1:
-            raise UserError(f"rank {rank} of {world_size}, {global_batch} packs a step: not a valid split")
+            raise UserError(f"rank {rank} of {world_size}, {global_batch} packs per step: not a valid split")
         if not worker_timeout > 0:
             raise UserError(f"worker_timeout {worker_timeout}: must be more than 0 seconds")
         self.plan = EpochPlan(

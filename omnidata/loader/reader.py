@@ -45,7 +45,7 @@ class Document(NamedTuple):
 
     dataset: int  # position in the blend
     place: Place
-    num_tokens: int  # fewer than the sample has where the plan cut it
+    num_tokens: int  # fewer than the sample has if the plan cut it
     num_images: int
     passes: int  # times that the dataset had been exhausted before
     image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors, of a processor's dataset

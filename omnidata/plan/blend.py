@@ -12,7 +12,7 @@ All of it is integer arithmetic on (epoch, window), so any window can be made wi
 
 A stream's order: its shards are permuted, gathered in groups of about ``window_samples`` samples, and the
 samples of a group are permuted. Memory is bounded by the window, reads stay within few shards. A stream with
-an ``order`` is sorted by a column instead, ties shuffled, and its lengths are held whole: 40 bytes a sample.
+an ``order`` is sorted by a column instead, ties shuffled, and its lengths are held whole: 40 bytes each.
 
 With ``cap`` every pass is over another part of the dataset (cap.py); with ``weights`` the stretches of an
 epoch follow from a schedule (phases.py).
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def extras(self) -> tuple[Any, ...]:
-        """What decides the order besides catalog and share; empty where nothing does."""
+        """What decides the order besides catalog and share; empty if nothing does."""
         given = (self.weights, self.cap, self.cap_by, self.order)
         return () if given == ((), None, None, SHUFFLED) else given
 

@@ -1,6 +1,6 @@
 """Catalog: what the plan knows of one dataset without opening a shard.
 
-The index has one row group a shard, so the lengths of any few shards are one small read, whatever the size
+The index has one row group per shard, so the lengths of any few shards are one small read, whatever the size
 of the dataset. A plan needs the number of samples of every shard, and the lengths of a window of shards at a
 time; nothing else is held::
 
@@ -90,7 +90,7 @@ class Catalog(Protocol):
         ...
 
     def numbers_of(self, column: str, rows: np.ndarray) -> np.ndarray:
-        """float64: a column's values, NaN where there is none. Asked by an order."""
+        """float64: a column's values, NaN if there is none. Asked by an order."""
         ...
 
 
@@ -114,7 +114,7 @@ class IndexCatalog:
         self._groups = np.array(wanted, np.int64)  # row group of each shard
         sizes = np.array([shards[i].num_samples for i in wanted], np.int64)
         self._first_rows = np.concatenate(([0], np.cumsum(sizes)))
-        self._kept: np.ndarray | None = None  # bool, one a row; None: all of them
+        self._kept: np.ndarray | None = None  # bool, one per row; None: all of them
         self._columns: dict[str, pa.Array] = {}
         self._check_row_groups([shard.num_samples for shard in shards])
         if dataset.where:
@@ -158,7 +158,7 @@ class IndexCatalog:
         return np.diff(counts[self._first_rows])
 
     def _meets_where(self, sizes: list[int]) -> np.ndarray:
-        """bool, one a row of the split: does it meet the dataset's ``where``?"""
+        """bool, one per row of the split: does it meet the dataset's ``where``?"""
         firsts = np.concatenate(([0], np.cumsum(sizes)))
         kept = np.zeros(firsts[-1], bool)
         kept[self.dataset.rows_of_index] = True
@@ -204,7 +204,7 @@ class IndexCatalog:
         return lengths.take(np.flatnonzero(self._kept[lengths.rows]))
 
     def longest(self) -> tuple[int, int]:
-        """The most tokens and images of a sample, from the index's statistics where it has them."""
+        """The most tokens and images of a sample, from the index's statistics if it has them."""
         metadata = self._parquet[0].metadata
         positions = [metadata.schema.names.index(name) for name in ("n_tokens", "n_images")]
         groups = [metadata.row_group(group) for group in self._groups.tolist()]
@@ -245,7 +245,7 @@ class IndexCatalog:
         return other
 
     def numbers_of(self, column: str, rows: np.ndarray) -> np.ndarray:
-        """A numeric column's values as float64, NaN where there is none.
+        """A numeric column's values as float64, NaN if there is none.
 
         Raises:
             UserError: the column holds something else.
@@ -377,7 +377,7 @@ class Places:
 
 
 class _Strings:
-    """A column of strings, of which a few are wanted at a time: pyarrow's ``take`` costs 100 us a call."""
+    """A column of strings, of which a few are wanted at a time: pyarrow's ``take`` costs 100 us per call."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         array = column.combine_chunks()

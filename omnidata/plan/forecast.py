@@ -27,7 +27,7 @@ from omnidata.schema import UserError
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A quantity over packs or steps; all 0 where there are none."""
+    """A quantity over packs or steps; all 0 if there are none."""
 
     min: float
     median: float
@@ -55,7 +55,7 @@ class Forecast:
     epoch: int
     max_tokens: int  # a pack
     max_images: int | None  # a pack; null: no limit
-    global_batch: int  # packs a step
+    global_batch: int  # packs per step
     world_size: int  # ranks
     num_samples: int
     num_packs: int

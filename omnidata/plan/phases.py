@@ -72,7 +72,7 @@ class Schedule:
         ends = {phase.until for each in phases for phase in each[:-1] if phase.until is not None}
         self.times = [Fraction(0), *sorted(ends)]  # when something changes
         self._given = [[Fraction(0)] for _ in phases]  # of each dataset at each of the times
-        self._rates: list[list[Fraction]] = [[] for _ in phases]  # samples an epoch, from each time on
+        self._rates: list[list[Fraction]] = [[] for _ in phases]  # samples per epoch, from each time on
         for number, time in enumerate(self.times):
             weights = [_weight_at(each, time) for each in phases]
             if not sum(weights):

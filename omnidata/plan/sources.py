@@ -77,7 +77,7 @@ def _open_mapping(entry: Mapping[str, Any]) -> Source:
 
 
 def read_keys(path: str) -> list[str]:
-    """The keys of an exclusions file: one a line; blank lines and ``#`` comments are left out."""
+    """The keys of an exclusions file: one per line; blank lines and ``#`` comments are left out."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -31,7 +31,7 @@ class Position:
     window: int = 0
     pack: int = 0
     done: int = 0
-    batch: int = 0  # packs of a step of that stretch; 0 where none of it is done
+    batch: int = 0  # packs of a step of that stretch; 0 if none of it is done
 
 
 BEGIN = Position()

@@ -36,7 +36,7 @@ class Profile(Protocol):
     image_token: str  # what the chat template prints for a picture
 
     def runs(self, sizes: tuple[Size, ...]) -> tuple[Run, ...]:
-        """The run of each of one sample's pictures; RejectError ``image_shape`` where there is none."""
+        """The run of each of one sample's pictures; RejectError ``image_shape`` if there is none."""
         ...
 
     def smaller(self, sizes: tuple[Size, ...]) -> tuple[Size, ...]:

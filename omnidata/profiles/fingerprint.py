@@ -1,4 +1,4 @@
-"""What a processor does, in numbers: its runs and pixels for fixed probe pictures, one to three a sample.
+"""What a processor does, in numbers: its runs and pixels for fixed probe pictures, one to three per sample.
 
 Kept in the manifest when a dataset is built, computed again by ``verify`` and by the loader. A release of
 transformers that changed the processor is refused by name of what changed, and one that did not is not::

@@ -81,7 +81,7 @@ def chat_template(processor: Any) -> str:
 
 
 def save_processor(processor: Any, source: str, folder: str) -> None:
-    """Write the processor, and the model's config.json where there is one, into ``folder``."""
+    """Write the processor, and the model's config.json if there is one, into ``folder``."""
     with _quiet():
         processor.save_pretrained(folder)
     config = _config_file(source)

@@ -16,7 +16,7 @@ from omnidata.profiles import OMNILMM
 class OmniLMMProfile:
     """The settings that OmniLMM's answers follow from."""
 
-    num_query: int  # <im_patch> tokens an image
+    num_query: int  # <im_patch> tokens per image
     image_size: int  # pixels; the shorter side under "shrink"
 
     @property

@@ -62,13 +62,13 @@ def mrope_positions(
         folder: the processor's, with the model's config.json.
         documents: ids int32 ``[L]`` of each.
         num_images: pictures of each.
-        tensors: the processor's for all pictures, in order; those with one row a picture are dealt out.
+        tensors: the processor's for all pictures, in order; those with one row per picture are dealt out.
         image_token_ids: ids that are marked as a picture's.
     """
     import torch
 
     model = _bare_model(folder)
-    assert model is not None, "asked only where kind_of_positions gave MROPE"
+    assert model is not None, "asked only if kind_of_positions gave MROPE"
     wanted = set(inspect.signature(model.get_rope_index).parameters)
     total, first, columns = sum(num_images), 0, []
     for ids, number in zip(documents, num_images, strict=True):

@@ -6,7 +6,7 @@ replaces each image token::
     processor(images=[[(3, 480, 640) on meta]], text=["<|image_pad|>"], return_text_replacement_offsets=True)
       ->  replacement  "<|image_pad|>" × 300        pixel_values  [1200, 1536] on meta
 
-One question a sample, because a run may depend on its neighbours (LLaVA-OneVision cuts a picture that is
+One question per sample, because a run may depend on its neighbours (LLaVA-OneVision cuts a picture that is
 alone, MiniCPM-V numbers them). Processors that look at values cannot run on meta; they are shown black
 pictures of those sizes instead.
 """
@@ -138,7 +138,7 @@ class ProcessorProfile:
     # --- smaller pictures -----------------------------------------------------------------------------------
 
     def _smaller(self, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
-        """Sizes to store the pictures at, of equal runs and pixels; those given where none is proven."""
+        """Sizes to store the pictures at, of equal runs and pixels; those given if none is proven."""
         before = self.runs(sizes)
         for proposed in propose(sizes, before):
             try:

@@ -4,7 +4,7 @@
 
 Raw tensors are those of a call without rescaling and normalising: uint8 in most families, a quarter of the
 memory to move. What is left to do is ``raw × scale + shift``, which is found by looking at black and at white
-pictures, and used only where it gives the processor's own numbers on mixed packs too.
+pictures, and used only if it gives the processor's own numbers on mixed packs too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ pieces of text around each content::
     pieces(("user", "assistant"))  ->  ["<|user|>\\n", "</s>\\n<|assistant|>\\n", "</s>\\n"]
 
 Step (1) ``ChatTemplate.shape(roles)`` finds those pieces once per sequence of roles. Step (2) each record is
-``piece + content + piece + ...``. That is exact where the template only prints contents and never looks at
+``piece + content + piece + ...``. That is exact if the template only prints contents and never looks at
 them (``is_opaque``, decided on its syntax tree by omnidata.text.opacity). For any other template step (3)
 ``prove`` prints the record itself and compares; a difference means that the mask cannot be proven.
 """
@@ -51,7 +51,7 @@ ZEPHYR = """{% for message in messages %}
 
 ZEPHYR_PROBE = "<|system|>\na{eos}\n<|user|>\nb{eos}\n<|assistant|>\nc{eos}\n"
 
-NONCE = secrets.token_hex(8)  # 64 random bits a process: no text can contain a mark by intent or accident
+NONCE = secrets.token_hex(8)  # 64 random bits per process: no text can contain a mark by intent or accident
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 GENERATION_START, GENERATION_END = f"\ufdd0{NONCE}g\ufdd1", f"\ufdd0{NONCE}G\ufdd1"
 
@@ -62,7 +62,7 @@ class TurnShape:
 
     pieces: tuple[str, ...]  # n + 1 texts around n contents
     strips: tuple[tuple[bool, bool], ...]  # per content: are its blanks on the left, on the right removed?
-    marked: tuple[bool, ...]  # per content: inside {% generation %}; all True where the template has none
+    marked: tuple[bool, ...]  # per content: inside {% generation %}; all True if the template has none
 
     def contents(self, contents: Sequence[str]) -> list[str]:
         """The contents as the template prints them."""
@@ -143,7 +143,7 @@ class ChatTemplate:
         ]
 
     def render(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool = False) -> str:
-        """What the template prints; RejectError where it refuses the messages."""
+        """What the template prints; RejectError if it refuses the messages."""
         return without_marks(self.print(messages, generation_prompt))
 
     def prove(

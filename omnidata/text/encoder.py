@@ -48,7 +48,7 @@ class Encoder:
         self.guards = {
             token: f"\ufdd0{NONCE}{i}\ufdd1" for i, token in enumerate(_control_tokens(added, content_tokens))
         }
-        self.image_ids = _image_ids(added)  # (<im_start>, <im_patch>, <im_end>), or None where one is missing
+        self.image_ids = _image_ids(added)  # (<im_start>, <im_patch>, <im_end>), or None if one is missing
         self._pattern = _alternation(self.guards)
         self._first_characters = frozenset(token[0] for token in self.guards)
         self.control_guard = _alternation(self.guards.values())

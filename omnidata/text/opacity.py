@@ -50,7 +50,7 @@ class NotOpaque(Exception):
 
 
 def contents_are_opaque(tree: nodes.Template) -> bool:
-    """True only where the template provably prints contents without looking at them.
+    """True only if the template provably prints contents without looking at them.
 
     Example: ``{{ '<|' + m['role'] + '|>' + m['content'] }}`` is opaque, ``{% if m['content'] %}`` is not.
     """

@@ -24,7 +24,7 @@ GENERIC = "TokenizersBackend"
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")  # today's name, and the one before
-# Keys of a configuration that change no id and no name in transformers' generic class, where there is a
+# Keys of a configuration that change no id and no name in transformers' generic class, if there is a
 # tokenizer.json. (add_bos_token and add_eos_token are dropped there: the file's post-processor says it.)
 _HARMLESS = frozenset(
     (
@@ -155,7 +155,7 @@ def _backend(file: Path) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no file."""
+    """A JSON object; an empty one if there is no file."""
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 

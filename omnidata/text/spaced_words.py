@@ -93,7 +93,7 @@ class SpacedWords:
     @classmethod
     def of(cls, description: dict[str, Any], backend: Any, guards: Sequence[str]) -> SpacedWords | None:
         """For a tokenizer, its description (guarding.described), and those of its added tokens that are
-        guards; None where words cannot stand alone."""
+        guards; None if words cannot stand alone."""
         tokens = [token["content"] for token in description["added_tokens"]]
         added = [token for token in tokens if token not in set(guards)]
         if not is_proven(description) or len(added) > _MOST_TOKENS or not guards:

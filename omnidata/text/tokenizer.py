@@ -125,12 +125,12 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def template_fingerprint(tokenizer: object) -> str:
-    """Hex sha256 of the chat template's text ("" where there is none)."""
+    """Hex sha256 of the chat template's text ("" if there is none)."""
     return hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
 
 
 def template_text(tokenizer: Any) -> str:
-    """The chat template that apply_chat_template takes by default ("" where there is none)."""
+    """The chat template that apply_chat_template takes by default ("" if there is none)."""
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several named templates
         template = template.get("default")
@@ -140,7 +140,7 @@ def template_text(tokenizer: Any) -> str:
 def special_token_ids(tokenizer: Any, more: Iterable[str] = ()) -> dict[str, int]:
     """Ids of the special tokens that the tokenizer has: bos, eos, pad, unk, image, grounding, slice tokens.
 
-    ``more`` names others to include where it has them.
+    ``more`` names others to include if it has them.
     """
     named = _named_tokens(tokenizer)
     named |= {token: token for token in more if token in tokenizer.added_tokens_encoder}

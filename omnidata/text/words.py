@@ -96,7 +96,7 @@ class Words:
 
     @classmethod
     def of(cls, state: dict[str, Any], backend: Any) -> Words | None:
-        """For a tokenizer and its ``to_str()``, parsed; None where words cannot stand alone."""
+        """For a tokenizer and its ``to_str()``, parsed; None if words cannot stand alone."""
         prefix = _prefix(state)
         tokens = state["added_tokens"]
         if prefix is None or len(tokens) > _MOST_TOKENS or not all(map(_is_plain_token, tokens)):
@@ -207,7 +207,7 @@ def _is_plain_token(token: dict[str, Any]) -> bool:
 
 def _prefix(state: dict[str, Any]) -> str | None:
     """When a blank is put before a text: prepend (always), or as Metaspace does, which knows "first" as well
-    as "never" and puts none before another. None where texts reach the model in another way."""
+    as "never" and puts none before another. None if texts reach the model in another way."""
     normalizer, splitter = state["normalizer"], state["pre_tokenizer"]
     if normalizer == _NORMALIZER and splitter is None:
         return "prepend"

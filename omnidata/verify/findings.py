@@ -40,7 +40,7 @@ CODES: dict[str, str] = {
     "sample_missing": "an index row without a stored sample",
     "vocabulary": "token ids outside the vocabulary",
     "labels": "labels that are neither the id nor IGNORE_INDEX, or none at all",
-    "image_block": "image tokens that are not whole, unsupervised blocks, one an image",
+    "image_block": "image tokens that are not whole, unsupervised blocks, one per image",
     "image": "a stored image that does not decode",
     "dialogue": "a KEY.json that is none, or that renders to other ids or labels than are stored",
 }

@@ -74,7 +74,7 @@ def verify(
 
     Args:
         deep: read every shard, too.
-        num_workers: processes for that; by default one a core.
+        num_workers: processes for that; by default one per core.
         on_shard: called after each shard.
 
     Raises:
@@ -97,7 +97,7 @@ def verify(
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest; UserError where there is none."""
+    """The manifest; UserError if there is none."""
     if not store.exists(MANIFEST):
         raise UserError(
             f"{store.url} has no {MANIFEST}: it is no complete dataset, and without it nothing can be "
@@ -107,7 +107,7 @@ def read_manifest(store: Store) -> Manifest:
 
 
 def read_or_none(store: Store, name: str) -> pa.Table | None:
-    """The index or the rejects; None where the file is missing or no such table."""
+    """The index or the rejects; None if the file is missing or no such table."""
     import pyarrow as pa
 
     schema = index_schema() if name == INDEX else reject_schema()
@@ -185,7 +185,7 @@ def over_shards(
 
 
 def shard_tasks(manifest: Manifest, index: pa.Table | None) -> Iterator[ShardCheck]:
-    """One task a shard, its rows made into dicts only when it starts; rows are None without an index."""
+    """One task per shard, its rows made into dicts only when it starts; rows are None without an index."""
     rows = {} if index is None else rows_of_shards(index)
     for shard in manifest.shards:
         mine = rows.get(shard.path)

@@ -219,7 +219,7 @@ def _processor_columns(
 
 
 def image_size(image: bytes) -> list[int]:
-    """[width, height] from the header; [0, 0] where that is damaged (check_images says how)."""
+    """[width, height] from the header; [0, 0] if that is damaged (check_images says how)."""
     from omnidata.images.header import read_header
 
     try:

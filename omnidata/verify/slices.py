@@ -19,7 +19,7 @@ class LayoutError(ValueError):
 
 
 def slice_layout(sample: Sample, manifest: Manifest) -> list[list[int]]:
-    """[columns, rows] of each picture, [0, 0] where it is whole; empty if the build cuts nothing.
+    """[columns, rows] of each picture, [0, 0] if it is whole; empty if the build cuts nothing.
 
     Raises:
         LayoutError: what is there is no layout; says at which token.

@@ -70,7 +70,7 @@ class Binder:
         self._schema, self._name = schema, name
 
     def bind(self, node: Node, *, negated: bool = False) -> ds.Expression:
-        """The expression of a node, or of its opposite: null, not true, where a column has no value."""
+        """The expression of a node, or of its opposite: null, not true, if a column has no value."""
         import pyarrow.dataset as ds
 
         what, operands = node.operation, node.operands
