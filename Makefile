@@ -6,13 +6,14 @@ LOCK ?= constraints.txt
 NEWEST := .venv-newest/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test faults trials slow docs test-newest lock audit lint clean
+.PHONY: help demo test faults trials slow bench docs test-newest lock audit lint clean
 help:
 	@echo "make demo         set up, build shards from real photos, inspect, train a tiny model on the CPU, answer questions"
 	@echo "make test         set up and run the test suite"
 	@echo "make slow         run the tests that take longer than about ten seconds each"
 	@echo "make faults       kill, cut the power, fill the disk, break the code: prints a table of what was lost (nothing)"
 	@echo "make trials       kill and stop training runs 82 times, in 1 to 3 ranks (about 8 minutes)"
+	@echo "make bench        run the CPU benchmarks beside the peers that are installed; writes benchmarks/results/"
 	@echo "make docs         write what docs/ takes from the code"
 	@echo "make test-newest  run the test suite with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make lock         the same, then write those versions to constraints.txt for the commands above"
@@ -59,6 +60,9 @@ audit:
 
 demo: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash pipelines/demo/demo.sh
+
+bench: .venv/.installed
+	@$(BIN)/python benchmarks/bench.py $(if $(wildcard .bench/bin/python),--peers-python .bench/bin/python)
 
 docs: .venv/.installed
 	@$(BIN)/python docs/generate.py

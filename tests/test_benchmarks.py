@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -38,6 +39,15 @@ def test_scale():
     report = json.loads(run_benchmark("scale.py", *arguments))
     assert set(report) == {"build, shrink", "build, keep", "files", "load, 2 workers"}
     assert report["load, 2 workers"]["pictures a microbatch"] > 0
+
+
+def test_bench_writes_a_table_and_a_figure(tmp_path):
+    run_benchmark("bench.py", "--toy", "--only", "plan", "--out", str(tmp_path))
+    [table], [figure] = tmp_path.glob("*.md"), tmp_path.glob("*-plan.svg")
+    text = table.read_text()
+    assert "Toy sizes" in text and "| padding, packs of the plan |" in text and figure.name in text
+    bars = ElementTree.fromstring(figure.read_text()).findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 5  # the ground and four ways to pack
 
 
 @pytest.mark.slow
