@@ -45,7 +45,7 @@ from omnidata.schema import (
 from omnidata.text.chat_template import ChatTemplate, TurnShape, prints_zephyr
 from omnidata.text.closings import Closings
 from omnidata.text.cuts import Span
-from omnidata.text.encoder import IMAGE_GUARD, Encoder, refuse_surrogates
+from omnidata.text.encoder import IMAGE_GUARD, encoder_of, refuse_surrogates
 from omnidata.text.guarding import added_tokens
 from omnidata.text.lines import Line, written_texts
 from omnidata.text.spans import interleave, labels_of, refuse_unsupervised, widened
@@ -124,7 +124,7 @@ class Renderer:
         self.max_length = max_length
         self._template = self._open_template(text, date)
         self.content_tokens = self._find_content_tokens(content_tokens)  # that the tokenizer has
-        self._encoder = Encoder(tokenizer, content_tokens=(*content_tokens, *self.content_tokens))
+        self._encoder = encoder_of(tokenizer, content_tokens=(*content_tokens, *self.content_tokens))
         self._closings = Closings(self._template, self._encoder)
         self._scribe = Scribe(self._template, self._encoder, self._closings)
         self._slice_guards = None if slice_tokens is None else self._encoder.require(slice_tokens)

@@ -14,6 +14,7 @@ from tiny_corpus import write_corpus
 from omnidata.images.pixels import resize_rgb
 from omnidata.images.shrink import shrink_rgb
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS
+from omnidata.text.encoder import encoder_of
 from omnidata.text.preparation import prepare_tokenizer
 from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, special_token_ids, template_fingerprint
@@ -193,9 +194,13 @@ import omnidata.builder.warm
 from omnidata.text import prepared
 [held] = prepared._BACKENDS.values()
 print(prepared.load_prepared({str(tmp_path / "b")!r}).backend_tokenizer is held)
+from omnidata.render import Renderer
+from omnidata.text import encoder
+[(_, _, made)] = encoder._LAST
+print(Renderer(prepared.load_prepared({str(tmp_path / "b")!r}))._encoder is made)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "True", result.stderr
+    assert result.stdout.split() == ["True", "True"], result.stderr
 
 
 def test_pandas_is_kept_out_for_a_moment_only():
@@ -235,3 +240,16 @@ def test_an_empty_name_of_a_token_is_left_to_transformers(tmp_path):
     assert load_prepared(tmp_path) is None
     configure(tmp_path, pad_token=None)
     assert load_prepared(tmp_path) is not None
+
+
+def test_a_process_makes_one_encoder_of_a_prepared_tokenizer():
+    folder = golden_tokenizer_folder()
+    first, again = (load_prepared(folder) for _ in range(2))
+    encoder = encoder_of(first, content_tokens=["<box>", "<ref>"])
+    assert encoder_of(again, content_tokens=["<ref>", "<box>", "<box>"]) is encoder
+    assert encoder_of(again, content_tokens=["<box>"]) is not encoder
+    other = again.with_special_tokens(["<added>"])
+    assert "<added>" in encoder_of(other, content_tokens=["<box>"]).guards
+    assert "<added>" not in encoder_of(again, content_tokens=["<box>"]).guards
+    loaded = load_tokenizer(folder)
+    assert encoder_of(loaded, content_tokens=[]) is not encoder_of(loaded, content_tokens=[])

@@ -297,6 +297,14 @@ def test_models_with_control_tokens_among_their_pieces_are_written_anew():
         {**state["added_tokens"][0], "id": state["model"]["vocab"]["cats"], "content": "cats"}
     )
     backend = Tokenizer.from_str(json.dumps(state))
-    copy = guarded(backend, {"cats": "\ufdd0a\ufdd1"}, "\ufdd0b\ufdd1")
+    copy, _ = guarded(backend, {"cats": "\ufdd0a\ufdd1"}, "\ufdd0b\ufdd1")
     assert copy.encode("\ufdd0a\ufdd1").ids == [backend.token_to_id("cats")]
     assert backend.token_to_id("cats") not in copy.encode("cats").ids
+
+
+def test_a_model_that_is_written_out_is_what_the_copy_says_of_itself():
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3, "s>": 4}, [("a", "b")]))
+    backend.add_special_tokens(["</s>"])
+    copy, state = guarded(backend, {"</s>": "\ufdd0a\ufdd1"}, "\ufdd0b\ufdd1")
+    assert state == json.loads(copy.to_str())
+    assert (copy.token_to_id("</s>"), copy.token_to_id("\ufdd0a\ufdd1")) == (None, 3)

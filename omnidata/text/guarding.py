@@ -7,9 +7,10 @@ model is written out, the pieces are renamed, and it is read again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
+
+import orjson
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _PLAIN = dict.fromkeys(_FLAGS[:4], False) | {"special": True}
@@ -30,18 +31,19 @@ def described(backend: Any) -> dict[str, Any]:
     from tokenizers import Tokenizer, models
 
     shell = _dressed(Tokenizer(models.BPE()), backend)
-    state = json.loads(shell.to_str())
+    state = orjson.loads(shell.to_str())
     state["model"] = {name: getattr(backend.model, name, None) for name in _MODEL}
     return state | {"added_tokens": added_tokens(backend)}
 
 
-def guarded(backend: Any, guards: dict[str, str], image_guard: str) -> Any:
+def guarded(backend: Any, guards: dict[str, str], image_guard: str) -> tuple[Any, dict[str, Any] | None]:
     """The copy; ``image_guard`` is one token more, with the next free id, for a whole image block.
 
-    It adds nothing to texts: BOS is the renderer's business.
+    It adds nothing to texts: BOS is the renderer's business. Where the model was written out, what was
+    written, parsed: the copy's tokenizer.json.
     """
     if all(backend.model.token_to_id(token) is None for token in guards):
-        return _sharing(backend, guards, image_guard)
+        return _sharing(backend, guards, image_guard), None
     return _written_anew(backend, guards, image_guard)
 
 
@@ -64,19 +66,19 @@ def _sharing(backend: Any, guards: dict[str, str], image_guard: str) -> Any:
     return copy
 
 
-def _written_anew(backend: Any, guards: dict[str, str], image_guard: str) -> Any:
+def _written_anew(backend: Any, guards: dict[str, str], image_guard: str) -> tuple[Any, dict[str, Any]]:
     from tokenizers import Tokenizer
 
-    state = json.loads(backend.to_str())
+    state = orjson.loads(backend.to_str())
     free = _next_id(state)
     for token in state["added_tokens"]:
         token["content"] = guards.get(token["content"], token["content"])
     _rename_pieces(state["model"], guards)
     state["post_processor"] = state["truncation"] = state["padding"] = None  # ByteLevel's would trim offsets
     state["added_tokens"].append({"id": free, "content": image_guard} | _PLAIN)
-    copy = Tokenizer.from_str(json.dumps(state))
+    copy = Tokenizer.from_buffer(orjson.dumps(state))
     _limit_cache(copy)
-    return copy
+    return copy, state
 
 
 def _next_id(state: dict[str, Any]) -> int:
