@@ -47,7 +47,7 @@ class GroupCounts:
         totals = world.sum([*self._counts.ravel().tolist(), *self._losses.tolist()])
         samples, tokens, supervised, losses = np.array(totals).reshape(4, -1).tolist()
         line: dict[str, float] = {}
-        was_tallied = any(losses)  # not by a head that is none of loss.py's
+        was_tallied = any(losses)  # not by a head that is none of omnimodel/loss.py's
         for number, name in enumerate(self._names):
             if supervised[number] and was_tallied:
                 line[f"{prefix}loss/{name}"] = losses[number] / supervised[number]

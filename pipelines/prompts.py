@@ -1,6 +1,6 @@
 """Prompts: what a model is asked, as its training data would hold it, and the tensors that generate takes.
 
-    turns + picture files  ──prompt──▶  ids, stored images  ──inputs──▶  model.generate(**inputs)
+    turns + picture files  ──prompt──▶  ids, stored pictures  ──inputs──▶  model.generate(**inputs)
 
 OmniLMM's by its renderer and squares; any other class's by the processor whose files lie beside the model.
 """

@@ -1,8 +1,9 @@
 """Marks in text that stand for media in other projects' data, and what they mean here.
 
-``<image>`` and ``<image_00>`` are this project's own placeholders (pictures.py). Other marks are taken for
-placeholders if that is unambiguous: the record has pictures, none of them has a place yet, and the marks are
-as many. Otherwise the record is refused; a foreign mark never stays as text that a model would learn.
+``<image>`` and ``<image_00>`` are this project's own placeholders (images/placeholders.py). Other marks are
+taken for placeholders if that is unambiguous: the record has pictures, none of them has a place yet, and the
+marks are as many. Otherwise the record is refused; a foreign mark never stays as text that a model would
+learn.
 
     Picture 1: <img>a.jpg</img>                        Qwen-VL: the path stands in the text
     <|vision_start|><|image_pad|><|vision_end|>        Qwen2-VL and later

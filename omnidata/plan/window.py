@@ -41,7 +41,7 @@ class Pack:
 
     @property
     def image_load(self) -> float:
-        """What the tower is given, in pictures of 448² pixels; OmniLMM: the number of images."""
+        """What the tower is given, in pictures of 448² pixels; OmniLMM: their number."""
         return float(self.lengths.pixels.sum()) / IMAGE_PIXELS
 
     def cost(self, image_cost: float = IMAGE_COST, attention_cost: float = ATTENTION_COST) -> float:

@@ -2,12 +2,12 @@
 
     omnilmm.py      squares of image_size pixels, num_query tokens each, tiles with --max-slices
     processor.py    any processor of transformers, asked without a pixel for the runs of tokens
+    opening.py      the profile of a dataset, opened once per process
     folder.py       a processor's files: the model's folder, the dataset's
     shrinking.py    a smaller size to store whose runs are proven equal
     tensors.py      the pixel tensors of a whole pack, by the processor's own batching
     positions.py    1-D positions, or M-RoPE for each document
     fingerprint.py  what the processor does with fixed probe pictures, piece by piece
-    families.py     the questions that have no general answer, one entry each
 
 Only the processor's modules load torch and transformers, and only when they are used.
 """
