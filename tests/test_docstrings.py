@@ -116,5 +116,7 @@ def test_names_in_docstrings_and_comments_exist(package):
 
 def test_names_that_are_gone_are_found():
     """The check itself, on names that were here once."""
-    text = "See families.py, ``omnidata.builder.interop`` and ``how_it_was_once(x)``; not ``Dataset``, loader.py."
+    text = (
+        "See families.py, ``omnidata.builder.interop``, ``how_it_was_once(x)``; not ``Dataset``, loader.py."
+    )
     assert list(unknown(text, "omnidata")) == ["families.py", "omnidata.builder.interop", "how_it_was_once"]
