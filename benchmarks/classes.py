@@ -3,10 +3,11 @@
     python benchmarks/classes.py [--families qwen3_vl …] [--records 1500] [--steps 60] [--json]
 
 For each family (tests/tiny_families.py): the demo's shapes are built with its processor and a run of
-train.py of ``--steps`` packs of 2,048 tokens starts from random weights. A row has the proof that train.py
-makes before it (packed against alone and joined against alone, as shares of the largest hidden state; its own
-loss and ours), and the loss of the first and of the last steps. Chance is the logarithm of the vocabulary's
-size.
+train.py of ``--steps`` packs of 2,048 tokens starts from random weights (0: no run). A row has the proof that
+train.py makes before it (packed against alone and joined against alone, as shares of the largest hidden
+state; its own loss and ours), the largest difference between the gradients of a pack and those of transformers' own
+class on one document after the other, as a share of the parameter's largest, and the loss of the first and of
+the last steps. Chance is the logarithm of the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -27,17 +28,21 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch  # noqa: E402
 import transformers  # noqa: E402
 from tiny_families import MODELS, TEXT, save  # noqa: E402
 
 from omnidata import Dataset, cli  # noqa: E402
+from omnidata.loader import PackLoader  # noqa: E402
+from omnimodel.packed import own_inputs  # noqa: E402
 from pipelines.config import Recipe, parse_recipe  # noqa: E402
-from pipelines.data import model_config  # noqa: E402
+from pipelines.data import model_config, model_inputs  # noqa: E402
 from pipelines.isolation import prove_isolation  # noqa: E402
 from pipelines.model import build_model  # noqa: E402
 from pipelines.parallel import start  # noqa: E402
 from pipelines.train import train  # noqa: E402
 
+CPU = torch.device("cpu")
 LAST = 5  # steps whose mean is told as the last loss: one pack's is noise
 
 
@@ -59,10 +64,35 @@ def recipe_of(folder: Path, steps: int) -> Recipe:
                 **{"max_tokens": 2048, "global_batch": 1, "num_workers": 0},
             },
             "model": {"path": str(folder / "model")},
-            "optim": {"lr": 2e-3, "steps": steps, "warmup_steps": min(5, steps - 1)},
+            "optim": {"lr": 2e-3, "steps": max(1, steps), "warmup_steps": max(0, min(5, steps - 1))},
             "checkpoint": {"every": 0},
         }
     )
+
+
+def gradient_difference(model: torch.nn.Module, folder: Path) -> float:
+    """The first pack in ``model`` against its documents one by one, in the class itself with its own loss."""
+    loader = PackLoader(folder / "data", global_batch=1, max_tokens=2048, num_epochs=1)
+    microbatch = next(iter(loader))
+    model.train()
+    model(**model_inputs(microbatch, CPU)).loss.backward()
+    own = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    ).train()
+    samples = {sample.key: sample for sample in Dataset(folder / "data")}
+    for key in microbatch.keys:
+        alone = loader.of_samples([samples[key]])
+        share = alone.num_supervised_tokens / microbatch.num_supervised_tokens
+        (own(**own_inputs(own, model_inputs(alone, CPU))).loss * share).backward()
+    theirs = dict(own.named_parameters())
+    largest = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = theirs[name].grad
+            difference = float((parameter.grad - expected).abs().max())
+            largest = max(largest, difference / max(float(expected.abs().max()), 1e-3))
+    model.zero_grad(set_to_none=True)
+    return largest
 
 
 def row_of(family: str, corpus: Path, folder: Path, steps: int) -> dict[str, Any]:
@@ -74,9 +104,8 @@ def row_of(family: str, corpus: Path, folder: Path, steps: int) -> dict[str, Any
         with start(recipe) as world:
             built = build_model(recipe, model_config(recipe, dataset), world)
             proven = prove_isolation(recipe, world, built, dataset)
-        train(recipe)
-    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
+            gradients = gradient_difference(built.model, folder)
+        losses = losses_of(recipe, folder) if steps else [math.nan]
     found = proven.isolation
     return {
         "family": family,
@@ -84,9 +113,17 @@ def row_of(family: str, corpus: Path, folder: Path, steps: int) -> dict[str, Any
         "joined": found.joined,
         "own_loss": found.own_loss,
         "our_loss": found.our_loss,
+        "gradients": gradients,
         "first_loss": losses[0],
         "last_loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
     }
+
+
+def losses_of(recipe: Recipe, folder: Path) -> list[float]:
+    """Of every step of the run."""
+    train(recipe)
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def main() -> None:
@@ -112,8 +149,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['family']:<16} packed {row['packed']:.1e}  joined {row['joined']:.1e}  own loss "
-            f"{row['own_loss']:.5f}, ours {row['our_loss']:.5f}  loss {row['first_loss']:.2f} -> "
-            f"{row['last_loss']:.2f}"
+            f"{row['own_loss']:.5f}, ours {row['our_loss']:.5f}  gradients {row['gradients']:.1e}  "
+            f"loss {row['first_loss']:.2f} -> {row['last_loss']:.2f}"
         )
 
 

@@ -70,6 +70,20 @@ def test_classes():
     rows = json.loads(run_benchmark("classes.py", *arguments))
     assert [row["family"] for row in rows] == ["internvl", "gemma3"]
     assert all(row["packed"] <= 1e-6 and row["last_loss"] < row["first_loss"] for row in rows)
+    assert all(row["gradients"] <= 1e-4 for row in rows)
+
+
+@pytest.mark.slow
+def test_waits():
+    rows = json.loads(run_benchmark("waits.py", "--families", "qwen3_vl", "smolvlm", "--json"))
+    assert [(row["plain"] > 0, row["known"] > 0) for row in rows] == [(True, False), (True, True)]
+
+
+@pytest.mark.slow
+def test_qwen_gpu():
+    report = json.loads(run_benchmark("qwen_gpu.py", "--toy", "--variants", "frozen_tower", "--json"))
+    first, last = report["frozen_tower"]["first_and_last_loss"]
+    assert last < first
 
 
 @pytest.mark.slow
