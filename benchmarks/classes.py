@@ -5,9 +5,9 @@
 For each family (tests/tiny_families.py): the demo's shapes are built with its processor and a run of
 train.py of ``--steps`` packs of 2,048 tokens starts from random weights (0: no run). A row has the proof that
 train.py makes before it (packed against alone and joined against alone, as shares of the largest hidden
-state; its own loss and ours), the largest difference between the gradients of a pack and those of transformers' own
-class on one document after the other, as a share of the parameter's largest, and the loss of the first and of
-the last steps. Chance is the logarithm of the vocabulary's size.
+state; its own loss and ours); the largest difference between the gradients of a pack and those of
+transformers' own class on one document after the other, as a share of the parameter's largest; and the loss
+of the first and of the last steps. Chance is the logarithm of the vocabulary's size.
 """
 
 from __future__ import annotations
