@@ -267,10 +267,10 @@ def quality(corpus: Corpus) -> dict[str, float]:
 
 
 def memory(corpus: Corpus, args: argparse.Namespace) -> dict[int, float]:
-    """Records -> MB of the largest process."""
+    """Number of records -> MB of the largest process."""
     names = thumbnails(corpus.images, corpus.names[:20])
     peaks = {}
-    for count in (1_000, 10_000, 100_000):
+    for count in args.memory:
         records, out = corpus.folder / f"memory-{count}.jsonl", corpus.folder / "out"
         write_records(records, count, names, text=prose())
         usage = run(command("ours, keep, quick check", corpus, records, out, args), out)
@@ -373,11 +373,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help='contenders with this in their names, such as "keep"')
     parser.add_argument("--peers-python", help="interpreter that has benchmarks/peers-requirements.txt")
     parser.add_argument(
-        "--memory", action="store_true", help="build 1,000 to 100,000 records, and nothing else"
+        "--memory",
+        type=int,
+        nargs="*",
+        metavar="RECORDS",
+        help="build so many records, one build each, and nothing else  [1000 10000 100000]",
     )
     parser.add_argument("--folder", help="where to work (several hundred MB)  [default: a temporary folder]")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.memory == []:
+        args.memory = [1_000, 10_000, 100_000]
     if args.peers_python:
         check_peers(args.peers_python)
     adopt_orphans()

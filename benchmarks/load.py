@@ -139,7 +139,7 @@ def measure_restart(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure_million(folder: Path, *, num_samples: int = 1_000_000) -> dict[str, float]:
+def measure_million(folder: Path, num_samples: int) -> dict[str, float]:
     """(5) The same samples again and again under other shard names, as symbolic links."""
     from omnidata import Dataset, PackLoader
 
@@ -194,7 +194,7 @@ def write_repeated(dataset: Any, root: Path, copies: int) -> None:
     (root / MANIFEST).write_bytes(manifest_to_json(manifest))
 
 
-def measure_memory(folder: Path, *, num_samples: int = 100_000) -> dict[str, Any]:
+def measure_memory(folder: Path, num_samples: int) -> dict[str, Any]:
     """(6) Memory of this process and its workers, MB, at ten moments."""
     from omnidata import PackLoader
 
@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep and reuse the corpus here")
     parts = ["speed", "floor", "restart", "million", "memory"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--million", type=int, default=1_000_000, help="samples of that part")
+    parser.add_argument("--memory", type=int, default=100_000, help="samples of that part")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="load-"))).resolve()
@@ -246,8 +248,8 @@ def main() -> None:
             "speed": lambda: measure_speed(folder, args),
             "floor": lambda: measure_floor(folder),
             "restart": lambda: measure_restart(folder, args),
-            "million": lambda: measure_million(folder),
-            "memory": lambda: measure_memory(folder),
+            "million": lambda: measure_million(folder, args.million),
+            "memory": lambda: measure_memory(folder, args.memory),
         }
         results = {part: measures[part]() for part in args.only}
     finally:

@@ -77,6 +77,7 @@ class _Places:
         within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.sample = np.full(int(self.sizes.sum()), len(pack_of))
         self.sample[np.repeat(self.starts, counts) + within] = order
+        self.width = min(WIDTH, -(-len(self.sample) // num_packs))  # of small packs, not twice the same place
         self.amounts = amounts
         self.values = [np.append(amount.values, 0).astype(np.float64) for amount in amounts]
         self.held = [np.bincount(pack_of, amount.values, num_packs) for amount in amounts]
@@ -140,7 +141,7 @@ class _Places:
             more = (values[given][:, :, None] - values[taken][:, None, :]).reshape(worse.shape)
             moved.append(more)
             if amount.weight:
-                worse += (2 * amount.weight / mean**2) * more * (more - (held - others))
+                worse += (2 * amount.weight / (mean * mean)) * more * (more - (held - others))
             if excess and np.isfinite(limit):
                 before = np.maximum(held - limit, 0) + np.maximum(others - limit, 0)
                 after = np.maximum(held - more - limit, 0) + np.maximum(others + more - limit, 0)
@@ -159,6 +160,6 @@ class _Places:
         return len(helped)
 
     def _looked_at(self, packs: np.ndarray, turn: int) -> np.ndarray:
-        """``[packs, WIDTH]`` places, evenly spread over each pack; others at the next turn."""
+        """``[packs, width]`` places, evenly spread over each pack; others at the next turn."""
         sizes = self.sizes[packs][:, None]
-        return self.starts[packs][:, None] + (np.arange(WIDTH) * sizes // WIDTH + turn) % sizes
+        return self.starts[packs][:, None] + (np.arange(self.width) * sizes // self.width + turn) % sizes
