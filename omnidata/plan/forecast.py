@@ -228,6 +228,9 @@ def rank_balance(tokens: np.ndarray, images: np.ndarray, costs: np.ndarray, worl
     if world_size == 1 or len(tokens) == 0:
         return Balance(1.0, 1.0, 1.0, 0.0)
     loads = np.zeros((3, len(tokens), world_size))
+    if costs.shape[1] <= world_size:  # at most one pack a rank: whose is no matter
+        loads[:, :, : costs.shape[1]] = tokens, images, costs
+        costs = costs[:0]
     for step, cost in enumerate(costs):
         for rank, mine in enumerate(deal(cost, world_size)):
             loads[:, step, rank] = tokens[step][mine].sum(), images[step][mine].sum(), cost[mine].sum()

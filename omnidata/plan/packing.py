@@ -100,14 +100,17 @@ def even_fit(
         tokens, images, max_tokens, most if max_images is None else min(most, max(max_images, 1))
     )
     misfits = _misfits(pack_of, tokens, images, max_tokens, max_images)
-    fitting = np.ones(len(tokens), bool)
-    fitting[misfits] = False
-    used = [np.bincount(pack_of[fitting], x[fitting], num_packs).astype(np.int64) for x in (tokens, images)]
-    room = _Room(max_tokens, max_images)
-    room.open_used(*used)
-    _place(misfits, tokens, images, room, pack_of)
-    kept, pack_of = np.unique(pack_of, return_inverse=True)  # samples that moved may leave a pack empty
-    return pack_of, len(kept)
+    if len(misfits):
+        fitting = np.ones(len(tokens), bool)
+        fitting[misfits] = False
+        used = [
+            np.bincount(pack_of[fitting], x[fitting], num_packs).astype(np.int64) for x in (tokens, images)
+        ]
+        room = _Room(max_tokens, max_images)
+        room.open_used(*used)
+        _place(misfits, tokens, images, room, pack_of)
+    is_used = np.bincount(pack_of) > 0  # samples that moved may leave a pack empty
+    return (np.cumsum(is_used) - 1)[pack_of], int(np.count_nonzero(is_used))
 
 
 def _checked(
@@ -138,10 +141,13 @@ def _misfits(
     pack_of: np.ndarray, tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int
 ) -> np.ndarray:
     """The samples with which, counted longest first, their pack is over a limit."""
+    columns = ((tokens, max_tokens), (images, max_images))
+    if all(np.bincount(pack_of, column).max(initial=0) <= limit for column, limit in columns):
+        return np.zeros(0, np.int64)
     order = np.lexsort((-tokens, pack_of))
     starts = np.searchsorted(pack_of[order], pack_of[order])  # where the pack of each sample begins
     over = np.zeros(len(order), bool)
-    for column, limit in ((tokens, max_tokens), (images, max_images)):
+    for column, limit in columns:
         total = np.concatenate(([0], np.cumsum(column[order])))
         over |= total[1:] - total[starts] > limit
     return order[over]
