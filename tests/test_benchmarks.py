@@ -164,15 +164,16 @@ def test_build(tmp_path):
 @pytest.mark.slow
 def test_load(tmp_path):
     report = report_of(
-        *("load.py", "--samples", "64", "--repeat", "1", "--workers", "0", "1", "--folder", str(tmp_path)),
+        *("load.py", "--samples", "64", "--repeat", "1", "--workers", "0", "--folder", str(tmp_path)),
         *("--names", "ours", "webdataset", "--only", "speed", "floor", "restart", "million", "memory"),
         *("--million", "640", "--memory", "640"),
     )
     assert {row["contender"] for row in report["speed"]} == {"ours", "webdataset"}
-    assert not any("failed" in row for row in report["speed"]) and len(report["speed"]) == 8
+    assert not any("failed" in row for row in report["speed"]) and len(report["speed"]) == 4
     assert all(rate > 0 for rate in report["floor"].values())
-    ours = report["restart"]["ours"]
-    assert all(ours[case]["repeated"] == ours[case]["lost"] == 0 for case in ours), ours
+    for case in ("same ranks", "other ranks"):
+        ours = report["restart"]["ours"][case]
+        assert ours["repeated"] == ours["lost"] == 0, (case, ours)
     assert report["million"]["samples"] >= 640 and report["million"]["steps"] > 0
     assert report["memory"]["samples"] >= 640 and len(report["memory"]["MB at each tenth"]) == 10
 
