@@ -29,6 +29,7 @@ PARTS = {
     "vocabularies.py": "render.py",
 }
 ELSEWHERE = {  # options that this machine cannot take
+    ("bench.py", "--peers-python"): "an environment of its own (benchmarks/peers-requirements.txt)",
     ("load.py", "--peers-python"): "an environment of its own (benchmarks/peers-requirements.txt)",
     ("train.py", "--run"): "from itself to itself",
     ("train_gpu.py", "--compile"): "a compiler for the device",
@@ -123,8 +124,8 @@ def test_start():
 
 @pytest.mark.slow
 def test_scale():
-    arguments = ("--samples", "64", "--files", "100", "--loaders", "2", "--json")
-    report = json.loads(run_benchmark("scale.py", *arguments))
+    sizes = ("--samples", "64", "--files", "100", "--loaders", "2", "--workers", "1")
+    report = report_of("scale.py", *sizes, "--vocabulary", "Mistral", "--only", "build", "files", "load")
     assert set(report) == {"build, shrink", "build, keep", "files", "load, 2 workers"}
     assert report["load, 2 workers"]["pictures a microbatch"] > 0
 
@@ -176,6 +177,15 @@ def test_load(tmp_path):
         assert ours["repeated"] == ours["lost"] == 0, (case, ours)
     assert report["million"]["samples"] >= 640 and report["million"]["steps"] > 0
     assert report["memory"]["samples"] >= 640 and len(report["memory"]["MB at each tenth"]) == 10
+
+
+@pytest.mark.slow
+def test_copies(mistral, tmp_path):
+    """Both kinds are copied by all three ways."""
+    mistral.save_pretrained(tmp_path / "tokenizer")
+    arguments = ("--tokenizer", str(tmp_path / "tokenizer"), "--folder", str(tmp_path))
+    printed = run_benchmark("copies.py", *arguments, "--samples", "16", "--repeats", "1")
+    assert printed.count("cp") >= 2 and "photographs" in printed and "texts" in printed
 
 
 @pytest.mark.slow
