@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from omnidata import __version__
-from omnidata.options import build_options, copy_options, cost_options
+from omnidata.options import build_options, copy_options, cost_options, render_options
 from omnidata.printable import printable, to_json
 from omnidata.schema import UserError
 from omnidata.start import TOKENIZER, keep_pandas_out, worker_imports
@@ -101,6 +101,35 @@ def _print_report(report: Any, *, as_json: bool) -> None:
     """A report has ``to_json()`` for scripts and ``lines()`` for people."""
 
     click.echo(to_json(report.to_json()) if as_json else printable("\n".join(report.lines())))
+
+
+@cli.command()
+@click.argument("dataset")
+@render_options
+@click.pass_context
+def render(context: click.Context, dataset: str, **flags: Any) -> int:
+    """Make the ids and labels of DATASET anew, for another model, template, prompt or length: a view.
+
+    No corpus is needed: the conversations are in the dataset (KEY.json). Its images stay where they are, so a
+    view is small; it is a dataset like any other as long as DATASET does not change. What is not given here
+    is as it was in the build of DATASET. Interrupted, it goes on when the same command is run again.
+
+    \b
+    omnidata render data --model Qwen3-VL-4B-Instruct --out data-qwen
+    omnidata render data --max-length 8192 --out data-8k
+    omnidata render s3://bucket/data --tokenizer tok --train-on last --out views/data-last
+    omnidata render data --model OTHER --out view --refetch --image-root photos
+    """
+    from omnidata.commands.render import render as render_again
+    from omnidata.executors import start_server
+
+    default = click.core.ParameterSource.DEFAULT
+    given = {name: value for name, value in flags.items() if context.get_parameter_source(name) != default}
+    if flags["executor"] == "local" and not flags["finalize"]:
+        start_server(worker_imports(model=flags["model"] or "", max_slices=0))
+    report = render_again(dataset, flags, given)
+    _print_report(report, as_json=flags["as_json"])
+    return 1 if report.rejects.get("unexpected") else 0
 
 
 @cli.command("prepare-tokenizer")

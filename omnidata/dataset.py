@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,8 +25,9 @@ from omnidata.index import (
     reject_schema,
 )
 from omnidata.manifest import check_agreement, manifest_from_json
-from omnidata.schema import INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
-from omnidata.shards import CorruptSampleError, read_sample
+from omnidata.schema import BASE, INDEX, MANIFEST, REJECTS, TOKENIZER_DIR, Manifest, Sample, UserError
+from omnidata.shards import CorruptSampleError, content_hash, read_sample, with_images
+from omnidata.view_base import base_path
 from omnidata.where import Where
 
 if TYPE_CHECKING:
@@ -43,14 +44,20 @@ class Dataset:
         path: a local directory or a URL such as ``s3://bucket/data``.
         split: keep the rows of this split only; None keeps all.
         where: keep the rows that meet this condition only (``omnidata.where``); nothing on disk changes.
+        base: of a view, where the dataset that has its images is now; None: where its base.json says.
 
     Raises:
-        UserError: there is no complete dataset at ``path``, it has no such split, or ``where`` is no
-            condition.
+        UserError: there is no complete dataset at ``path``, it has no such split, ``where`` is no condition,
+            or it is a view and its base is not there or has changed.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], split: str | None = None, where: str | Where | None = None
+        self,
+        path: str | os.PathLike[str],
+        split: str | None = None,
+        where: str | Where | None = None,
+        *,
+        base: str | os.PathLike[str] | None = None,
     ) -> None:
         import fsspec
         import fsspec.implementations.local
@@ -65,6 +72,27 @@ class Dataset:
         check_agreement(self.manifest, where=f"{self.path}/{MANIFEST}")
         if split is not None and split not in self.manifest.splits:
             raise UserError(f"{self.path} has no split {split!r}; it has {sorted(self.manifest.splits)}")
+        self.base: Dataset | None = self._open_base(base) if self.manifest.base else None
+
+    def _open_base(self, path: str | os.PathLike[str] | None) -> Dataset:
+        """The dataset that a view's images are in, if it is there and has not changed.
+
+        Raises:
+            UserError: says what to do.
+        """
+        name = self.manifest.base["name"]
+        remedy = f"if {name} is somewhere else now, write that into {self.path}/{BASE}"
+        where = os.fspath(path) if path is not None else base_path(self.path, self.read_file(BASE))
+        try:
+            base = Dataset(where)
+        except (UserError, OSError) as error:
+            raise UserError(f"{self.path} is a view of {name}: {error} ({remedy})") from error
+        if base.content_digest != self.manifest.base["digest"]:
+            raise UserError(
+                f"{self.path} is a view of {name}, but what is at {where} has changed since, or is another "
+                f"dataset: render the view again (omnidata render {where}), or, {remedy}"
+            )
+        return base
 
     def _read_manifest(self) -> bytes:
         try:
@@ -93,6 +121,11 @@ class Dataset:
         if self.where:
             digest.update(f" where={self.where}".encode())
         return digest.hexdigest()
+
+    @property
+    def content_digest(self) -> str:
+        """sha256 of the manifest, in hex: by it a view names its base."""
+        return hashlib.sha256(self._manifest_bytes).hexdigest()
 
     @property
     def local_root(self) -> str | None:
@@ -179,13 +212,41 @@ class Dataset:
             return read_rows(file, positions)
 
     def __getitem__(self, position: int) -> Sample:
-        """Sample ``position`` by one ranged read."""
-        row = self.row(position)
+        """Sample ``position`` by one ranged read; of a view, by another in its base."""
+        return self.read_row(self.row(position))
+
+    def read_row(self, row: Mapping[str, Any]) -> Sample:
+        """The whole sample of an index row: a view's with the images and the conversation of its base.
+
+        Raises:
+            CorruptSampleError: its bytes are damaged.
+        """
         raw = self.read_range(row["shard"], row["offset"], row["nbytes"])
         try:
-            return read_sample(raw)
+            sample = read_sample(raw)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"{self.path}/{row['shard']}, sample {row['key']}: {error}") from error
+        return sample if self.base is None else self.base.completed(sample, row)
+
+    def completed(self, sample: Sample, row: Mapping[str, Any]) -> Sample:
+        """A view's sample with the images and the conversation that this dataset, its base, has.
+
+        Raises:
+            CorruptSampleError: what is there is not the sample that the view was made of.
+        """
+        if not row["base_shard"]:  # the images were fetched anew, and are its own
+            return sample
+        raw = self.read_range(row["base_shard"], row["base_offset"], row["base_nbytes"])
+        where = f"{self.path}/{row['base_shard']}, sample {row['key']}"
+        try:
+            stored = read_sample(raw)
+        except CorruptSampleError as error:
+            raise CorruptSampleError(f"{where}: {error}") from error
+        if stored.key != sample.key or content_hash(stored) != row["base_hash"]:
+            raise CorruptSampleError(f"{where}: is not what it was when the view was made")
+        if len(stored.images) < row["n_images"]:
+            raise CorruptSampleError(f"{where}: {len(stored.images)} images, the view says {row['n_images']}")
+        return with_images(sample, stored, row["n_images"])
 
     def read_range(self, shard: str, offset: int, nbytes: int) -> bytes:
         """Bytes ``[offset, offset + nbytes)`` of a shard.

@@ -97,6 +97,8 @@ def _problems(data: dict[str, Any]) -> Iterator[str]:
     yield from _profile_problems(data["profile"])
     if isinstance(data["origin"], dict) and not is_origin(data["origin"]):
         yield f"origin is {_short(data['origin'])}, which does not say what was copied from where"
+    if data["base"] and not all(_is(data["base"].get(k), kind) for k, kind in BASE_KEYS.items()):
+        yield f"base is {_short(data['base'])}, without the keys {sorted(BASE_KEYS)}"
     if not isinstance(data["shards"], list):
         yield f"shards is {_short(data['shards'])}, not a list"
         return
@@ -116,6 +118,7 @@ def _problems(data: dict[str, Any]) -> Iterator[str]:
         seen.add(str(shard["path"]))
 
 
+BASE_KEYS = {"digest": "str", "name": "str", "num_samples": "int", "num_bytes": "int"}
 OMNILMM_KEYS = {"num_query": "int", "image_size": "int"}
 PROCESSOR_KEYS = {
     "processor": "str",

@@ -44,6 +44,14 @@ BUILD_OPTIONS = (
         "--processor-arg", multiple=True, metavar="NAME=VALUE", help="As max_pixels=1003520; repeatable."
     ),
     click.option("--date", metavar="YYYY-MM-DD", help="Today's, for chat templates that print it."),
+    click.option(
+        "--chat-template", metavar="FILE", help="zephyr or a Jinja file; by default the tokenizer's."
+    ),
+    click.option(
+        "--system",
+        metavar="TEXT",
+        help="System turn of conversations that have none; '' for none.  [default: the format's own]",
+    ),
     click.option("--image-root", metavar="DIR", help="Folder, zip or tar that image paths are relative to."),
     click.option(
         "--format", default="auto", show_default=True, help="auto, llava, messages, parquet, tsv, …"
@@ -186,6 +194,12 @@ COPY_OPTIONS = (
     click.option("--quiet", is_flag=True, help="No progress."),
     click.option("--json", "as_json", is_flag=True, help="The final report as JSON."),
 )
+RENDER_NAMES = (
+    *("out", "model", "tokenizer", "processor_arg", "date", "chat_template", "system", "num_query"),
+    *("max_length", "image_size", "image_fit", "content_token", "train_on", "turn_order"),
+    *("samples_per_shard", "shard_bytes", "image_root", "allow_http", "allow_remote", "allow_any_path"),
+    *("workers", "executor", "task", "finalize", "max_rejects", "config", "overwrite", "quiet", "as_json"),
+)
 COST_OPTIONS = (
     click.option("--model", default="omnilmm-12b", show_default=True, help="Or so400m-7b, vitl-7b."),
     click.option("--gpu", default="h100", show_default=True, help="b200, h200, h100, a100, l40s, rtx4090."),
@@ -195,6 +209,40 @@ COST_OPTIONS = (
     click.option("--mfu", default=0.4, show_default=True, help="Assumed share of the peak FLOP/s."),
     click.option("--freeze", "frozen", multiple=True, help="Part not trained; repeatable, or 'none'."),
 )
+
+
+def _parameter(option: Callable[[Command], Command]) -> click.Parameter:
+    """The parameter that a decorator adds."""
+
+    def nothing() -> None: ...
+
+    return option(nothing).__click_params__[0]  # type: ignore[attr-defined]
+
+
+def render_options(command: Command) -> Command:
+    """Those of build-shards that a view has, too. Without a value they are as in the build of its base."""
+    refetch = click.option(
+        "--refetch",
+        is_flag=True,
+        help="Read images that do not suit the model again, from --image-root: they are stored in the view.",
+    )
+    command = refetch(command)
+    command.__click_params__ += [  # type: ignore[attr-defined]
+        _of_base(parameter)
+        for parameter in map(_parameter, reversed(BUILD_OPTIONS))
+        if parameter.name in RENDER_NAMES
+    ]
+    return command
+
+
+def _of_base(option: Any) -> click.Parameter:
+    """The option, with the base's value as its default."""
+    if option.name == "out":
+        option.required = True
+    if option.name in ("num_query", "image_size", "image_fit", "train_on", "max_length"):
+        option.default, option.show_default = None, "the base's"
+        option.help = option.help.partition("  [default")[0]
+    return option
 
 
 def build_options(command: Command) -> Command:

@@ -78,6 +78,7 @@ class PartRenderer(Renderer):
         profile: answers with the runs.
         max_length: tokens; longer samples are cut after an assistant turn.
         content_tokens: special tokens that content may spell.
+        default_system: of a conversation that has no system turn; None for none.
         date: today's for the templates that print it, as YYYY-MM-DD.
     """
 
@@ -90,6 +91,7 @@ class PartRenderer(Renderer):
         max_length: int | None = None,
         content_tokens: Sequence[str] = CONTENT_TOKENS,
         *,
+        default_system: str | None = None,
         date: str | None = None,
     ) -> None:
         self.profile = profile
@@ -99,7 +101,7 @@ class PartRenderer(Renderer):
             tokenizer,
             max_length=max_length,
             content_tokens=content_tokens,
-            default_system=None,
+            default_system=default_system,
             date=date,
         )
 
@@ -140,9 +142,9 @@ class PartRenderer(Renderer):
     # --- step 2: conversation -> guarded text -------------------------------------------------------------
 
     def _draft(self, conversation: Conversation, *, generation_prompt: bool = False) -> Draft:
-        messages = conversation.messages
+        messages = self._with_system(conversation.messages)
         if not conversation.is_plain:
-            return self._draft_spoken(conversation, generation_prompt)
+            return self._draft_spoken(messages, conversation, generation_prompt)
         texts = texts_of(messages)
         for text in texts:
             refuse_surrogates(text)
@@ -160,9 +162,10 @@ class PartRenderer(Renderer):
                 ends += [(number, mine[-1][1])] if mine else ()
         return written.draft(_joined(spans), tuple(ends))
 
-    def _draft_spoken(self, conversation: Conversation, generation_prompt: bool) -> Draft:
+    def _draft_spoken(
+        self, messages: Sequence[Message], conversation: Conversation, generation_prompt: bool
+    ) -> Draft:
         """A conversation with tools, calls or reasoning."""
-        messages = conversation.messages
         lines = [
             Line(message, tuple(part.text if isinstance(part, TextPart) else None for part in message.parts))
             for message in messages

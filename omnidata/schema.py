@@ -10,6 +10,7 @@ here and from nowhere else. A dataset is a directory (or an fsspec URL)::
     near_duplicates.parquet       of --dedup near: the pairs (omnidata.builder.near)
     tokenizer/                    the exact tokenizer that was used
     processor/                    the model's processor and configuration, if the profile is a processor's
+    base.json                     of a view (omnidata render): where the dataset is that has its images
     .nv-meta/                     .info.json, split.yaml, dataset.yaml (Megatron-Energon)
     README.md                     dataset card
     manifest.json                 written last: its existence means that the dataset is complete
@@ -29,7 +30,7 @@ together. A picture of 3 columns × 2 rows stands in the ids as::
 
     overview <slice> tile tile tile \\n tile tile tile </slice>
 
-Nothing here imports more than the standard library, so that ``omnidata --help`` stays instant.
+Nothing here imports more than the standard library: ``omnidata --help`` stays instant.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ NEAR = "near_duplicates.parquet"
 TOKENIZER_DIR = "tokenizer"
 PROCESSOR_DIR = "processor"
 SHARDS_DIR = "shards"
+BASE = "base.json"  # of a view: {"path": where its base is}; relative to the view's own folder
 CARD = "README.md"
 NV_META = ".nv-meta"
 
@@ -68,10 +70,7 @@ CONTENT_TOKENS = ("<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>")  # 
 
 Role = Literal["system", "user", "assistant", "tool", "function"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool", "function")
-TOOL_ROLES: tuple[Role, ...] = (
-    "tool",
-    "function",
-)  # what a tool answered; once: function
+TOOL_ROLES: tuple[Role, ...] = ("tool", "function")  # what a tool answered; once: function
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # of an assistant's turn; templates read one
 
@@ -167,9 +166,7 @@ class Conversation:
     images: tuple[ImageRef, ...] = ()  # image parts refer to them by position, each exactly once, in order
     unread_keys: tuple[str, ...] = ()  # keys of the record that hold something and that nothing reads
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each, once they are read
-    columns: dict[str, Any] | None = (
-        None  # values that --keep-column takes into the index; None: it is not on
-    )
+    columns: dict[str, Any] | None = None  # what --keep-column takes into the index; None: it is not on
     tools: tuple[dict[str, Any], ...] = ()  # that the assistant may call, as apply_chat_template takes them
 
     @property
@@ -255,6 +252,7 @@ REASONS: dict[str, str] = {
     "bad_role": "a role that is not system, user, assistant, tool or function, by any of their names",
     "role_order": "turns do not alternate, or a system turn is not the first (--turn-order template)",
     "no_assistant": "no assistant turn, so nothing to learn",
+    "bad_dialogue": "the stored conversation (KEY.json) is missing or damaged (omnidata render)",
     "bad_content": "content is neither a string nor a list of known parts, or is empty where it may not be",
     "empty_reply": "an assistant turn says nothing (--allow-empty-replies builds it)",
     "placeholder_mismatch": "placeholders and images differ in number, or it is not certain which is which",
@@ -266,6 +264,7 @@ REASONS: dict[str, str] = {
     "image_corrupt": "the image does not decode",
     "image_too_large": "over the limit of bytes or pixels",
     "image_shape": "the model's processor refuses pictures of these sizes",
+    "image_unsuited": "what is stored of an image does not do for this model (omnidata render --refetch)",
     "image_forbidden": "a URL that --allow-http does not permit, or a path that leads out of the image root",
     # rendering
     "template_refused": "the chat template raises an error on the conversation (say, on a system turn)",
@@ -305,15 +304,18 @@ INDEX_COLUMNS: tuple[Column, ...] = (
     Column("image_starts", "list<int32>", "position in the ids of each image's first token"),
     Column("image_tokens", "list<int32>", "tokens of each image's run"),
     Column("image_pixels", "list<int64>", "values of each image's pixel tensors: what the tower is given"),
-    Column(
-        "slices", "list<list<int32>>", "[columns, rows] of each picture's tiles, [0, 0]: whole", default=()
-    ),
+    Column("slices", "list<list<int32>>", "[columns, rows] of each picture's tiles, or [0, 0]", default=()),
     Column("id", "string", "the record's id"),
     Column("source", "string", "the file's name as given to build-shards"),
     Column("locator", "string", "where in it"),
-    Column("content_hash", "string", "hex, xxh3-128 of ids, labels and image bytes"),
+    Column("content_hash", "string", "hex, xxh3-128 of ids, labels and image bytes in the byte range"),
     Column("dialogue_bytes", "int32", "bytes of KEY.json; 0: the sample has none", default=0),
     Column("dialogue_hash", "string", "hex, xxh3-64 of KEY.json", default=""),
+    # Of a view: the base's sample of the same key, whose first n_images images are this one's.
+    Column("base_shard", "string", "shard there; empty: the images are in the own byte range", default=""),
+    Column("base_offset", "int64", "offset there", default=0),
+    Column("base_nbytes", "int64", "nbytes there", default=0),
+    Column("base_hash", "string", "content_hash there", default=""),
 )
 # After these come the columns of --keep-column: bool, int64, float64 or string, null where a record has none.
 
@@ -373,9 +375,9 @@ class Manifest:
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     notes: dict[str, int]  # what else there is to tell, in words -> samples
     shards: list[ShardInfo] = field(default_factory=list)
-    # What it was copied from (omnidata.origin); a build has none, and then the file does not name it.
-    origin: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)  # of a copy: omnidata.origin
     num_dialogue_bytes: int = 0  # of all KEY.json; headers and padding not counted
+    base: dict[str, Any] = field(default_factory=dict)  # of a view: view_base.py; its samples are records
 
     @property
     def is_omnilmm(self) -> bool:

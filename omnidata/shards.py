@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -105,6 +106,12 @@ def npy_bytes(array: np.ndarray) -> bytes:
     # what np.lib.format.write_array writes, in a fifth of its time
     header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (%d,), }" % len(array)
     return _NPY_MAGIC + header.ljust(_NPY_HEADER - 11) + b"\n" + np.ascontiguousarray(array, "<i4").tobytes()
+
+
+def array_bytes(length: int) -> int:
+    """Bytes that a member of ``length`` ids or labels takes in a shard, header and padding included."""
+    size = _NPY_HEADER + 4 * length
+    return BLOCK + size + -size % BLOCK
 
 
 def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
@@ -281,3 +288,9 @@ def content_hash(sample: Sample) -> str:
 def dialogue_hash(dialogue: bytes) -> str:
     """xxh3-64, in hex, of a ``KEY.json``; "" if there is none."""
     return xxhash.xxh3_64_hexdigest(dialogue) if dialogue else ""
+
+
+def with_images(sample: Sample, stored: Sample, num_images: int) -> Sample:
+    """A view's sample, with the first images and the conversation of its base's, ``stored``."""
+    images, extensions = stored.images[:num_images], stored.image_extensions[:num_images]
+    return replace(sample, images=images, image_extensions=extensions, dialogue=stored.dialogue)

@@ -14,7 +14,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # The flow of omnidata: a module imports only from its own floor or an earlier one.
 FLOW = (
     "schema outcomes files printable start without_pandas",
-    "durable locks manifest index shards where origin",
+    "durable locks manifest index shards where origin view_base",
     "corpus images text near conversation dialogue render part_renderer profiles interop executors "
     "ray_executor",
     "dataset",

@@ -14,7 +14,7 @@ from omnidata.conversation import Reading, to_conversation
 from omnidata.images.header import read_header
 from omnidata.loader.sample_bytes import parse
 from omnidata.manifest import manifest_from_json
-from omnidata.plan.catalog import Place
+from omnidata.plan.places import Place
 from omnidata.render import Renderer
 from omnidata.schema import IGNORE_INDEX, MANIFEST, Record, RejectError, Sample, UserError
 from omnidata.shards import CorruptSampleError, read_npy, read_sample, sample_members, tar_header

@@ -19,6 +19,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from omnidata.builder.build_plan import BuildPlan, make_plan, read_plan, write_plan
@@ -33,6 +34,7 @@ from omnidata.builder.layout import ShardTask, cut_shards
 from omnidata.builder.progress import Progress
 from omnidata.builder.report import BuildReport, examples, partial_report, report_of
 from omnidata.builder.settings import BuildSettings, RunOptions
+from omnidata.builder.view import View, open_view_inputs, plan_of
 from omnidata.builder.worker import ShardResult, Tally, read_part, work
 from omnidata.builder.workspace import check_folder, clear, hold_locks, leave
 from omnidata.durable import Store
@@ -52,8 +54,8 @@ from omnidata.start import worker_imports
 EARLY_RECORDS, EARLY_SHARE = 1000, 0.05  # seen before --max-rejects, as a share, is applied to a part
 
 
-def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport:
-    """Build, or go on building, the dataset ``out``.
+def build(settings: BuildSettings, out: str, options: RunOptions, *, view: View | None = None) -> BuildReport:
+    """Build, or go on building, the dataset ``out``; ``view``: from the samples of another one.
 
     Raises:
         UserError: the input, the settings or the folder are not as they must be; says what to do.
@@ -63,14 +65,17 @@ def build(settings: BuildSettings, out: str, options: RunOptions) -> BuildReport
     check_folder(store, options)
     with interruptible(), one_clear_line(store), tempfile.TemporaryDirectory(prefix="omnidata-") as folder:
         job = Job(out, settings, store.url)
+        if view is not None:
+            job = replace(job, base=view.path, refetch=view.refetch)
         with open_executor(job, options) as executor:
-            inputs = open_inputs(settings, folder, functools.partial(run_tasks, executor))
+            run = functools.partial(run_tasks, executor)
+            inputs = open_view_inputs(view, folder) if view else open_inputs(settings, folder, run)
             with hold_locks(store, options):
                 plan = resume_plan(store, inputs.identity, options)
                 if store.exists(MANIFEST):
                     return _built_before(store, inputs.identity)
                 try:
-                    plan = plan or prepare(store, job, inputs, executor, folder)
+                    plan = plan or prepare(store, job, inputs, executor, folder, view=view)
                     return _Run(store, job, plan, options, executor, inputs).run()
                 except FileNotFoundError:
                     if options.task is None or not store.exists(MANIFEST):
@@ -98,7 +103,9 @@ def resume_plan(store: Store, identity: dict[str, object], options: RunOptions) 
     return None
 
 
-def prepare(store: Store, job: Job, inputs: Inputs, executor: Executor, folder: str) -> BuildPlan:
+def prepare(
+    store: Store, job: Job, inputs: Inputs, executor: Executor, folder: str, *, view: View | None = None
+) -> BuildPlan:
     """Make the plan and keep it; where several tasks start together, one does and the others wait."""
     with locked(store, "plan", wait=True):
         if (plan := read_plan(store)) is not None:
@@ -107,7 +114,10 @@ def prepare(store: Store, job: Job, inputs: Inputs, executor: Executor, folder: 
         for name in (TOKENIZER_DIR, PROCESSOR_DIR):
             store.write_folder(name, f"{folder}/{name}")
         run = functools.partial(run_tasks, executor)
-        plan = make_plan(inputs.identity, job.settings, inputs.files, run)
+        if view is not None:
+            plan = plan_of(view, inputs.identity)
+        else:
+            plan = make_plan(inputs.identity, job.settings, inputs.files, run)
         write_plan(store, plan)
         return plan
 
@@ -115,8 +125,10 @@ def prepare(store: Store, job: Job, inputs: Inputs, executor: Executor, folder: 
 def _built_before(store: Store, identity: dict[str, object]) -> BuildReport:
     """For whoever comes when the dataset is complete: all is well if it is the same dataset."""
     manifest = manifest_from_json(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
-    inputs = [{key: entry[key] for key in entry if key != "num_records"} for entry in manifest.inputs]
-    if (manifest.settings, inputs) != (identity["settings"], identity["inputs"]):
+    base = identity.get("base", {})
+    inputs = [{k: v for k, v in entry.items() if base or k != "num_records"} for entry in manifest.inputs]
+    found = (manifest.settings, inputs, manifest.base)
+    if found != (identity["settings"], identity["inputs"], base):
         raise UserError(
             f"{store.url} already holds a complete dataset of other settings or inputs. Choose another --out."
         )
@@ -138,7 +150,7 @@ def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
     function = functools.partial(work, job)
     preload = worker_imports(model=job.settings.model, max_slices=job.settings.max_slices)
     private = Store(job.out).is_private or any(
-        "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root)
+        "memory:" in str(name) for name in (*job.settings.source, job.settings.image_root, job.base)
     )
     if private or options.executor == "inline":
         executor: Executor = InlineExecutor(function)
@@ -154,7 +166,7 @@ def open_executor(job: Job, options: RunOptions) -> Iterator[Executor]:
 
 def _start_of_paths(job: Job) -> str | None:
     """The working folder, if any path of the build is relative."""
-    paths = (job.out, job.settings.image_root or "/", *job.settings.source)
+    paths = (job.out, job.settings.image_root or "/", job.base or "/", *job.settings.source)
     return None if all("://" in path or os.path.isabs(path) for path in paths) else os.getcwd()
 
 
@@ -265,7 +277,8 @@ class _Run:
                 run, near = functools.partial(run_tasks, self.executor), self.job.settings.dedup == "near"
                 self.results.update(drop_repeats(self.store, self.done, run, near=near))
             rejects = first_rejects(self.store, self.done)
-            manifest = complete(self.store, self.job.settings, self.plan, self.done, self.renderer)
+            base = {"base": self.job.base}
+            manifest = complete(self.store, self.job.settings, self.plan, self.done, self.renderer, **base)
         return report_of(manifest, first_rejects=rejects, **self._facts(progress))
 
     def _facts(self, progress: Progress) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from omnidata.builder.build_plan import BuildPlan
-from omnidata.builder.columns import kept_fields, with_columns
+from omnidata.builder.columns import KEPT, kept_fields, with_columns
 from omnidata.builder.layout import ShardTask
 from omnidata.builder.near import keep_ledger
 from omnidata.builder.report import examples
@@ -29,16 +29,23 @@ from omnidata.index import index_schema, read_table, reject_schema, write_tables
 from omnidata.interop import dataset_card, energon_files
 from omnidata.manifest import manifest_to_json
 from omnidata.render import Renderer
-from omnidata.schema import CARD, INDEX, MANIFEST, REJECTS, SCHEMA_VERSION, Manifest, UserError
+from omnidata.schema import BASE, CARD, INDEX, MANIFEST, REJECTS, SCHEMA_VERSION, Manifest, UserError
 from omnidata.text.tokenizer import fingerprint, special_token_ids, template_fingerprint
+from omnidata.view_base import base_json
 
 Results = Sequence[tuple[ShardTask, ShardResult]]  # in the order of the shards
 
 
 def complete(
-    store: Store, settings: BuildSettings, plan: BuildPlan, results: Results, renderer: Renderer
+    store: Store,
+    settings: BuildSettings,
+    plan: BuildPlan,
+    results: Results,
+    renderer: Renderer,
+    *,
+    base: str = "",
 ) -> Manifest:
-    """Write everything that the shards do not hold.
+    """Write everything that the shards do not hold; ``base``: of a view, where its base is.
 
     Raises:
         UserError: not one sample was built.
@@ -58,6 +65,8 @@ def complete(
     for path, content in energon_files(manifest).items():
         store.write_bytes(path, content)
     store.write_bytes(CARD, dataset_card(manifest, kept).encode())
+    if base:
+        store.write_bytes(BASE, base_json(store.url, base))
     store.write_bytes(MANIFEST, manifest_to_json(manifest))
     leave(store)
     return manifest
@@ -70,7 +79,7 @@ def _index_tables(
         if result.num_samples:
             with store.open(part_path(task)) as file:
                 table = read_table(file, index_schema(), kept=True)
-            yield with_columns(table, kept) if settings.columns else table
+            yield with_columns(table, kept) if KEPT in table.column_names else table
 
 
 def _reject_tables(store: Store, results: Results) -> Iterator[pa.Table]:
@@ -108,9 +117,10 @@ def make_manifest(
         image_policy=settings.image_policy,
         resize_backend=backend(),
         inputs=[
-            entry | {"num_records": count}
+            {"num_records": count} | entry  # a view's have theirs
             for entry, count in zip(plan.identity["inputs"], plan.records_of_files(), strict=True)
         ],
+        base=plan.identity.get("base", {}),
         num_records=plan.num_records,
         num_samples=num_samples,
         num_rejects=num_rejects,

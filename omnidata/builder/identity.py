@@ -88,6 +88,8 @@ def what_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         lines += [f"{name} {key} was {was} and is {is_now}" for key, was, is_now in pairs if was != is_now]
     if before.get("images") != now.get("images"):
         lines.append(f"--image-root {new['image_root']} changed")
+    if before.get("base") != now.get("base"):
+        lines.append("the dataset that it is a view of changed")
     was_in = {entry["source"]: entry for entry in before["inputs"]}
     is_in = {entry["source"]: entry for entry in now["inputs"]}
     lines += [f"{source} is new" for source in is_in.keys() - was_in.keys()]

@@ -19,7 +19,7 @@ from omnidata.images.store import ImageStore
 from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.render import Renderer
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, PROCESSOR_DIR, TOKENIZER_DIR, UserError
-from omnidata.text.preparation import prepare_tokenizer
+from omnidata.text.preparation import prepare_tokenizer, resolved_template
 from omnidata.text.prepared import PreparedTokenizer, load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, template_fingerprint, template_text
 
@@ -47,7 +47,8 @@ def open_inputs(settings: BuildSettings, folder: str, run: RunTasks) -> Inputs:
     if settings.model:
         renderer, profile = save_model(settings, folder)
     else:
-        tokenizer = save_tokenizer(settings.tokenizer, f"{folder}/{TOKENIZER_DIR}")
+        place = f"{folder}/{TOKENIZER_DIR}"
+        tokenizer = save_tokenizer(settings.tokenizer, place, chat_template=settings.chat_template)
         renderer = renderer_of(settings, tokenizer)  # raises here, not in a worker
         profile = OmniLMMProfile(settings.num_query, settings.image_size).to_json()
     tokenizer = renderer.tokenizer
@@ -81,8 +82,10 @@ def _here(tasks: Sequence[OpenTask]) -> Iterator[tuple[OpenTask, list[Opened | s
     return ((task, open_files(task)) for task in tasks)
 
 
-def save_model(settings: BuildSettings, folder: str) -> tuple[Renderer, dict[str, Any]]:
+def save_model(settings: BuildSettings, folder: str, *, source: str = "") -> tuple[Renderer, dict[str, Any]]:
     """Write processor and tokenizer as the dataset will carry them; a renderer from there, and the profile.
+
+    ``source``: where to take them from, if not from the settings' model.
 
     Raises:
         UserError: there is no processor of pictures, or what was saved behaves otherwise.
@@ -92,8 +95,11 @@ def save_model(settings: BuildSettings, folder: str) -> tuple[Renderer, dict[str
     from omnidata.profiles.positions import kind_of_positions
     from omnidata.profiles.processor import ProcessorProfile
 
-    processor = load_processor(settings.model)
-    save_processor(processor, settings.model, f"{folder}/{PROCESSOR_DIR}")
+    source = source or settings.model
+    processor = load_processor(source)
+    if settings.chat_template is not None:
+        processor.chat_template = resolved_template(settings.chat_template)
+    save_processor(processor, source, f"{folder}/{PROCESSOR_DIR}")
     processor.tokenizer.chat_template = chat_template(processor)
     processor.tokenizer.save_pretrained(f"{folder}/{TOKENIZER_DIR}")
     renderer = load_part_renderer(settings, Store(folder))
@@ -112,8 +118,10 @@ def save_model(settings: BuildSettings, folder: str) -> tuple[Renderer, dict[str
     return renderer, renderer.profile.to_json() | {"positions": positions, "fingerprint": after}
 
 
-def save_tokenizer(source: str, folder: str) -> Any:
+def save_tokenizer(source: str, folder: str, *, chat_template: str | None = None) -> Any:
     """Write the tokenizer as the dataset will carry it; return it as loaded from there."""
+    if chat_template is not None:
+        return prepare_tokenizer(source, folder, chat_template=chat_template)
     tokenizer = load_prepared(source) or load_tokenizer(source)
     if not template_text(tokenizer):
         raise UserError(

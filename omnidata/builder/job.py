@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from omnidata import corpus
+from omnidata.builder.base_records import BASE_SHAPE, read_base
 from omnidata.builder.layout import Stretch
 from omnidata.builder.records import Positioned, Stages
 from omnidata.builder.settings import BuildSettings, settings_from_json
+from omnidata.builder.view_records import ViewStages
 from omnidata.durable import Store
 
 
@@ -21,18 +23,24 @@ class Job:
     out: str
     settings: BuildSettings
     folder: str  # where the tokenizer, and the processor if there is one, are loaded from
+    base: str = ""  # of a view: the dataset whose samples are its records
+    refetch: bool = False  # of a view: read images that do not suit again
 
 
 @lru_cache(maxsize=1)
-def _stages(settings_json: str, folder: str) -> Stages:
-    return Stages.load(settings_from_json(json.loads(settings_json)), Store(folder))
+def _stages(settings_json: str, folder: str, kind: type[Stages], options: tuple[str, ...]) -> Stages:
+    loaded = kind.load(settings_from_json(json.loads(settings_json)), Store(folder))
+    return replace(loaded, **dict.fromkeys(options, True))
 
 
 def stages(job: Job) -> Stages:
     """This process's stages for the job; loaded once."""
-    return _stages(json.dumps(job.settings.to_json()), job.folder)
+    kind = ViewStages if job.base else Stages
+    options = ("refetch",) if job.refetch else ()
+    return _stages(json.dumps(job.settings.to_json()), job.folder, kind, options)
 
 
 def read_stretch(file: corpus.SourceFile, stretch: Stretch) -> Iterator[Positioned]:
     """(position in the whole corpus, record) of a stretch."""
-    yield from enumerate(corpus.read(file, stretch.unit), start=stretch.start)
+    read = read_base if file.shape == BASE_SHAPE else corpus.read
+    yield from enumerate(read(file, stretch.unit), start=stretch.start)

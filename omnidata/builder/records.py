@@ -21,7 +21,7 @@ import orjson
 
 from omnidata.builder.columns import kinds_of
 from omnidata.builder.settings import BuildSettings
-from omnidata.conversation import Reading, to_conversation, with_grids
+from omnidata.conversation import to_conversation, with_grids
 from omnidata.dialogue import dialogue_json
 from omnidata.durable import Store
 from omnidata.images.header import read_header
@@ -74,6 +74,7 @@ class Built:
     notes: tuple[str, ...] = ()  # what the report should tell besides
     image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors
     kept: dict[str, Any] | None = None  # values of the kept columns; None: the build keeps none
+    base: dict[str, Any] = field(default_factory=dict)  # of a view: where its base's sample is
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -116,7 +117,7 @@ class Stages:
         num_records = BATCH_RECORDS if not self.settings.model else BATCH_WITH_PICTURES
         for batch in batches(records, note, num_records=num_records):
             note(f"{_place(batch[0][1])} … {_place(batch[-1][1])}")
-            talks = [_converse(record, self.reading) for _, record in batch]
+            talks = [self._converse(record) for _, record in batch]
             cut = [self._look(record, talk, note) for (_, record), talk in zip(batch, talks, strict=True)]
             talks = [talk for talk, _ in cut]
             rendered = iter(self.renderer.render_batch([t for t in talks if isinstance(t, Conversation)]))
@@ -124,6 +125,9 @@ class Stages:
                 outcome = next(rendered) if isinstance(talk, Conversation) else talk
                 note(_place(record))
                 yield self._finish(position, record, talk, outcome, pictures)
+
+    def _converse(self, record: Record | Reject) -> Conversation | RejectError | Reject:
+        return record if isinstance(record, Reject) else caught(to_conversation, record, self.reading)
 
     def _look(self, record: Record | Reject, talk: object, note: Note) -> tuple[Any, Pictures | None]:
         """The conversation with its pictures' grids or sizes, and the pictures; None: they can wait."""
@@ -170,7 +174,7 @@ class Stages:
         pictures = _shown(pictures, outcome.num_images)
         images = tuple(image for picture in pictures for image in picture.images)
         sample = Sample(
-            key=f"{position:09d}",
+            key=self._key(position, record),
             input_ids=outcome.input_ids,
             labels=outcome.labels,
             images=tuple(image.data for image in images),
@@ -184,10 +188,15 @@ class Stages:
         return Built(
             *(sample, record, images, outcome, grids, talk.unread_keys, spelled, written, notes),
             image_pixels=pixels,
-            kept=self._kept(talk, images),
+            kept=self._kept(record, talk, images),
         )
 
-    def _kept(self, talk: Conversation, images: tuple[EncodedImage, ...]) -> dict[str, Any] | None:
+    def _key(self, position: int, record: Record) -> str:
+        return f"{position:09d}"
+
+    def _kept(
+        self, record: Record, talk: Conversation, images: tuple[EncodedImage, ...]
+    ) -> dict[str, Any] | None:
         """Values of the columns that the index keeps besides its own."""
         if self.settings.dedup != "near":
             return talk.columns
@@ -266,6 +275,7 @@ def load_part_renderer(settings: BuildSettings, folder: Store) -> PartRenderer:
         ProcessorProfile(processor, settings.arguments),
         max_length=settings.max_length,
         content_tokens=settings.content_tokens,
+        default_system=settings.system or None,
         date=settings.date,
     )
 
@@ -277,15 +287,10 @@ def renderer_of(settings: BuildSettings, tokenizer: object) -> Renderer:
         num_query=settings.num_query,
         max_length=settings.max_length,
         content_tokens=settings.content_tokens,
+        default_system="auto" if settings.system is None else settings.system or None,
         slice_tokens=settings.slice_tokens if settings.max_slices else None,
         date=settings.date,
     )
-
-
-def _converse(record: Record | Reject, reading: Reading) -> Conversation | RejectError | Reject:
-    if isinstance(record, Reject):
-        return record
-    return caught(to_conversation, record, reading)
 
 
 def _shown(pictures: Pictures, num_images: int) -> Pictures:

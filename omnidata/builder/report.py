@@ -41,6 +41,7 @@ class BuildReport:
     notes: dict[str, int]  # what else there is to tell, in words -> samples
     num_dialogue_bytes: int = 0  # of num_bytes, what the conversations take (KEY.json)
     empty_sources: list[str] = field(default_factory=list)  # files that hold no record
+    base: dict[str, Any] = field(default_factory=dict)  # of a view: the dataset that has its images
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -62,6 +63,7 @@ class BuildReport:
             f"  {self.num_tokens:,} tokens, {self.num_supervised:,} supervised; {self.num_images:,} images"
             + (f"; {self.num_truncated:,} samples cut at a turn to fit" if self.num_truncated else ""),
             *self._dialogue_lines(),
+            *self._base_lines(),
             *self._reject_lines(),
             *self._count_lines(),
             *(f"  {source} holds no record" for source in self.empty_sources),
@@ -75,6 +77,15 @@ class BuildReport:
         return [
             f"  {self.num_dialogue_bytes / 1e6:,.1f} MB of that are conversations, {mean:,.0f} bytes "
             "a sample: `omnidata render` needs no corpus (--no-conversation leaves them out)"
+        ]
+
+    def _base_lines(self) -> list[str]:
+        """What a view is a view of."""
+        if not self.base:
+            return []
+        return [
+            f"  a view of {self.base['name']}: its records are the {self.base['num_samples']:,} samples "
+            f"there, and its images stay there ({self.base['num_bytes'] / 1e6:,.1f} MB)"
         ]
 
     def _count_lines(self) -> list[str]:
@@ -134,6 +145,7 @@ def report_of(manifest: Manifest, **run: Any) -> BuildReport:
         num_shards=len(manifest.shards),
         shards_done=len(manifest.shards),
         empty_sources=[entry["source"] for entry in manifest.inputs if not entry["num_records"]],
+        base=manifest.base,
         **run,
     )
 

@@ -28,6 +28,7 @@ LISTS = (
     *("source", "content_token", "slice_tokens", "image_key", "caption_prompt", "allow_remote"),
     *("processor_arg", "keep_column"),
 )
+LATER = ("keep_column", "chat_template", "system")
 # settings that only OmniLMM's profile has
 OMNILMM_ONLY = ("num_query", "image_size", "image_fit", "max_slices", "slice_size", "slice_tokens")
 MAX_LENGTH = {"tokenizer": 2048, "model": 16_384}  # tokens; a picture of current models may take thousands
@@ -42,6 +43,8 @@ class BuildSettings:
     model: str = ""  # … or the model whose processor is asked
     processor_arg: tuple[str, ...] = ()  # NAME=VALUE of the processor's call
     date: str | None = None  # today's, for chat templates that print it
+    chat_template: str | None = None  # zephyr, a Jinja file or a template; None: the tokenizer's own
+    system: str | None = None  # in front of a conversation without a system turn; None: the format's own
     image_root: str | None = None
     format: str = "auto"
     num_query: int = 64  # <im_patch> tokens per image
@@ -158,8 +161,8 @@ class BuildSettings:
         lists = {name: list(getattr(self, name)) for name in LISTS}
         values = asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
         unused = OMNILMM_ONLY if self.model else ("model", "processor_arg")
-        if not self.keep_column:  # a build without it is what it was before there was such a flag
-            del values["keep_column"]
+        # A build without these is what it was before there were such flags.
+        unused += tuple(name for name in LATER if not values[name] and values[name] != "")
         return {name: value for name, value in values.items() if name not in unused}
 
 

@@ -242,7 +242,7 @@ def _records_of_piece(job: Job, split: str, piece: Piece, file: SourceFile) -> I
     mine = (
         (position, record)
         for position, record in read_stretch(file, piece.stretch)
-        if not job.settings.split or split_of(identity(record), job.settings) == split
+        if job.base or not job.settings.split or split_of(identity(record), job.settings) == split
     )
     yield from islice(mine, piece.first, piece.last)
 
@@ -294,25 +294,29 @@ class _ShardRun:
 
     def _row(self, built: Built) -> dict[str, Any]:
         sample, record = built.sample, built.record
-        return {
-            "key": sample.key,
-            "split": self._task.split,
-            "shard": self._task.path,
-            "n_tokens": len(sample.input_ids),
-            "n_supervised": built.rendered.num_supervised,
-            "n_images": len(built.images),
-            "image_sizes": [[image.width, image.height] for image in built.images],
-            "image_starts": built.rendered.image_starts,
-            "image_tokens": built.rendered.image_tokens,
-            "image_pixels": built.image_pixels,
-            "slices": [list(grid or (0, 0)) for grid in built.grids],
-            "id": record.id,
-            "source": record.source,
-            "locator": record.locator,
-            "content_hash": content_hash(sample),
-            "dialogue_bytes": len(sample.dialogue),
-            "dialogue_hash": dialogue_hash(sample.dialogue),
-        } | ({} if built.kept is None else {KEPT: kept_json(built.kept)})
+        return (
+            {
+                "key": sample.key,
+                "split": self._task.split,
+                "shard": self._task.path,
+                "n_tokens": len(sample.input_ids),
+                "n_supervised": built.rendered.num_supervised,
+                "n_images": len(built.images),
+                "image_sizes": [[image.width, image.height] for image in built.images],
+                "image_starts": built.rendered.image_starts,
+                "image_tokens": built.rendered.image_tokens,
+                "image_pixels": built.image_pixels,
+                "slices": [list(grid or (0, 0)) for grid in built.grids],
+                "id": record.id,
+                "source": record.source,
+                "locator": record.locator,
+                "content_hash": content_hash(sample),
+                "dialogue_bytes": len(sample.dialogue),
+                "dialogue_hash": dialogue_hash(sample.dialogue),
+            }
+            | built.base
+            | ({} if built.kept is None else {KEPT: kept_json(built.kept)})
+        )
 
     def place(self, spans: list[tuple[int, int]]) -> None:
         """Put the byte ranges into the rows."""

@@ -12,6 +12,7 @@ from omnidata.builder.settings import RunOptions
 from omnidata.durable import SCRATCH, Store
 from omnidata.locks import locked
 from omnidata.schema import (
+    BASE,
     CARD,
     INDEX,
     MANIFEST,
@@ -25,7 +26,19 @@ from omnidata.schema import (
 )
 
 # The manifest goes first when a dataset is removed: without it, what is left is no dataset.
-OURS = (MANIFEST, SCRATCH, INDEX, REJECTS, NEAR, CARD, NV_META, TOKENIZER_DIR, PROCESSOR_DIR, SHARDS_DIR)
+OURS = (
+    MANIFEST,
+    SCRATCH,
+    BASE,
+    INDEX,
+    REJECTS,
+    NEAR,
+    CARD,
+    NV_META,
+    TOKENIZER_DIR,
+    PROCESSOR_DIR,
+    SHARDS_DIR,
+)
 
 
 def check_folder(store: Store, options: RunOptions) -> None:

@@ -57,6 +57,12 @@ def open_inputs(settings: CopySettings, out: str) -> list[Input]:
             of them.
     """
     datasets = [Dataset(path) for path in settings.datasets]
+    for dataset in datasets:
+        if dataset.base is not None:
+            raise UserError(
+                f"{dataset.path} is a view of {dataset.base.path} and has no images of its own to copy: make "
+                "it a dataset first (omnidata export), or copy the base and render that"
+            )
     _check_out(datasets, out)
     check_agreement(datasets)
     excluded = frozenset(read_keys(settings.exclude)) if settings.exclude else frozenset()

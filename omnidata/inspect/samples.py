@@ -22,7 +22,7 @@ import numpy as np
 
 from omnidata.near.hashing import COLUMNS as NEAR_COLUMNS
 from omnidata.schema import IGNORE_INDEX, INDEX_COLUMNS, TOKENIZER_DIR, UserError
-from omnidata.shards import CorruptSampleError, read_sample
+from omnidata.shards import CorruptSampleError
 from omnidata.text.vocabulary import TokenText, Vocabulary
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def read_views(dataset: Dataset, positions: Sequence[int]) -> Iterator[SampleVie
     reader = TokenReader(dataset)
     for position, row in zip(positions, dataset.rows(positions), strict=True):
         try:
-            sample = read_sample(dataset.read_range(row["shard"], row["offset"], row["nbytes"]))
+            sample = dataset.read_row(row)
         except CorruptSampleError as error:
             raise UserError(
                 f"sample {position} ({row['key']}) of {dataset.path} cannot be read: {error}. "

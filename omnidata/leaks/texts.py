@@ -6,7 +6,7 @@ from typing import Any
 
 from omnidata.dataset import Dataset
 from omnidata.schema import Sample, UserError
-from omnidata.shards import CorruptSampleError, read_sample
+from omnidata.shards import CorruptSampleError
 from omnidata.text.tokenizer import load_tokenizer
 
 
@@ -24,7 +24,7 @@ class TextReader:
             UserError: its bytes are damaged.
         """
         try:
-            return read_sample(self._dataset.read_range(row["shard"], row["offset"], row["nbytes"]))
+            return self._dataset.read_row(row)
         except CorruptSampleError as error:
             raise UserError(
                 f"{self._dataset.path}, sample {row['key']} cannot be read ({error}): "

@@ -16,7 +16,7 @@ from omnidata.loader.microbatch import Parts, lay_out
 from omnidata.loader.processor_pixels import ProcessorPixels
 from omnidata.loader.reader import LESS_MEMORY, Document, LoadError, OutOfMemoryError, SampleReader
 from omnidata.loader.squares import Squares
-from omnidata.plan.catalog import Place
+from omnidata.plan.places import Place
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample
 
 OnError = Literal["raise", "skip"]

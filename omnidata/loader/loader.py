@@ -26,9 +26,9 @@ from omnidata.loader.reader import Document, LoadError, SampleReader
 from omnidata.loader.remote import Remote
 from omnidata.loader.squares import Squares
 from omnidata.loader.workers import TIMEOUT, Workers
-from omnidata.plan.catalog import Place, Places
 from omnidata.plan.epoch import WINDOW_SAMPLES, EpochPlan, Tail
 from omnidata.plan.oversize import Oversize
+from omnidata.plan.places import Place, Places
 from omnidata.plan.steps import Position, Step
 from omnidata.plan.window import ATTENTION_COST, IMAGE_COST, Pack, Window
 from omnidata.schema import IGNORE_INDEX, IM_START, Sample, UserError
@@ -349,19 +349,20 @@ class _PlacesOfWindows:
         numbers = (pack.lengths.tokens, pack.lengths.images, pack.passes)
         columns = [pack.dataset.tolist(), places, *(column.tolist() for column in numbers)]
         pixels: list[tuple[int, ...]] = [()] * len(places)
+        bases: list[Place | None] = [None] * len(places)
         for dataset, found in of_dataset.items():
             mine = np.flatnonzero(pack.dataset == dataset)
             for position, each in zip(mine.tolist(), found.pixels(pack.lengths.rows[mine]), strict=True):
                 pixels[position] = each[: int(pack.lengths.images[position])]
-        if self._groups is None:
-            return [Document(*values) for values in zip(*columns, pixels, strict=True)]
-        groups = [0] * len(places)
-        for dataset in of_dataset:
+            for position, base in zip(mine.tolist(), found.bases(pack.lengths.rows[mine]), strict=True):
+                bases[position] = base
+        groups: list[int | None] = [None] * len(places)
+        for dataset in of_dataset if self._groups else ():
             mine = np.flatnonzero(pack.dataset == dataset)
             codes = self._groups.codes(dataset, pack.lengths.rows[mine])
             for position, code in zip(mine.tolist(), codes, strict=True):
                 groups[position] = code
-        return [Document(*values) for values in zip(*columns, pixels, groups, strict=True)]
+        return [Document(*values) for values in zip(*columns, pixels, groups, bases, strict=True)]
 
     def _of_window(self, window: Window) -> dict[int, Places]:
         read = window.number // self._plan.windows_a_read  # an ordered window has samples of every shard

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from omnidata.files import open_regular
 from omnidata.loader.remote import Remote, RemoteShards
 from omnidata.loader.sample_bytes import check_content, parse
-from omnidata.plan.catalog import Place
+from omnidata.plan.places import Place
 from omnidata.schema import Sample, UserError
-from omnidata.shards import CorruptSampleError
+from omnidata.shards import CorruptSampleError, with_images
 
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
@@ -50,6 +50,7 @@ class Document(NamedTuple):
     passes: int  # times that the dataset had been exhausted before
     image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors, of a processor's dataset
     group: int | None = None  # what it is counted under (groups.py); None: nothing is counted
+    base: Place | None = None  # of a view: the base's sample, which has the images; None: they are its own
 
 
 class Shards(Protocol):
@@ -102,36 +103,48 @@ class SampleReader:
 
     def __init__(self, datasets: Sequence[Dataset], *, remote: Remote, checksum: bool = True) -> None:
         self._names = [dataset.path for dataset in datasets]
-        self._shards: list[Shards] = [
-            LocalShards(dataset.local_root) if dataset.local_root else RemoteShards(dataset, remote)
-            for dataset in datasets
-        ]
+        self._shards = [_shards_of(dataset, remote) for dataset in datasets]
+        self._bases = [dataset.base and _shards_of(dataset.base, remote) for dataset in datasets]
         self._checksum = checksum
 
     def read(self, documents: Sequence[Document]) -> list[Sample | LoadError]:
         """The samples of ``documents``, or for each why there is none."""
         raws: list[bytes | Exception] = [b""] * len(documents)
+        of_bases: list[bytes | Exception] = [b""] * len(documents)
         for number in {document.dataset for document in documents}:
             mine = [i for i, document in enumerate(documents) if document.dataset == number]
             places = [documents[i].place for i in mine]
             for i, raw in zip(mine, self._shards[number].read(places), strict=True):
                 raws[i] = raw
+            if (base := self._bases[number]) is not None:
+                mine = [i for i in mine if documents[i].base and documents[i].num_images]
+                for i, raw in zip(mine, base.read([documents[i].base for i in mine]), strict=True):
+                    of_bases[i] = raw
         samples = []
-        for document, raw in zip(documents, raws, strict=True):
+        for document, raw, of_base in zip(documents, raws, of_bases, strict=True):
             with self.naming(document):
-                samples.append(self._sample(document, raw))
+                samples.append(self._sample(document, raw, of_base))
         return samples
 
-    def _sample(self, document: Document, raw: bytes | Exception) -> Sample | LoadError:
+    def _sample(
+        self, document: Document, raw: bytes | Exception, of_base: bytes | Exception
+    ) -> Sample | LoadError:
         try:
-            if isinstance(raw, Exception):
-                raise raw
-            sample = parse(raw, document.place)
-            if self._checksum:
-                check_content(sample, document.place)
+            sample = self._parsed(raw, document.place)
+            if of_base:
+                stored = self._parsed(of_base, document.base)
+                sample = with_images(sample, stored, document.num_images)
             return _cut(sample, document)
         except (OSError, CorruptSampleError, UserError) as error:
             return self.error(document, f"{type(error).__name__}: {error}")
+
+    def _parsed(self, raw: bytes | Exception, place: Place) -> Sample:
+        if isinstance(raw, Exception):
+            raise raw
+        sample = parse(raw, place)
+        if self._checksum:
+            check_content(sample, place)
+        return sample
 
     def error(self, document: Document, reason: str) -> LoadError:
         """What to tell the user about a document that cannot be used."""
@@ -158,6 +171,10 @@ class SampleReader:
     def _describe(self, document: Document) -> str:
         place = document.place
         return f"sample {place.key} of {self._names[document.dataset]}/{place.shard} at byte {place.offset}"
+
+
+def _shards_of(dataset: Dataset, remote: Remote) -> Shards:
+    return LocalShards(dataset.local_root) if dataset.local_root else RemoteShards(dataset, remote)
 
 
 def _cut(sample: Sample, document: Document) -> Sample:

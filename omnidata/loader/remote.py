@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnidata.loader.cache import SampleCache
 from omnidata.loader.sample_bytes import check_content, parse
-from omnidata.plan.catalog import Place
+from omnidata.plan.places import Place
 from omnidata.shards import CorruptSampleError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from omnidata.plan.catalog import Place
+from omnidata.plan.places import Place
 from omnidata.schema import DIALOGUE, IMAGE_EXTENSIONS, INPUT_IDS, LABELS, Sample, image_member
 from omnidata.shards import BLOCK, CorruptSampleError, content_hash, npy_bytes, read_sample
 

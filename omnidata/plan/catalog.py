@@ -18,14 +18,15 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from omnidata.index import check_types, codes, index_schema, numbers, open_parquet, reading_table
+from omnidata.index import check_types, index_schema, numbers, open_parquet, reading_table
 from omnidata.plan.oversize import cut_length
+from omnidata.plan.places import BASE_PLACES, PLACES, Places, check_places
 from omnidata.schema import INDEX, UserError
-from omnidata.shards import BLOCK, read_sample
+from omnidata.shards import read_sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 IMAGE_PIXELS = 3 * 448**2  # values of the picture whose cost is 1
 LENGTHS = ("n_tokens", "n_supervised", "n_images")
-PLACES = ("shard", "offset", "nbytes", "key", "content_hash")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +129,9 @@ class IndexCatalog:
     def _parquet(self) -> tuple[pq.ParquetFile, bool]:
         """The index, and whether Arrow may read it in threads."""
         with reading_table(f"{self.name}/{INDEX}"):
-            parquet, threads = open_parquet(self.dataset.open_table(INDEX), read_dictionary=["shard"])
+            parquet, threads = open_parquet(
+                self.dataset.open_table(INDEX), read_dictionary=["shard", "base_shard"]
+            )
         check_types(parquet, index_schema(), f"{self.name}/{INDEX}")
         return parquet, threads
 
@@ -300,25 +302,13 @@ class IndexCatalog:
     def locate(self, rows: np.ndarray) -> Places:
         """Where the bytes of these rows are (and of the others of their shards)."""
         shards = np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1).tolist()
-        has_sizes = not self.dataset.manifest.is_omnilmm
-        table = self._table(shards, (*PLACES, "image_pixels") if has_sizes else PLACES)
-        self._check_places(table)
+        extra = () if self.dataset.manifest.is_omnilmm else ("image_pixels",)
+        base = self.dataset.base
+        table = self._table(shards, (*PLACES, *extra, *(BASE_PLACES if base else ())))
+        check_places(table, self.dataset.manifest, self.name)
+        if base:
+            check_places(table, base.manifest, self.name, base=True)
         return Places(self._rows(shards), table)
-
-    def _check_places(self, table: pa.Table) -> None:
-        """Byte ranges lie inside shards that the manifest lists."""
-        names, shards = codes(table, "shard")
-        listed = {shard.path: shard.num_bytes for shard in self.dataset.manifest.shards}
-        if unknown := sorted(set(names) - listed.keys()):
-            raise UserError(f"{self.name}/{INDEX} names {unknown[0]!r}, which the manifest does not list")
-        offsets, nbytes = numbers(table, "offset"), numbers(table, "nbytes")
-        sizes = np.array([listed[name] for name in names], np.int64)[shards]
-        wrong = (offsets < 0) | (nbytes < BLOCK) | (nbytes > sizes) | (offsets > sizes - nbytes)
-        if wrong.any() or any(table[name].null_count for name in ("key", "content_hash", "shard")):
-            raise UserError(
-                f"{self.name}/{INDEX} has places outside of its shards: the dataset is damaged, "
-                "run `omnidata verify`"
-            )
 
 
 def _check_lengths(lengths: Lengths, name: str) -> None:
@@ -338,59 +328,6 @@ def _row_sums(column: pa.ChunkedArray) -> np.ndarray:
     lists = column.combine_chunks()
     values = np.concatenate(([0], np.cumsum(lists.values.to_numpy(zero_copy_only=False))))
     return np.diff(values[lists.offsets.to_numpy()]).astype(np.int64)
-
-
-class Place(NamedTuple):  # one a sample goes to a worker: tuples are pickled ten times faster than classes
-    """Where one sample is."""
-
-    shard: str
-    offset: int
-    nbytes: int
-    key: str
-    content_hash: str
-
-
-class Places:
-    """Rows of the index and where their bytes are."""
-
-    def __init__(self, rows: np.ndarray, table: pa.Table) -> None:
-        self._rows = rows  # sorted
-        self._shard_names, self._shards = codes(table, "shard")
-        self._offsets, self._nbytes = (numbers(table, name) for name in ("offset", "nbytes"))
-        self._keys, self._hashes = (_Strings(table[name]) for name in ("key", "content_hash"))
-        self._pixels = table["image_pixels"] if "image_pixels" in table.column_names else None
-
-    def pixels(self, rows: np.ndarray) -> list[tuple[int, ...]]:
-        """Values of each image's pixel tensors, of a processor's dataset; else nothing."""
-        if self._pixels is None:
-            return [()] * len(rows)
-        at = np.searchsorted(self._rows, rows)
-        return [tuple(values) for values in self._pixels.take(at).to_pylist()]
-
-    def find(self, rows: np.ndarray) -> list[Place]:
-        """The place of each row."""
-        at = np.searchsorted(self._rows, rows)
-        shards = [self._shard_names[shard] for shard in self._shards[at].tolist()]
-        columns = [column[at].tolist() for column in (self._offsets, self._nbytes)]
-        strings = [column.take(at) for column in (self._keys, self._hashes)]
-        return list(map(Place, shards, *columns, *strings))
-
-
-class _Strings:
-    """A column of strings, of which a few are wanted at a time: pyarrow's ``take`` costs 100 us per call."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.combine_chunks()
-        _, offsets, text = array.buffers()
-        self._offsets = np.frombuffer(offsets, np.int32)[
-            array.offset :
-        ]  # index_schema: strings, no large ones
-        self._text = memoryview(text or b"")
-
-    def take(self, positions: np.ndarray) -> list[str]:
-        """The strings at ``positions``."""
-        spans = zip(self._offsets[positions].tolist(), self._offsets[positions + 1].tolist(), strict=True)
-        return [str(self._text[start:stop], "utf-8") for start, stop in spans]
 
 
 def _digest(values: Iterable[object]) -> str:

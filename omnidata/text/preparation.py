@@ -11,6 +11,8 @@ from omnidata.text.chat_template import ZEPHYR
 from omnidata.text.convert import converted
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, template_text
 
+NAMED = {"zephyr": ZEPHYR}  # chat templates by name
+
 
 def prepare_tokenizer(
     source: str | Path,
@@ -54,21 +56,29 @@ def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
 
 
 def _resolve_template(choice: str | None, tokenizer: object, *, source: str | Path) -> str:
-    named = {"zephyr": ZEPHYR}
     own = template_text(tokenizer)
     if choice in (None, "keep"):
         if not own:
             raise UserError(
                 f"tokenizer {source} has no chat template: name one with --chat-template, "
-                f"{' or '.join(named)} (what OmniLMM trains on) or a Jinja file"
+                f"{' or '.join(NAMED)} (what OmniLMM trains on) or a Jinja file"
             )
         return own
-    if choice in named:
-        return named[choice]
+    return resolved_template(choice)
+
+
+def resolved_template(choice: str) -> str:
+    """The text of a chat template: ``zephyr``, a path of a Jinja file, or the template itself.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if choice in NAMED:
+        return NAMED[choice]
     if "{%" in choice or "{{" in choice:
         return choice
     if not Path(choice).is_file():
         raise UserError(
-            f"chat template {choice}: no such file; give a Jinja file, a template, {' or '.join(named)}"
+            f"chat template {choice}: no such file; give a Jinja file, a template, {' or '.join(NAMED)}"
         )
     return Path(choice).read_text(encoding="utf-8")

@@ -33,6 +33,7 @@ CODES: dict[str, str] = {
     "nv_meta": ".nv-meta is missing or contradicts the manifest",
     "tokenizer": "the tokenizer does not load, or does not behave as the one of the build",
     "processor": "the model's processor does not load, or does not do what it did at the build",
+    "base": "the base of a view is not there, has changed, or is not what the view's index says",
     # deep
     "sha256": "a shard's bytes are not those that were written",
     "damaged": "bytes that are no sample of this schema",

@@ -133,6 +133,10 @@ def _repair_index(
     """Write the index that the shards prove, if it differs; return it, or None if there can be none."""
     import pyarrow as pa
 
+    if manifest.base:  # where its images are, only its index says
+        if old is None:
+            report.lost.append(f"{INDEX} of a view: render it again (omnidata render), which takes minutes")
+        return old
     known = {} if old is None else {row["key"]: row for row in old.to_pylist()}
     kept = [] if old is None else kept_fields(old.schema)
     schema, tables = pa.schema([*index_schema(), *kept]), []

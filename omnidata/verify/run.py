@@ -23,6 +23,7 @@ from omnidata.executors import InlineExecutor, ProcessExecutor, run_tasks
 from omnidata.index import index_schema, read_table, reject_schema, rows_of_shards
 from omnidata.manifest import manifest_from_json
 from omnidata.schema import INDEX, MANIFEST, REJECTS, Manifest, UserError
+from omnidata.verify.base import check_base
 from omnidata.verify.files import (
     check_energon,
     check_files,
@@ -137,6 +138,7 @@ def quick_findings(store: Store, manifest: Manifest, index: pa.Table | None) -> 
         if index is not None:
             yield from check_sources(index, rejects, manifest)
     yield from check_origin(index, manifest)
+    yield from check_base(store.url, manifest, index)
     yield from check_energon(store, manifest)
     yield from check_tokenizer(store, manifest)
     yield from check_processor(store, manifest)

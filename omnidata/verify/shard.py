@@ -31,6 +31,7 @@ from omnidata.schema import (
     UserError,
 )
 from omnidata.shards import CorruptSampleError, content_hash, dialogue_hash, read_sample
+from omnidata.verify.base import with_base
 from omnidata.verify.dialogues import check_dialogue
 from omnidata.verify.findings import Finding
 from omnidata.verify.runs import check_unsupervised, omnilmm_columns, run_columns
@@ -81,14 +82,19 @@ class ShardChecker:
     def check_sample(self, where: str, span: Span, row: Row | None) -> Iterator[Finding]:
         """Findings of one sample; ``row`` is its index row, if there is one."""
         try:
-            sample = read_sample(span.raw)
+            own = read_sample(span.raw)
         except CorruptSampleError as error:
             yield Finding("damaged", where, str(error))
+            return
+        sample = with_base(own, row, self.manifest, self.url)
+        if not isinstance(sample, Sample):
+            if sample is not None:
+                yield Finding("base", where, sample)
             return
         found = (*check_ids(sample, self.manifest), *check_images(sample))
         for code, what in (*found, *check_dialogue(sample, self.manifest, self.url)):
             yield Finding(code, where, what)
-        expected = stored_columns(span, sample, self.manifest, url=self.url, row=row)
+        expected = stored_columns(span, sample, self.manifest, url=self.url, row=row) | own_hashes(own)
         if (what := expected.pop("image_block", None)) is not None:
             yield Finding("image_block", where, what)
         if row is not None:
@@ -191,7 +197,7 @@ def stored_columns(
     else:
         no_slices: Row = {"slices": []}
         runs = no_slices | _processor_columns(sample, sizes, manifest, url, row)
-    return runs | {
+    columns: Row = {
         "key": span.key,
         "offset": span.offset,
         "nbytes": len(span.raw),
@@ -199,9 +205,17 @@ def stored_columns(
         "n_supervised": int((sample.labels != IGNORE_INDEX).sum()),
         "n_images": len(sample.images),
         "image_sizes": sizes,
+    }
+    return runs | columns | own_hashes(sample)
+
+
+def own_hashes(sample: Sample) -> Row:
+    """The columns that tell damage in the sample's own byte range."""
+    dialogue = sample.dialogue
+    return {
         "content_hash": content_hash(sample),
-        "dialogue_bytes": len(sample.dialogue),
-        "dialogue_hash": dialogue_hash(sample.dialogue),
+        "dialogue_bytes": len(dialogue),
+        "dialogue_hash": dialogue_hash(dialogue),
     }
 
 
