@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnidata.images.slices import slicing_of
 from omnidata.origin import describe
-from omnidata.schema import NV_META, Manifest
+from omnidata.schema import BASE, NV_META, Manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,6 +160,16 @@ DIALOGUE_ROW = (
 )
 
 
+def _base_text(manifest: Manifest) -> str:
+    if not manifest.base:
+        return ""
+    return (
+        f"\nThis is a view of the dataset {manifest.base['name']}; `{BASE}` says where that is. It has ids\n"
+        "and labels made anew; the images lie there, in the samples of the same keys. `omnidata` reads both.\n"
+        "The others find ids and labels alone; `omnidata export` makes it one dataset again.\n"
+    )
+
+
 def _run_text(manifest: Manifest) -> str:
     if manifest.is_omnilmm:
         return f"`<im_start>` + {manifest.num_query} × `<im_patch>` + `<im_end>`"
@@ -201,7 +211,7 @@ def dataset_card(manifest: Manifest, kept: Sequence[pa.Field] = ()) -> str:
         num_supervised=manifest.num_supervised,
         num_images=manifest.num_images,
         dialogue=DIALOGUE_ROW if manifest.num_dialogue_bytes else "",
-        slices=_slices_text(manifest),
+        slices=_slices_text(manifest) + _base_text(manifest),
         columns=_columns_text(kept),
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
