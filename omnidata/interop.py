@@ -164,9 +164,9 @@ def _base_text(manifest: Manifest) -> str:
     if not manifest.base:
         return ""
     return (
-        f"\nThis is a view of the dataset {manifest.base['name']}; `{BASE}` says where that is. It has ids\n"
-        "and labels made anew; the images lie there, in the samples of the same keys. `omnidata` reads both.\n"
-        "The others find ids and labels alone; `omnidata export` makes it one dataset again.\n"
+        f"\nThis is a view of the dataset {manifest.base['name']}; `{BASE}` says where that is. It has\n"
+        "ids and labels made anew; the images lie there, in the samples of the same keys. `omnidata` reads\n"
+        "both. The others find ids and labels alone; `omnidata export` makes it one dataset again.\n"
     )
 
 

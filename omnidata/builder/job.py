@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from omnidata import corpus
@@ -28,16 +28,19 @@ class Job:
 
 
 @lru_cache(maxsize=1)
-def _stages(settings_json: str, folder: str, kind: type[Stages], options: tuple[str, ...]) -> Stages:
-    loaded = kind.load(settings_from_json(json.loads(settings_json)), Store(folder))
-    return replace(loaded, **dict.fromkeys(options, True))
+def _stages(settings_json: str, folder: str, is_view: bool, refetch: bool) -> Stages:
+    settings = settings_from_json(json.loads(settings_json))
+    if not is_view:
+        return Stages.load(settings, Store(folder))
+    loaded = ViewStages.load(settings, Store(folder))
+    assert isinstance(loaded, ViewStages), "load makes one of its own class"
+    loaded.refetch = refetch
+    return loaded
 
 
 def stages(job: Job) -> Stages:
     """This process's stages for the job; loaded once."""
-    kind = ViewStages if job.base else Stages
-    options = ("refetch",) if job.refetch else ()
-    return _stages(json.dumps(job.settings.to_json()), job.folder, kind, options)
+    return _stages(json.dumps(job.settings.to_json()), job.folder, bool(job.base), job.refetch)
 
 
 def read_stretch(file: corpus.SourceFile, stretch: Stretch) -> Iterator[Positioned]:

@@ -160,7 +160,7 @@ class BuildSettings:
         """Plain JSON values, as they stand in the plan and in the manifest."""
         lists = {name: list(getattr(self, name)) for name in LISTS}
         values = asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
-        unused = OMNILMM_ONLY if self.model else ("model", "processor_arg")
+        unused: tuple[str, ...] = OMNILMM_ONLY if self.model else ("model", "processor_arg")
         # A build without these is what it was before there were such flags.
         unused += tuple(name for name in LATER if not values[name] and values[name] != "")
         return {name: value for name, value in values.items() if name not in unused}

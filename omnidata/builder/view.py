@@ -21,7 +21,7 @@ from omnidata.builder.build_plan import BuildPlan
 from omnidata.builder.identity import identity_of
 from omnidata.builder.inputs import Inputs, save_model, save_tokenizer
 from omnidata.builder.records import renderer_of
-from omnidata.builder.settings import LISTS, OMNILMM_ONLY, TRAIN, BuildSettings
+from omnidata.builder.settings import OMNILMM_ONLY, TRAIN, BuildSettings, settings_from_json
 from omnidata.dataset import Dataset
 from omnidata.durable import Store
 from omnidata.profiles.omnilmm import OmniLMMProfile
@@ -94,7 +94,7 @@ def view_settings(base: Dataset, given: Mapping[str, Any]) -> BuildSettings:
             gone |= {"max_length", *OMNILMM_ONLY}
         values = {name: value for name, value in values.items() if name not in gone}
     values |= {name: value for name, value in given.items() if name in known}
-    settings = BuildSettings(**{name: tuple(v) if name in LISTS else v for name, v in values.items()})
+    settings = settings_from_json(values)
     if settings.max_slices and settings.image_size != manifest.image_size:
         raise UserError(
             f"{base.path} has large images cut into tiles for --image-size {manifest.image_size}: another "

@@ -16,6 +16,7 @@ from omnidata.builder.records import Built, Note, Pictures, Stages
 from omnidata.conversation import check_order, trained_on
 from omnidata.dialogue import Size
 from omnidata.outcomes import caught
+from omnidata.part_renderer import PartRenderer
 from omnidata.schema import (
     INDEX_COLUMNS,
     Conversation,
@@ -50,12 +51,13 @@ class ViewStages(Stages):
 
     def _look(self, record: Record | Reject, talk: object, note: Note) -> tuple[Any, Pictures | None]:
         """The conversation with all sizes that a processor asks for; most are known."""
-        if not isinstance(talk, Conversation) or not self.settings.model:
+        if isinstance(record, Reject) or not isinstance(talk, Conversation) or not self.settings.model:
             return talk, None
         if len(talk.image_sizes) == len(talk.images):
             return talk, None
         if not self.refetch:
-            return RejectError("image_unsuited", _not_stored(len(record.payload["row"]["image_sizes"]))), None
+            number = len(talk.images) - 1
+            return RejectError("image_unsuited", _not_stored(number)), None
         note(record.id)
         pictures = caught(self._fetched, record, talk, len(talk.images))
         if isinstance(pictures, RejectError):
@@ -129,7 +131,7 @@ class ViewStages(Stages):
         if not self.settings.model:
             return min(stored[number]) >= self.settings.image_size
         try:
-            return self.renderer.profile.runs(tuple(stored)) == self.renderer.profile.runs(originals)
+            return self._processor.runs(tuple(stored)) == self._processor.runs(originals)
         except RejectError:
             return False
 
@@ -137,7 +139,12 @@ class ViewStages(Stages):
     def _whom(self) -> str:
         if not self.settings.model:
             return f"--image-size {self.settings.image_size}"
-        return f"the tokens that {type(self.renderer.profile.processor).__name__} writes for it"
+        return f"the tokens that {type(self._processor.processor).__name__} writes for it"
+
+    @property
+    def _processor(self) -> Any:
+        assert isinstance(self.renderer, PartRenderer), "the view is a processor's"
+        return self.renderer.profile
 
     def _num_pictures(self, talk: Conversation, outcome: Rendered) -> int:
         """Pictures of the first ``num_images`` image blocks."""

@@ -357,7 +357,9 @@ class _PlacesOfWindows:
             for position, base in zip(mine.tolist(), found.bases(pack.lengths.rows[mine]), strict=True):
                 bases[position] = base
         groups: list[int | None] = [None] * len(places)
-        for dataset in of_dataset if self._groups else ():
+        for dataset in of_dataset:
+            if self._groups is None:
+                break
             mine = np.flatnonzero(pack.dataset == dataset)
             codes = self._groups.codes(dataset, pack.lengths.rows[mine])
             for position, code in zip(mine.tolist(), codes, strict=True):

@@ -104,34 +104,34 @@ class SampleReader:
     def __init__(self, datasets: Sequence[Dataset], *, remote: Remote, checksum: bool = True) -> None:
         self._names = [dataset.path for dataset in datasets]
         self._shards = [_shards_of(dataset, remote) for dataset in datasets]
-        self._bases = [dataset.base and _shards_of(dataset.base, remote) for dataset in datasets]
+        self._bases = [_shards_of(dataset.base, remote) if dataset.base else None for dataset in datasets]
         self._checksum = checksum
 
     def read(self, documents: Sequence[Document]) -> list[Sample | LoadError]:
         """The samples of ``documents``, or for each why there is none."""
         raws: list[bytes | Exception] = [b""] * len(documents)
-        of_bases: list[bytes | Exception] = [b""] * len(documents)
+        of_bases: dict[int, bytes | Exception] = {}  # of documents whose images lie in a base
         for number in {document.dataset for document in documents}:
             mine = [i for i, document in enumerate(documents) if document.dataset == number]
             places = [documents[i].place for i in mine]
             for i, raw in zip(mine, self._shards[number].read(places), strict=True):
                 raws[i] = raw
             if (base := self._bases[number]) is not None:
-                mine = [i for i in mine if documents[i].base and documents[i].num_images]
-                for i, raw in zip(mine, base.read([documents[i].base for i in mine]), strict=True):
-                    of_bases[i] = raw
+                wanted = {i: documents[i].base for i in mine if documents[i].num_images}
+                found = {i: place for i, place in wanted.items() if place}
+                of_bases |= dict(zip(found, base.read(list(found.values())), strict=True))
         samples = []
-        for document, raw, of_base in zip(documents, raws, of_bases, strict=True):
+        for i, (document, raw) in enumerate(zip(documents, raws, strict=True)):
             with self.naming(document):
-                samples.append(self._sample(document, raw, of_base))
+                samples.append(self._sample(document, raw, of_bases.get(i)))
         return samples
 
     def _sample(
-        self, document: Document, raw: bytes | Exception, of_base: bytes | Exception
+        self, document: Document, raw: bytes | Exception, of_base: bytes | Exception | None
     ) -> Sample | LoadError:
         try:
             sample = self._parsed(raw, document.place)
-            if of_base:
+            if of_base is not None and document.base:
                 stored = self._parsed(of_base, document.base)
                 sample = with_images(sample, stored, document.num_images)
             return _cut(sample, document)
