@@ -166,7 +166,7 @@ def _base_text(manifest: Manifest) -> str:
     return (
         f"\nThis is a view of the dataset {manifest.base['name']}; `{BASE}` says where that is. It has\n"
         "ids and labels made anew; the images lie there, in the samples of the same keys. `omnidata` reads\n"
-        "both. The others find ids and labels alone; `omnidata export` makes it one dataset again.\n"
+        "both. The others find ids and labels alone.\n"
     )
 
 

@@ -60,8 +60,8 @@ def open_inputs(settings: CopySettings, out: str) -> list[Input]:
     for dataset in datasets:
         if dataset.base is not None:
             raise UserError(
-                f"{dataset.path} is a view of {dataset.base.path} and has no images of its own to copy: make "
-                "it a dataset first (omnidata export), or copy the base and render that"
+                f"{dataset.path} is a view of {dataset.base.path} and has no images of its own to copy: copy "
+                "the base, and render that"
             )
     _check_out(datasets, out)
     check_agreement(datasets)
