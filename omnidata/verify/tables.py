@@ -17,7 +17,16 @@ import numpy as np
 
 from omnidata.corpus.columns import ALL, column_name
 from omnidata.images.slices import slicing_of
-from omnidata.schema import IMAGE_TOKENS, INDEX, KEY_PATTERN, MANIFEST, REASONS, REJECTS, Manifest
+from omnidata.schema import (
+    IMAGE_TOKENS,
+    INDEX,
+    INDEX_COLUMNS,
+    KEY_PATTERN,
+    MANIFEST,
+    REASONS,
+    REJECTS,
+    Manifest,
+)
 from omnidata.shards import BLOCK
 from omnidata.verify.findings import Finding
 
@@ -56,6 +65,12 @@ def _check_kept(table: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     wanted = [column_name(name) for name in names if isinstance(name, str) and name != ALL]
     for name in sorted(set(wanted) - set(table.column_names)):
         yield Finding("index", INDEX, f"lacks the column {name!r}, which the build kept")
+    near = manifest.settings.get("dedup") == "near"
+    if ALL in names or manifest.origin or manifest.base or near:
+        return
+    own = {column.name for column in INDEX_COLUMNS}
+    for name in sorted(set(table.column_names) - own - set(wanted)):
+        yield Finding("index", INDEX, f"has the column {name!r}, which the build did not keep")
 
 
 def _row(number: int) -> str:
