@@ -121,12 +121,9 @@ def render(context: click.Context, dataset: str, **flags: Any) -> int:
     omnidata render data --model OTHER --out view --refetch --image-root photos
     """
     from omnidata.commands.render import render as render_again
-    from omnidata.executors import start_server
 
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in flags.items() if context.get_parameter_source(name) != default}
-    if flags["executor"] == "local" and not flags["finalize"]:
-        start_server(worker_imports(model=flags["model"] or "", max_slices=0))
     report = render_again(dataset, flags, given)
     _print_report(report, as_json=flags["as_json"])
     return 1 if report.rejects.get("unexpected") else 0
