@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_setup import WARMUP_STEPS, make_corpus, recipe_of
+from train_setup import SETUPS, WARMUP_STEPS, make_corpus, recipe_of
 
 from pipelines.config import to_yaml
 
@@ -31,9 +31,10 @@ PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 
 def compare(folder: Path, *, steps: int) -> dict[str, dict[str, float]]:
     """Predicted and measured figures, and their ratio."""
-    make_corpus(folder, records=400)
+    setup = SETUPS["cpu"]
+    make_corpus(folder, records=400, image_size=setup.model["image_size"])
     recipe = folder / "recipe.yaml"
-    recipe.write_text(to_yaml(recipe_of(folder, "run", steps=WARMUP_STEPS + steps)))
+    recipe.write_text(to_yaml(recipe_of(folder, "run", setup, steps=WARMUP_STEPS + steps)))
     planned = json.loads(script("plan_memory.py", recipe, "--measure", "--json"))
     script("train.py", recipe)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
