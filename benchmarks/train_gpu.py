@@ -6,7 +6,7 @@
 OmniLMM-12B's widths with as many language-model layers as asked for, stages align and sft with a frozen
 tower, 448² images, packs of 8k tokens, FSDP on one rank (bf16 compute, fp32 masters). Random data: what is
 measured is the model, its loss and the update. Beside it: the device's own matrix-product rate, the data
-sheet's peak, and the planner's memory.
+sheet's peak, and what a rehearsal says of memory and time.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnimodel import OmniLMMConfig
 from pipelines.config import Recipe, parse_recipe
+from pipelines.data import model_inputs
 from pipelines.flops import peak_flops
-from pipelines.measure import random_inputs
-from pipelines.memory import Shape, estimate
 from pipelines.model import build_model
 from pipelines.optim import build_optimizer, clip_gradients
+from pipelines.packs import Packs, omnilmm_pack
 from pipelines.parallel import start
+from pipelines.planning import PUBLISHED
+from pipelines.rehearsal import rehearse
 
 STAGES = {"align": ["vision_tower", "language_model"], "sft": ["vision_tower"]}
-SHAPE = Shape(num_tokens=8192, num_images=24, num_documents=20, num_supervised=2400)
-TOY_SHAPE = Shape(num_tokens=256, num_images=2, num_documents=3, num_supervised=40)
+SHAPE = {"tokens": 8192, "images": 24, "documents": 20, "supervised": 2400}
+TOY_SHAPE = {"tokens": 256, "images": 2, "documents": 3, "supervised": 40}
 TOY = {
     "mm_vision_tower": "vit_tiny_patch16_224",
     "vision_kwargs": {"depth": 3, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32},
@@ -63,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for stage in options.stages:
         frozen = STAGES[stage]
         config = OmniLMMConfig(
-            vocab_size=32009, num_hidden_layers=options.layers, **(TOY if options.toy else {})
+            **PUBLISHED | {"num_hidden_layers": options.layers} | (TOY if options.toy else {})
         )
         shape = TOY_SHAPE if options.toy else SHAPE
         report[stage] = measure_stage(recipe_of(frozen, options), config, shape)
@@ -86,33 +89,40 @@ def recipe_of(frozen: list[str], options: argparse.Namespace) -> Recipe:
     )
 
 
-def measure_stage(recipe: Recipe, config: OmniLMMConfig, shape: Shape) -> dict[str, float]:
+def measure_stage(recipe: Recipe, config: OmniLMMConfig, shape: dict[str, int]) -> dict[str, float]:
     """One stage of the full-width model."""
+    pack = omnilmm_pack(config, **shape)
+    rehearsed = rehearse(recipe, config, Packs(pack, pack, pack), gpus=1, gpu=gpu_name())
     with start(recipe) as world:
         on_gpu = world.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         built = build_model(recipe, config, world)
         optimizer = build_optimizer(built.model, recipe.optim)
-        inputs = random_inputs(config, shape, world.device)
+        inputs = model_inputs(pack, world.device)
         seconds = min(step(built.model, optimizer, inputs) for _ in range(8))
         memory = torch.cuda.max_memory_allocated() if on_gpu else float("nan")
         forward = min(time_forward(built.model, inputs) for _ in range(5))
         images = min(time_images(built.model, inputs["pixel_values"]) for _ in range(5))
         peak = peak_flops(world.device) or float("nan")
-    lengths = [shape.num_tokens / shape.num_documents] * shape.num_documents
-    flops = built.flop_count.of(lengths, images=shape.num_images, supervised=shape.num_supervised)
-    planned = estimate(recipe, config, shape, num_ranks=1, device=world.device.type, microbatches=1)
+    flops = built.flop_count.microbatch(pack)
     return {
         "mfu": flops / seconds / peak,
-        "tokens_per_s": shape.num_tokens / seconds,
-        "images_per_s": shape.num_images / seconds,
+        "tokens_per_s": shape["tokens"] / seconds,
+        "images_per_s": shape["images"] / seconds,
         "step_seconds": seconds,
         "forward_seconds": forward,
         "tower_and_resampler_seconds": images,
         "memory_gb": memory / 1e9,
-        "planned_memory_gb": (planned.total - planned.overhead) / 1e9,
+        "rehearsed_memory_gb": rehearsed["memory_gb"],
+        "rehearsed_step_seconds": rehearsed["step_seconds"],
     }
+
+
+def gpu_name() -> str:
+    """The rehearsal's name of this device; of another than it knows, the usual one."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((gpu for gpu in GPUS if gpu in name.replace(" ", "")), DEFAULT_GPU)
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> float:

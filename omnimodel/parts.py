@@ -74,6 +74,10 @@ class Parts:
         """The part of the parameter ``name``, as ``model.named_parameters()`` names it."""
         return self._modules[self.model.get_submodule(name.rpartition(".")[0])]
 
+    def of_module(self, module: nn.Module) -> str:
+        """The part of a module that belongs to one; those around several count as connector."""
+        return self._modules[module]
+
     def parameters(self, part: str) -> list[nn.Parameter]:
         """All of one part."""
         return [parameter for name, parameter in self.model.named_parameters() if self.of(name) == part]

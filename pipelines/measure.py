@@ -1,4 +1,4 @@
-"""Run random microbatches of a recipe on this machine, and compare with what the planner says.
+"""Run microbatches of a recipe on this machine, and compare with what the planner says.
 
 memory   peak of the GPU's allocator, or of this process on a CPU, less what was there before
 time     this machine is calibrated with microbatches of an eighth and of a half of the size: seconds are a
@@ -8,27 +8,28 @@ time     this machine is calibrated with microbatches of an eighth and of a half
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from omnidata import Dataset
-from omnidata.schema import IGNORE_INDEX
-from omnimodel import OmniLMMConfig, OmniLMMForCausalLM
+from omnidata.loader.microbatch import Microbatch
 from pipelines.config import Recipe
-from pipelines.flops import FlopCount, count_flops
-from pipelines.memory import Shape, estimate, shape_of
+from pipelines.data import model_inputs
+from pipelines.flops import count_flops
 from pipelines.model import build_model
 from pipelines.optim import build_optimizer, clip_gradients
+from pipelines.packs import packs_of
 from pipelines.parallel import World, compute_dtype
+from pipelines.rehearsal import play
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Calibration:
     """What this machine does with this model: seconds = fixed + FLOPs / rate, and an update a step."""
 
@@ -57,80 +58,63 @@ class Calibration:
         return microbatches * self.microbatch(flops) + self.update
 
 
-def measure(recipe: Recipe, config: OmniLMMConfig, dataset: Dataset | None) -> dict[str, float]:
+def measure(recipe: Recipe, config: Any, datasets: Sequence[Dataset]) -> dict[str, float]:
     """Predicted and measured memory and seconds of one microbatch, and the seconds of a step."""
     is_cuda = torch.cuda.is_available() and recipe.run.device != "cpu"
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
     world = World(0, 1, device, "single")
-    shape = shape_of(recipe, config, dataset)
+    full, half, eighth = (packs_of(recipe, config, datasets, share=share) for share in (1.0, 0.5, 0.125))
+    recipe = replace(recipe, run=replace(recipe.run, device=device.type))
+    predicted = play(recipe, config, [full.full], World(0, 1, torch.device("cpu"), "single"))
     if not is_cuda:
         _give_back_at_once()
-    eighth, half = _part(shape, 8), _part(shape, 2)
-    _warm_up(recipe, config, world, eighth)
+    _warm_up(recipe, config, world, eighth.full)
     before = _memory_now(device)
     model = build_model(recipe, config, world).model
     optimizer = build_optimizer(model, recipe.optim)
     count = count_flops(model)
-    _seconds(recipe, model, optimizer, world, [shape], repeats=1)
+    _seconds(recipe, model, optimizer, world, [full.full], repeats=1)
     peak = _memory_peak(device)
     if not is_cuda:
         _hold_on()
-    timings = _seconds(recipe, model, optimizer, world, [eighth, half, shape])
-    *calibration, (seconds, update) = timings
-    points = [(_flops(count, s), fb) for s, (fb, _) in zip((eighth, half), calibration, strict=True)]
+    *calibration, (seconds, update) = _seconds(
+        recipe, model, optimizer, world, [eighth.full, half.full, full.full]
+    )
+    flops = [count.microbatch(each.full) for each in (eighth, half, full)]
+    points = [(number, fb) for number, (fb, _) in zip(flops, calibration, strict=False)]
     machine = Calibration.of(points, update=min(u for _, u in calibration))
-    predicted = estimate(recipe, config, shape, num_ranks=1, device=device.type, microbatches=1)
-    flops = _flops(count, shape)
-    average = _flops(count, shape_of(recipe, config, dataset, fullest=False))
     return {
-        "predicted_memory_gb": (predicted.total - predicted.overhead) / 1e9,
+        "predicted_memory_gb": sum(predicted.peak.values()) / 1e9,
         "measured_memory_gb": (peak - before) / 1e9,
-        "predicted_seconds": machine.step(flops, microbatches=1),
+        "predicted_seconds": machine.step(flops[-1], microbatches=1),
         "measured_seconds": seconds + update,
         "flops_per_second": machine.rate,
-        "step_seconds": machine.step(average, microbatches=recipe.data.global_batch),
+        "step_seconds": machine.step(flops[-1] * full.load, microbatches=recipe.data.global_batch),
     }
 
 
-def _warm_up(recipe: Recipe, config: OmniLMMConfig, world: World, shape: Shape) -> None:
+def _warm_up(recipe: Recipe, config: Any, world: World, microbatch: Microbatch) -> None:
     """Load the libraries and start the threads that the first step brings: they are no part of the plan."""
     model = build_model(recipe, config, world).model
-    _seconds(recipe, model, build_optimizer(model, recipe.optim), world, [shape], repeats=1)
-
-
-def _part(shape: Shape, parts: int) -> Shape:
-    """A microbatch of 1/``parts`` of the size, its documents as long as before."""
-    numbers = {name: number // parts for name, number in dataclasses.asdict(shape).items()}
-    documents = max(1, numbers["num_documents"])
-    return Shape(
-        num_tokens=round(shape.num_tokens / shape.num_documents * documents),
-        num_images=max(min(1, shape.num_images), numbers["num_images"]),
-        num_documents=documents,
-        num_supervised=max(1, numbers["num_supervised"]),
-    )
-
-
-def _flops(count: FlopCount, shape: Shape) -> float:
-    lengths = [shape.num_tokens / shape.num_documents] * shape.num_documents
-    return count.of(lengths, images=shape.num_images, supervised=shape.num_supervised)
+    _seconds(recipe, model, build_optimizer(model, recipe.optim), world, [microbatch], repeats=1)
 
 
 def _seconds(
     recipe: Recipe,
-    model: OmniLMMForCausalLM,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     world: World,
-    shapes: Sequence[Shape],
+    microbatches: Sequence[Microbatch],
     *,
     repeats: int = 3,
 ) -> list[tuple[float, float]]:
-    """(forward and backward, update) of each shape, the fastest of a few: others only add noise.
+    """(forward and backward, update) of each microbatch, the fastest of a few: others only add noise.
 
-    The shapes take turns, so that a machine that slows down meanwhile slows all of them.
+    They take turns, so that a machine that slows down meanwhile slows all of them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inputs = [random_inputs(model.config, shape, world.device) for shape in shapes]
-    best = [(float("inf"), float("inf"))] * len(shapes)
+    inputs = [model_inputs(microbatch, world.device) for microbatch in microbatches]
+    best = [(float("inf"), float("inf"))] * len(microbatches)
     for _ in range(repeats):
         for number, batch in enumerate(inputs):
             _wait(world.device)
@@ -147,33 +131,6 @@ def _seconds(
             times = (between - started, time.perf_counter() - between)
             best[number] = tuple(map(min, best[number], times))
     return best
-
-
-def random_inputs(config: OmniLMMConfig, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """A microbatch of text ids with whole image blocks at the start of its documents."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 100, (shape.num_tokens,), generator=generator)
-    bounds = torch.linspace(0, shape.num_tokens, shape.num_documents + 1).round().to(torch.int32)
-    block = [config.im_start_token] + [config.im_patch_token] * config.num_query + [config.im_end_token]
-    room = max(1, shape.num_tokens // shape.num_images) if shape.num_images else 0
-    for image in range(shape.num_images):
-        ids[image * room : image * room + len(block)] = torch.tensor(block)
-    labels = torch.full((shape.num_tokens,), IGNORE_INDEX)
-    supervised = torch.randperm(shape.num_tokens, generator=generator)[: shape.num_supervised]
-    labels[supervised] = torch.randint(3, 100, (shape.num_supervised,), generator=generator)
-    lengths = bounds.diff()
-    size = (shape.num_images, 3, config.image_size, config.image_size)
-    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-    return {
-        "input_ids": ids[None].to(device),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None].to(device),
-        "shift_labels": labels[None].to(device),
-        "cu_seqlens": bounds.to(device),
-        "max_seqlen": int(lengths.max()),
-        "pixel_values": images.to(device) if shape.num_images else None,
-        "num_supervised_tokens": shape.num_supervised,
-        "num_supervised_rows": shape.num_supervised,
-    }
 
 
 def _wait(device: torch.device) -> None:

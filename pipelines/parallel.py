@@ -96,7 +96,7 @@ def start(recipe: Recipe) -> Iterator[World]:
     if recipe.run.deterministic:
         _compute_deterministically()
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    device = _device(recipe.run.device)
+    device = device_of(recipe.run.device)
     strategy = strategy_of(recipe, size)
     if strategy == "single":
         yield World(rank, size, device, strategy)
@@ -120,7 +120,8 @@ def _compute_deterministically() -> None:
     torch.use_deterministic_algorithms(True)  # flash attention's backward pass obeys it as well
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """This rank's device by the recipe's ``run.device``; UserError for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch sees no GPU; use run.device=auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():

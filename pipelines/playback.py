@@ -3,7 +3,7 @@
 Every operation of the step passes through ``Playback``, with tensors that have shapes but no memory:
 
     result's storage        counted while it lives, by what it is for      -> peak, and where it was
-    _local_scalar_dense     the host needs a value: it would wait          -> waits, with file and line
+    a value is read         the host would wait (known_values)             -> waits, with file and line
     matrix products         torch's own FLOP formulas                      -> flops by part of the model
     c10d::…                 bytes and order                                -> collectives
     varlen attention        dtypes, head widths, grouped heads             -> refusals
@@ -14,7 +14,7 @@ as well.
 
 from __future__ import annotations
 
-import traceback
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -22,20 +22,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from omnimodel.attention import KERNEL_GROUPS_HEADS
+from omnimodel.host_known import HostKnown
+from pipelines import known_values
+from pipelines.known_values import KnownValues
 
+FLOPS = dict(flop_registry)  # torch's formulas; a GPU has a kernel for what a CPU's kernel stands for here
+for name in ("", "_backward"):
+    on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
+    FLOPS[on_cpu] = FLOPS[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")]
+OWN = {Path(__file__), Path(known_values.__file__)}
 MAX_HEAD_WIDTH = 256  # of flash attention 2, which takes multiples of 8
 
 
 class Playback(TorchDispatchMode):
     """Enter it inside of a FakeTensorMode; set ``part`` and ``place`` as the step goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, device_is_host: bool = False) -> None:
         super().__init__()
+        self.values = KnownValues(self._waited, device_is_host=device_is_host)
         self.now: Counter[str] = Counter()
         # Storage -> [kind, bytes]
         self._records: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
@@ -46,11 +56,14 @@ class Playback(TorchDispatchMode):
         self.part, self.place = "other", "before the step"
         self.peak: dict[str, int] = {}
         self.peak_place = ""
+        self.peaks: dict[str, int] = {}  # of each phase of the step: "backward of microbatch 2"
         self.flops: Counter[str] = Counter()
-        self.work: list[tuple[float, float]] = []  # (FLOPs, bytes) of every kernel
-        self.collectives: list[tuple[str, int]] = []
+        self.work: list[tuple[str, float, float]] = []  # (phase, FLOPs, bytes) of every kernel
+        self.collectives: list[tuple[str, int]] = []  # (name, bytes)
+        self.phases: list[str] = []  # of each collective
         self.waits: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
+        self.reached: set[torch.nn.Parameter] = set()  # parameters whose gradients came
 
     def __enter__(self) -> Playback:
         self._resize = torch.UntypedStorage.resize_
@@ -69,22 +82,26 @@ class Playback(TorchDispatchMode):
         super().__exit__(*exc)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.waits[_place_of_caller()] += 1
-            dtype = args[0].dtype  # any value will do: the step goes on with it
-            return 1.0 if dtype.is_floating_point else True if dtype == torch.bool else 1
-        space = func.namespace
+        kwargs, space = kwargs or {}, func.namespace
         result = func(*args, **kwargs)
-        kind = "communication" if space in ("c10d", "fsdp") else "activations"
-        tensors = _local_tensors(result)
+        tensors = [tensor for tensor in _local_tensors(result) if not self.values.on_host(tensor)]
         for tensor in tensors:
-            self._count(tensor.untyped_storage(), kind)
+            self._count(tensor.untyped_storage(), "activations")
         if space == "c10d":
             self._communicated(func, args, kwargs)
         elif not (func.is_view or space == "prim"):
             self._computed(func, args, kwargs, result, tensors)
         return result
+
+    def _waited(self) -> None:
+        place = _place_of_caller()
+        # Autograd's own operations have no line of their own.
+        self.waits[self.place if place.startswith("pipelines/rehearsal.py") else place] += 1
+
+    @property
+    def phase(self) -> str:
+        """Of the step: ``backward of microbatch 1``."""
+        return self.place.partition(",")[0]
 
     # --- memory -------------------------------------------------------------------------------------------
 
@@ -100,6 +117,23 @@ class Playback(TorchDispatchMode):
                 self.now[kind] += record[1]
                 record[0] = kind
 
+    def gradient_came(self, parameter: torch.nn.Parameter) -> None:
+        """A hook: the parameter's gradient is whole."""
+        self.reached.add(parameter)
+        self.assign("gradients", [parameter.grad])
+
+    def had_not(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Take tensors that were there all the time out of what was counted."""
+        size = sum(x.numel() * x.element_size() for x in _local_tensors(list(tensors)))
+        if self.peak:
+            self.peak[kind] -= size
+        self.peaks = {phase: total - size for phase, total in self.peaks.items()}
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count these, which were there before."""
+        for tensor in tensors:
+            self._records[tensor.untyped_storage()] = ["inputs", 0]
+
     def _count(self, storage: Any, kind: str) -> None:
         if storage in self._records:
             return
@@ -113,13 +147,16 @@ class Playback(TorchDispatchMode):
 
     def _resized(self, storage: Any) -> None:
         record = self._records.get(storage)
-        if record is not None:
-            self.now[record[0]] += storage.nbytes() - record[1]
-            record[1] = storage.nbytes()
+        if record is not None:  # only FSDP does so, with the weights that it gathers
+            self.now[record[0]] -= record[1]
+            record[:] = ["gathered weights", storage.nbytes()]
+            self.now[record[0]] += record[1]
             self._look()
 
     def _look(self) -> None:
-        if sum(self.now.values()) > sum(self.peak.values()):
+        total = sum(self.now.values())
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), total)
+        if total > sum(self.peak.values()):
             self.peak, self.peak_place = dict(self.now), self.place
 
     # --- work ---------------------------------------------------------------------------------------------
@@ -127,29 +164,45 @@ class Playback(TorchDispatchMode):
     def _computed(self, func: Any, args: Any, kwargs: Any, result: Any, results: list[torch.Tensor]) -> None:
         flops = 0
         packet = func._overloadpacket
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=result)
-        elif "varlen_attn" in func.name():
+        if "varlen_attn" in func.name():
             flops = self._attended(func, args)
+        elif packet in FLOPS:
+            flops = FLOPS[packet](*args, **kwargs, out_val=result)
         self.flops[self.part] += flops
         inputs = _local_tensors((args, kwargs))
-        self.work.append((flops, sum(x.numel() * x.element_size() for x in (*inputs, *results))))
+        self.work.append((self.phase, flops, sum(x.numel() * x.element_size() for x in (*inputs, *results))))
 
     def _attended(self, func: Any, args: Any) -> float:
-        """FLOPs of causal attention over documents of equal lengths, and what its kernel would refuse."""
+        """FLOPs of attention inside of documents, and what its kernel would refuse."""
         tensors = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 3]
         is_backward = "backward" in func.name()
         query, key = tensors[is_backward], tensors[is_backward + 1]
         for problem in refusals(query, key):
             self.refusals[f"{problem} ({_place_of_caller()})"] += 1
         bounds = next(x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.int32)
-        length = query.shape[0] / max(1, len(bounds) - 1)
-        forward = 2.0 * query.shape[0] * length * query.shape[1] * query.shape[2]
+        known = bounds if type(bounds) is torch.Tensor else None  # else: documents of equal lengths
+        with unset_fake_temporarily():
+            squares = query.shape[0] ** 2 / (len(bounds) - 1) if known is None else _squares(known)
+        # Grouping of heads is the schema's only other switch, and comes as a keyword.
+        is_causal = any(x is True or (isinstance(x, list | tuple) and list(x) == [-1, 0]) for x in args)
+        forward = (2.0 if is_causal else 4.0) * squares * query.shape[1] * query.shape[2]
         return forward * (2.5 if is_backward else 1)
 
+    def _is_passing(self, tensor: torch.Tensor) -> bool:
+        """Is it a buffer of the communication's own, or a gradient that comes to stay?"""
+        record = self._records.get(tensor.untyped_storage())
+        return record is not None and record[0] == "activations"
+
     def _communicated(self, func: Any, args: Any, kwargs: Any) -> None:
-        sizes = [x.numel() * x.element_size() for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        tensors = _local_tensors(args)
+        self.assign("communication", [x for x in tensors if self._is_passing(x)])
+        sizes = [x.numel() * x.element_size() for x in tensors]
         self.collectives.append((func._opname, max(sizes, default=0)))
+        self.phases.append(self.phase)
+
+
+def _squares(bounds: torch.Tensor) -> float:
+    return float((bounds.diff().double() ** 2).sum())
 
 
 def refusals(query: torch.Tensor, key: torch.Tensor) -> list[str]:
@@ -173,13 +226,16 @@ def refusals(query: torch.Tensor, key: torch.Tensor) -> list[str]:
 def _local_tensors(tree: Any) -> list[torch.Tensor]:
     """A tree's tensors; of a sharded one this rank's part, for the whole has no memory of its own."""
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in leaves if not isinstance(leaf, HostKnown)]
     return [getattr(leaf, "_local_tensor", leaf) for leaf in leaves]
 
 
 def _place_of_caller() -> str:
     """``pipelines/optim.py:83``: the innermost line that is not torch's own."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path != Path(__file__) and "torch" not in path.parts:
-            return f"{path.parent.name}/{path.name}:{frame.lineno}"
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path not in OWN and "torch" not in path.parts:
+            return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
+        frame = frame.f_back
     return "torch"

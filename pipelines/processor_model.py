@@ -24,8 +24,8 @@ from pipelines.config import Recipe
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-def processor_config(recipe: Recipe, dataset: Dataset) -> Any:
-    """The configuration of the model to train.
+def processor_config(recipe: Recipe, dataset: Dataset | None) -> Any:
+    """The configuration of the model to train; ``dataset`` is asked unless there is a ``model.path``.
 
     Raises:
         UserError: there is none, or ``model.config`` names what it does not have.

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,9 +58,10 @@ from pipelines.ema import Ema
 from pipelines.evaluate import Evaluation
 from pipelines.export import export
 from pipelines.garbage import Garbage
+from pipelines.gpu_days import hint
 from pipelines.guard import LossGuard, StopSignal, Watchdog
 from pipelines.isolation import prove_isolation
-from pipelines.memory import check_fits
+from pipelines.memory import check_fits, check_rehearsed
 from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
 from pipelines.model import BuiltModel, build_model
 from pipelines.optim import NewTokenRows, build_optimizer, clip_gradients, lr_factor, set_lr
@@ -141,7 +143,7 @@ def prepare(recipe: Recipe, world: World) -> Training:
     refuse_empty_epochs(recipe, loader)
     refuse_short_schedule(recipe, total_steps)
     if world.is_main:
-        print(check_fits(recipe, config, datasets[0], world), flush=True)
+        print(check_fits(recipe, config, world), flush=True)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, config=recipe.checkpoint)
     if not recipe.run.resume:
         checkpoints.refuse_existing()
@@ -327,6 +329,8 @@ def announce(t: Training, log: MetricsLog, *, resumed: bool) -> None:
     micro = t.loader.microbatches_per_step
     log.say(parameter_table(t.built.model, t.optimizer))
     log.say(batch_arithmetic(t.recipe, t.world, microbatches=micro, total_steps=t.total_steps))
+    for line in hint(t.recipe, t.world, t.built.model.parameters(), steps=t.total_steps - t.step):
+        log.say(line)
     for line in tail_of_epoch(t.recipe, t.world, t.loader.plan.totals.num_packs):
         log.say(line)
     if resumed:
@@ -337,6 +341,8 @@ def announce(t: Training, log: MetricsLog, *, resumed: bool) -> None:
 
 def train(recipe: Recipe) -> None:
     """A whole run, or the rest of one."""
+    if recipe.guard.plan_memory and os.environ.get("RANK", "0") == "0":
+        print(check_rehearsed(recipe), flush=True)
     with start(recipe) as world, contextlib.ExitStack() as held:
         held.enter_context(RunLock(Path(recipe.run.dir), world))
         t = prepare(recipe, world)

@@ -233,20 +233,18 @@ def test_flops_are_those_that_torch_counts(family, name):
     assert token * weights["image_cost"] == pytest.approx(picture, rel=0.01)
 
 
-def test_the_planner_knows_weights_and_time_and_says_what_it_does_not(family, tmp_path, capsys):
+def test_the_planner_takes_the_costliest_pack_and_weighs_it_by_the_average(family, tmp_path):
     folder = family("qwen3_vl")
     recipe = parse_recipe(recipe_tree(folder, tmp_path / "run", data={"max_tokens": 256}))
     [figures] = plan_memory.plan(recipe, gpus=[1])
     parameters = sum(p.numel() for p in load(folder).parameters())
-    assert figures["memory"]["weights"] == 4 * parameters and figures["memory"]["optimizer"] == 8 * parameters
-    assert figures["memory"]["activations"] == 0 and figures["without_activations"]
-    assert "and activations" in plan_memory.estimate_line(figures)
-    flops = figures["step_seconds"] * plan_memory.GPUS[figures["gpu"]] * figures["mfu"]
+    held = figures["memory"]
+    assert held["parameters"] >= 4 * parameters and held["optimizer"] >= 8 * parameters
     loader = PackLoader(folder / "data", global_batch=1, max_tokens=256, num_epochs=1)
     count = count_flops(load(folder))
-    microbatches = list(loader)
-    a_token = sum(map(count.microbatch, microbatches)) / sum(m.num_tokens for m in microbatches)
-    assert flops / recipe.data.global_batch / 256 == pytest.approx(a_token, rel=0.1)
+    flops = [count.microbatch(microbatch) for microbatch in loader]
+    assert figures["step_flops"] / recipe.data.global_batch == pytest.approx(np.mean(flops), rel=0.25)
+    assert figures["steps"] == 4
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
