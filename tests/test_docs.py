@@ -280,7 +280,7 @@ def run_in_bash(text, folder, where):
     environment = os.environ | {"PATH": path, "PYTHONPATH": paths, "NO_COLOR": "1"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{where}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
