@@ -19,7 +19,6 @@ longer send SIGUSR1 to the ranks, as pipelines/cluster does.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -34,6 +33,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+if __name__ == "__main__":  # before torch: what is wrong with the command is told at once
+    from pipelines.command import check
+
+    check(sys.argv[1:], __doc__)
+
 import torch
 
 from omnidata import Dataset
@@ -42,7 +46,8 @@ from omnidata.loader.microbatch import Microbatch
 from omnidata.schema import UserError
 from pipelines.by_group import GroupCounts
 from pipelines.checkpoint import Checkpoints, restore_training_state, training_state
-from pipelines.config import Recipe, load_recipe, to_yaml
+from pipelines.command import recipe_of
+from pipelines.config import Recipe, to_yaml
 from pipelines.data import (
     model_config,
     model_inputs,
@@ -368,16 +373,8 @@ def train(recipe: Recipe) -> None:
 
 def main(arguments: list[str]) -> int:
     """``train.py RECIPE [dotted.key=value ...] [--profile]``"""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    parser.add_argument("--profile", action="store_true", help="trace a few steps: log.profile_steps=3")
-    options = parser.parse_intermixed_args(arguments)
-    overrides = options.overrides + ["log.profile_steps=3"] * options.profile
     try:
-        train(load_recipe(options.recipe, overrides))
+        train(recipe_of(arguments, __doc__))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,7 @@
 """Recipes are strict: every mistake is named, all in one message, and a resolved recipe round-trips."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,23 @@ assert RECIPES, "no recipe is tested"
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path):
     load_recipe(path)
+
+
+def test_what_is_wrong_with_the_command_is_told_without_torch(tmp_path):
+    script = Path(__file__).parents[1] / "pipelines" / "train.py"
+    code = f"""
+import runpy, sys
+try:
+    runpy.run_path({str(script)!r}, run_name="__main__")
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules)
+"""
+    for code_wanted, told, *arguments in (
+        (0, "", "--help"),
+        (1, "none.yaml does not exist", tmp_path / "none.yaml"),
+        (2, "RECIPE.yaml"),
+    ):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.stdout.split()[-2:] == [str(code_wanted), "False"], result.stderr
+        assert told in result.stderr
