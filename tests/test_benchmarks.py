@@ -23,7 +23,6 @@ PARTS = {
     "load_formats.py": "load.py",
     "load_peers.py": "load.py",
     "peers.py": "build.py",
-    "qwen_gpu.py": "gpu_day.py",
     "train_peers.py": "train.py",
     "train_setup.py": "train.py",
     "vocabularies.py": "render.py",
@@ -31,6 +30,7 @@ PARTS = {
 ELSEWHERE = {  # options that this machine cannot take
     ("bench.py", "--peers-python"): "an environment of its own (benchmarks/peers-requirements.txt)",
     ("load.py", "--peers-python"): "an environment of its own (benchmarks/peers-requirements.txt)",
+    ("qwen_gpu.py", "--layers"): "the toy has two, the whole model as many as the device holds",
     ("train.py", "--run"): "from itself to itself",
     ("train_gpu.py", "--compile"): "a compiler for the device",
 }
