@@ -184,7 +184,9 @@ def check_scripts(rest, where):
     programs = [script for script in scripts if script.suffix == ".py"]
     if programs and "examples" not in programs[0].parts:
         after = rest[rest.index(name(programs[0])) :] if name(programs[0]) in rest else rest
-        known = options_of_script(programs[0])
+        imported = re.findall(r"^from (pipelines\.\w+) import", programs[0].read_text(), re.MULTILINE)
+        sources = [programs[0], *(ROOT / f"{module.replace('.', '/')}.py" for module in imported)]
+        known = set().union(*map(options_of_script, sources))
         flags = {word.partition("=")[0] for word in after if word.startswith("--")}
         assert flags <= known, f"{where}: {flags - known}"
     recipes = [script for script in scripts if script.suffix == ".yaml" and "recipes" in script.parts]
