@@ -17,8 +17,9 @@ from typing import Any
 import click
 
 from omnidata import __version__
-from omnidata.options import build_options, copy_options, cost_options, render_options
-from omnidata.printable import printable, to_json
+from omnidata.cli_copies import export, merge, print_report, subset
+from omnidata.options import build_options, cost_options, render_options
+from omnidata.printable import printable
 from omnidata.schema import UserError
 from omnidata.start import TOKENIZER, keep_pandas_out, worker_imports
 
@@ -82,7 +83,7 @@ def build_shards(**flags: Any) -> int:
     from omnidata.builder.build import build
 
     report = build(settings, flags["out"], options)
-    _print_report(report, as_json=flags["as_json"])
+    print_report(report, as_json=flags["as_json"])
     # An error that nobody foresaw ends no build, but somebody should hear of it.
     return 1 if report.rejects.get("unexpected") else 0
 
@@ -92,15 +93,9 @@ def _print_dry_run(settings: Any, options: Any, *, as_json: bool) -> None:
     from omnidata.inspect import terminal
 
     report = dry_run(settings, options)
-    _print_report(report, as_json=as_json)
+    print_report(report, as_json=as_json)
     if not as_json:
         terminal.print_samples(terminal.make_console(), report.views)
-
-
-def _print_report(report: Any, *, as_json: bool) -> None:
-    """A report has ``to_json()`` for scripts and ``lines()`` for people."""
-
-    click.echo(to_json(report.to_json()) if as_json else printable("\n".join(report.lines())))
 
 
 @cli.command()
@@ -125,7 +120,7 @@ def render(context: click.Context, dataset: str, **flags: Any) -> int:
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in flags.items() if context.get_parameter_source(name) != default}
     report = render_again(dataset, flags, given)
-    _print_report(report, as_json=flags["as_json"])
+    print_report(report, as_json=flags["as_json"])
     return 1 if report.rejects.get("unexpected") else 0
 
 
@@ -283,51 +278,6 @@ def plan(datasets: tuple[str, ...], **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("datasets", metavar="DATASET...", nargs=-1, required=True)
-@copy_options
-def merge(datasets: tuple[str, ...], as_json: bool, **flags: Any) -> None:
-    """Copy the samples of every DATASET into one. Nothing is tokenized or encoded again.
-
-    They must be of one tokenizer, chat template and profile of pictures. If they share keys, each key gets
-    its dataset's number (0-, 1-, …) in front. The manifest says where everything came from. Interrupted, it
-    goes on when the same command is run again.
-
-    \b
-    omnidata merge data/llava data/charts --out data/all
-    omnidata merge s3://bucket/a s3://bucket/b --out data/all --shard-bytes 256MB
-    """
-    from omnidata.commands.copies import merge as copy
-
-    _print_report(copy(datasets, **flags), as_json=as_json)
-
-
-@cli.command()
-@click.argument("dataset")
-@click.option("--where", default="", metavar="CONDITION", help="Samples that meet it, as in 'n_images <= 8'.")
-@click.option(
-    "--exclude",
-    default="",
-    metavar="FILE",
-    help="But not these keys, one per line (decontaminate writes it).",
-)
-@copy_options
-def subset(dataset: str, as_json: bool, **flags: Any) -> None:
-    """Copy some samples of DATASET into a new one. Nothing is tokenized or encoded again.
-
-    Every sample that is left out is a row of rejects.parquet (left_out): samples + rejects = records still
-    holds. `split` is a column like any other. Interrupted, it goes on when the same command is run again.
-
-    \b
-    omnidata subset data --where 'relevance_min >= 4 and n_images <= 8' --out data/good
-    omnidata subset data --where 'split == "val" or n_tokens < 4096' --out data/short
-    omnidata subset data --exclude leaks/exclude.txt --out data/clean
-    """
-    from omnidata.commands.copies import subset as copy
-
-    _print_report(copy(dataset, **flags), as_json=as_json)
-
-
-@cli.command()
 @click.argument("dataset")
 @click.option(
     "--against", multiple=True, required=True, metavar="BENCHMARK...", help="JSON, Parquet or a dataset."
@@ -358,7 +308,11 @@ def decontaminate(
     from omnidata.leaks import report
 
     found = report.decontaminate(dataset, against=(*against, *more), split=split or None, **options)
-    _print_report(found, as_json=as_json)
+    print_report(found, as_json=as_json)
+
+
+for command in (merge, subset, export):
+    cli.add_command(command)
 
 
 def main(args: list[str] | None = None) -> None:

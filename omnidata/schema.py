@@ -363,9 +363,9 @@ class Manifest:
     num_records: int  # samples + rejects = records
     num_samples: int
     num_rejects: int
-    # Samples that lost turns to max_length. This and the counts of names below are the build's: a copy has
-    # the sums of its inputs, so a subset those of all samples of the dataset that it was taken from.
-    num_truncated: int
+    # This one and the counts of names below are the build's: a copy has the sums of its inputs, so a subset
+    # those of all samples of the dataset that it was taken from.
+    num_truncated: int  # samples that lost turns to max_length
     num_tokens: int
     num_supervised: int
     num_images: int
@@ -375,7 +375,7 @@ class Manifest:
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     notes: dict[str, int]  # what else there is to tell, in words -> samples
     shards: list[ShardInfo] = field(default_factory=list)
-    origin: dict[str, Any] = field(default_factory=dict)  # of a copy: omnidata.origin
+    origin: dict[str, Any] = field(default_factory=dict)  # what it was copied from; see omnidata.origin
     num_dialogue_bytes: int = 0  # of all KEY.json; headers and padding not counted
     base: dict[str, Any] = field(default_factory=dict)  # of a view: view_base.py; its samples are records
 

@@ -139,18 +139,24 @@ def write_shard(file: Writable, samples: Iterable[Sample]) -> list[tuple[int, in
 
     The archive ends as ``tarfile`` ends it: two zero blocks, padded to 10,240 bytes.
     """
+    spans = write_samples(file, samples)
+    end_archive(file, sum(spans[-1]) if spans else 0)
+    return spans
+
+
+def write_samples(file: Writable, samples: Iterable[Sample], *, start: int = 0) -> list[tuple[int, int]]:
+    """Write samples to an archive that has ``start`` bytes; return each one's (offset, nbytes)."""
     spans: list[tuple[int, int]] = []
-    position = 0
+    position = start
     for sample in samples:
-        start = position
+        first = position
         for name, content in sample_members(sample):
             padding = -len(content) % BLOCK
             file.write(tar_header(name, len(content)))
             file.write(content)
             file.write(_ZEROS[:padding])
             position += BLOCK + len(content) + padding
-        spans.append((start, position - start))
-    end_archive(file, position)
+        spans.append((first, position - first))
     return spans
 
 

@@ -368,6 +368,16 @@ def test_stopped_it_says_how_to_go_on_and_goes_on_only_with_the_same_inputs(pair
     assert members(out) == members(tmp_path / "peace") and codes(out, deep=True) == set()
 
 
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_copied(pair, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"0\.0 GB are to be written, 0\.0 GB are free"):
+        Merging(pair).build(tmp_path / "c")
+    assert not (tmp_path / "c" / "shards").exists()
+    monkeypatch.undo()
+    assert Merging(pair).build(tmp_path / "c").num_samples == 70
+
+
 def test_a_full_disk_says_so(pair, tmp_path):
     def full(name, path):
         if name == "sync" and path.startswith("shards/val"):

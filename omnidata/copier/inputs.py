@@ -43,7 +43,7 @@ class Input:
         """sha256 of its manifest, which holds that of every shard."""
         return hashlib.sha256(self.dataset.read_file(MANIFEST)).hexdigest()
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """All rows that are copied, ascending."""
         return np.sort(np.concatenate([np.zeros(0, np.int64), *self.chosen.values()]))
@@ -58,11 +58,7 @@ def open_inputs(settings: CopySettings, out: str) -> list[Input]:
     """
     datasets = [Dataset(path) for path in settings.datasets]
     for dataset in datasets:
-        if dataset.base is not None:
-            raise UserError(
-                f"{dataset.path} is a view of {dataset.base.path} and has no images of its own to copy: copy "
-                "the base, and render that"
-            )
+        _check_kind(dataset, settings.command)
     _check_out(datasets, out)
     check_agreement(datasets)
     excluded = frozenset(read_keys(settings.exclude)) if settings.exclude else frozenset()
@@ -73,10 +69,21 @@ def open_inputs(settings: CopySettings, out: str) -> list[Input]:
     return _with_prefixes(chosen)
 
 
+def _check_kind(dataset: Dataset, command: str) -> None:
+    """A view is exported, any other dataset copied."""
+    if command == "export" and dataset.base is None:
+        raise UserError(f"{dataset.path} is no view, it has all that it needs: copy the folder as it is")
+    if command != "export" and dataset.base is not None:
+        raise UserError(
+            f"{dataset.path} is a view: its images are in {dataset.base.path}. Make it a dataset of its own "
+            f"first, omnidata export {dataset.path} --out DIR (or {command} the base, and render that)"
+        )
+
+
 def _check_out(datasets: Sequence[Dataset], out: str) -> None:
     """``--overwrite`` must not remove what is copied."""
     target = Store(out)
-    for dataset in datasets:
+    for dataset in (*datasets, *(dataset.base for dataset in datasets if dataset.base)):
         source = Store(dataset.path)
         paths = [store.full("") for store in (source, target)]
         if source.is_local and target.is_local:
@@ -86,7 +93,8 @@ def _check_out(datasets: Sequence[Dataset], out: str) -> None:
 
 
 def _choose(dataset: Dataset, settings: CopySettings, excluded: frozenset[str]) -> Input:
-    table = dataset.index_columns(["split", "shard", "offset", "nbytes"], dictionary=["split", "shard"])
+    columns = ["split", "shard", "offset", "nbytes", "base_nbytes"]
+    table = dataset.index_columns(columns, dictionary=["split", "shard"])
     _check_places(dataset, table)
     names, split_of = codes(table, "split")
     met = np.ones(table.num_rows, bool)
@@ -102,7 +110,8 @@ def _choose(dataset: Dataset, settings: CopySettings, excluded: frozenset[str]) 
     chosen = {name: np.flatnonzero(taken & (split_of == code)) for code, name in enumerate(names)}
     with dataset.open_table(INDEX) as file, reading_table(f"{dataset.path}/{INDEX}"):
         kept = kept_fields(open_parquet(file)[0].schema_arrow, f"{dataset.path}/{INDEX}")
-    return Input(dataset, numbers(table, "nbytes"), chosen, np.flatnonzero(met & named), tuple(kept))
+    nbytes = numbers(table, "nbytes") + numbers(table, "base_nbytes")  # of a view: a little too many
+    return Input(dataset, nbytes, chosen, np.flatnonzero(met & named), tuple(kept))
 
 
 def _check_named(

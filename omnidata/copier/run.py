@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ from omnidata.copier.worker import CopyJob
 from omnidata.durable import SCRATCH, Store
 from omnidata.executors import Executor, InlineExecutor, ProcessExecutor, num_cpus, run_tasks
 from omnidata.manifest import manifest_from_json
-from omnidata.schema import MANIFEST, PROCESSOR_DIR, SCHEMA_VERSION, TOKENIZER_DIR, Manifest
+from omnidata.schema import MANIFEST, PROCESSOR_DIR, SCHEMA_VERSION, TOKENIZER_DIR, Manifest, UserError
 
 PRELOAD = ("omnidata.copier.worker", "omnidata.without_pandas")
 BYTES_A_WORKER = 64 << 20  # copied in this process before another one would have started
@@ -62,6 +63,7 @@ def copy(settings: CopySettings, out: str, options: RunOptions, *, dry_run: bool
         identity = identity_of(settings, inputs)
         if resume_plan(store, identity, options) is None:
             _prepare(store, inputs[0], identity)
+        _check_space(store, tasks)
         progress = CopyProgress(sum(task.num_samples for task in tasks), len(tasks), options.quiet)
         executor = open_executor(store, inputs, options, num_bytes=sum(task.num_bytes for task in tasks))
         with contextlib.closing(progress), executor as opened:
@@ -110,6 +112,19 @@ def _prepare(store: Store, first: Input, identity: dict[str, object]) -> None:
         if source.names(name):
             store.write_folder(name, source.local_copy(name))
     write_plan(store, BuildPlan(identity, (), ()))
+
+
+def _check_space(store: Store, tasks: Sequence[CopyTask]) -> None:
+    """Refuse a disk that cannot hold what is left to copy, rather than find out after hours."""
+    if not store.is_local:
+        return
+    left = sum(task.num_bytes for task in tasks if read_part(store, task) is None)
+    free = shutil.disk_usage(store.full("")).free
+    if left > free:
+        raise UserError(
+            f"{store.url}: {left / 1e9:,.1f} GB are to be written, {free / 1e9:,.1f} GB are free there. Free "
+            "some space, or choose another --out; what is copied already is kept"
+        )
 
 
 @contextlib.contextmanager

@@ -22,11 +22,12 @@ from omnidata.builder.worker import ShardResult, Tally, part_path
 from omnidata.copier.columns import with_columns
 from omnidata.copier.layout import CopyTask, Piece
 from omnidata.copier.rows import Place, check_sample, places_of, read_rows, read_run, replaced, runs
+from omnidata.copier.views import WholeSamples
 from omnidata.dataset import Dataset
 from omnidata.durable import Store
 from omnidata.index import idx_bytes, index_schema, numbers, write_tables
 from omnidata.schema import MANIFEST, ShardInfo, UserError
-from omnidata.shards import HashedFile, end_archive, prefix_names
+from omnidata.shards import HashedFile, end_archive, prefix_names, write_samples
 
 REPORT_SECONDS = 0.5
 
@@ -84,7 +85,12 @@ class _ShardCopy:
         """Copy the samples of one input; their rows as the new index has them."""
         dataset = _open(job.paths[piece.input], job.digests[piece.input])
         table, prefix = read_rows(dataset, piece.rows), job.prefixes[piece.input]
-        spans = self._samples(dataset, places_of(table), prefix)
+        if dataset.base is None:
+            spans = self._samples(dataset, places_of(table), prefix)
+        else:
+            whole = WholeSamples(dataset, table, self._tell)
+            spans = write_samples(self.file, whole, start=self.file.num_bytes)
+            table = whole.table
         columns = {
             "key": [prefix + key for key in table["key"].to_pylist()],
             "split": [task.split] * len(spans),
