@@ -36,8 +36,11 @@ def name(page):
 
 
 def options_of_script(path):
-    """The flags that a script's argparse or click knows, from its text."""
-    return set(re.findall(r'"(--?[a-z][\w-]*)"', path.read_text()))
+    """The flags that a script's argparse or click knows, from its text; train.py's stand in command.py."""
+    texts = [path.read_text()]
+    if path == ROOT / "pipelines" / "train.py":
+        texts.append((ROOT / "pipelines" / "command.py").read_text())
+    return set(re.findall(r'"(--?[a-z][\w-]*)"', "".join(texts)))
 
 
 ALL_OPTIONS = {"--help", "--version", "--resume"}
