@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from omnimodel.host_known import plain
@@ -47,10 +48,11 @@ def blocks_of(module: nn.Module, *, without: nn.Module | None = None) -> list[nn
     if marked:
         return marked
     lists = [each for each in module.modules() if hasattr(each, "blocks")]
-    return [block for block in lists[0].blocks if not isinstance(block, nn.Identity)] if lists else []
+    blocks = lists[0].get_submodule("blocks").children() if lists else ()
+    return [block for block in blocks if not isinstance(block, nn.Identity)]
 
 
-def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """Blocks of tower and language model in the order of the forward pass, without a dropped one."""
     tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
     return [*blocks_of(tower), *blocks_of(decoder, without=tower)]

@@ -26,7 +26,7 @@ class OmniLMMConfig(MistralConfig):
     mm_vision_tower: str = EVA02_E  # a timm ViT; its ``.tag`` names weights, otherwise inert
     vision_kwargs: dict[str, Any] | None = None  # passed on to timm.create_model
     num_query: int = 64  # features, and so <im_patch> tokens, an image; a square number
-    resampler_heads: int | None = None  # attention heads; None: one a 128 channels, as the original's
+    resampler_heads: int | None = None  # attention heads; None: one per 128 channels, as the original's
     image_size: int = 448  # pixels per side of the square that images become
     image_mean: list[float] | None = None  # with which the tower was trained, of values in 0…1; None: CLIP's
     image_std: list[float] | None = None

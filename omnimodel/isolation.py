@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from omnimodel.host_known import HostKnown, known
 from omnimodel.loss import IGNORE_INDEX
@@ -67,7 +68,7 @@ class Isolation:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, text: Probe, picture: Probe) -> Isolation:
+def probe(model: PreTrainedModel, text: Probe, picture: Probe) -> Isolation:
     """Seven short forwards of ``model``, which may be sharded: then a collective of all ranks."""
     was_training = model.training
     model.eval()
@@ -81,13 +82,14 @@ def probe(model: nn.Module, text: Probe, picture: Probe) -> Isolation:
         inputs = _inputs([picture])
         own = model(**own_inputs(model, inputs | {"shift_labels": _labels(inputs)})).loss
         ours = _as_its_own(model, inputs, own)
-        figures = [float(value) for value in (packed, joined, own, ours)]
+        dtype = alone_TD.dtype
+        found = Isolation(float(packed), float(joined), float(own), float(ours), dtype)
     finally:
         model.train(was_training)
-    return Isolation(*figures, dtype=alone_TD.dtype)
+    return found
 
 
-def _as_its_own(model: nn.Module, inputs: dict[str, Any], own: torch.Tensor) -> torch.Tensor:
+def _as_its_own(model: PreTrainedModel, inputs: dict[str, Any], own: torch.Tensor) -> torch.Tensor:
     """Our loss; without the scale of the text model's configuration if the class does not apply it."""
     ours = model(**inputs, shift_labels=_labels(inputs)).loss
     scale = model.logit_scale

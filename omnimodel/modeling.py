@@ -14,7 +14,7 @@ back from the GPU: shapes and counts come from the host, and checks of ids run o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,11 +31,16 @@ from omnimodel.resampler import Resampler
 
 Images = torch.Tensor | list[torch.Tensor]
 
+if TYPE_CHECKING:  # a mixin, beside a class of transformers
+    from transformers import PreTrainedModel as _Mixed
+else:
+    _Mixed = object
+
 # What the original samples with: ``model.generate(..., do_sample=True, **SAMPLING)``.
 SAMPLING = {"temperature": 0.6, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
-class _OmniLMM:
+class _OmniLMM(_Mixed):
     """What both classes below add to transformers' loading and initialisation.
 
     A mixin of both on purpose: transformers initialises each part with the innermost model's
@@ -91,6 +96,7 @@ class OmniLMMModel(_OmniLMM, MistralModel):
     def __init__(self, config: OmniLMMConfig) -> None:
         super().__init__(config)
         self.vision_tower = vision.build_vision_tower(config.mm_vision_tower, config.vision_kwargs)
+        assert config.resampler_heads is not None, "the configuration resolves it when it is made"
         self.resampler = Resampler(
             config.query_grid, config.hidden_size, config.resampler_heads, self.vision_tower.num_features
         )
@@ -113,6 +119,7 @@ class OmniLMMModel(_OmniLMM, MistralModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states ``[B, T, D]``. ``cu_seqlens`` int32 ``[D+1]`` marks the documents of a pack."""
         if inputs_embeds is None:
+            assert input_ids is not None, "either input_ids or inputs_embeds"
             is_decoding = cache is not None and cache.get_seq_length() > 0
             inputs_embeds = self.embed(input_ids, pixel_values, is_decoding=is_decoding)
         if cu_seqlens is not None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -33,7 +33,7 @@ from omnimodel.parts import image_tower
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
-def class_for(config: Any) -> type:
+def class_for(config: Any) -> type[PreTrainedModel]:
     """The class that trains a model of this configuration.
 
     Raises:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from omnimodel.blocks import blocks_of
 
@@ -32,7 +33,7 @@ class Parts:
         model: any transformers vision-language model, or OmniLMM; before or after it is distributed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.tower, self.decoder = image_tower(model), model.get_decoder()
         self.blocks = [*blocks_of(self.tower), *blocks_of(self.decoder, without=self.tower)]

@@ -14,7 +14,6 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 Grid = tuple[int, int]  # rows, columns
 MOST_GRIDS = 32  # pictures of any size make any number of grids
@@ -45,7 +44,7 @@ class ResizedOnce:
 
 
 @contextlib.contextmanager
-def resized_positions(tower: nn.Module, grid: Grid) -> Iterator[None]:
+def resized_positions(tower: Eva | VisionTransformer, grid: Grid) -> Iterator[None]:
     """Within the block a frozen ``tower`` takes ``grid`` for its own, with nothing left to resize."""
     table, patches = getattr(tower, "pos_embed", None), tower.patch_embed
     is_constant = table is not None and not any(p.requires_grad for p in tower.parameters())

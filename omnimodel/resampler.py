@@ -25,6 +25,8 @@ from omnimodel.positions import ResizedOnce
 class Resampler(nn.Module):
     """``Resampler(8, 4096, 32, kv_dim=1792)``: ``[B, N, 1792] -> [B, 64, 4096]``."""
 
+    pos_embed: torch.Tensor  # buffer [grid_size**2, embed_dim]
+
     def __init__(self, grid_size: int, embed_dim: int, num_heads: int, kv_dim: int | None = None) -> None:
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
@@ -37,8 +39,9 @@ class Resampler(nn.Module):
         self._resized_once = ResizedOnce()
         self.query = nn.Parameter(torch.empty(grid_size**2, embed_dim))
         self.proj = nn.Parameter(torch.empty(embed_dim, embed_dim))
-        needs_proj = kv_dim is not None and kv_dim != embed_dim
-        self.kv_proj = nn.Linear(kv_dim, embed_dim, bias=False) if needs_proj else nn.Identity()
+        self.kv_proj: nn.Module = nn.Identity()
+        if kv_dim is not None and kv_dim != embed_dim:
+            self.kv_proj = nn.Linear(kv_dim, embed_dim, bias=False)
         # Holds the weights under the original's names; its own forward is not used.
         self.attn = nn.MultiheadAttention(embed_dim, num_heads)
         self.ln_q = nn.LayerNorm(embed_dim, eps=1e-6)

@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import initialization as init
 
 from omnimodel.positions import resized_positions
 from omnimodel.resampler import sincos_table
+
+VisionTower: TypeAlias = Eva | VisionTransformer  # or another class of timm with their attributes
 
 # CLIP's statistics of the training images, as the original uses; other towers were trained with others.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -33,12 +37,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class DroppedBlock(nn.Identity):
     """Stands in for the last block: passes features on and ignores what a block is given besides."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """``x`` as it is."""
-        return x
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``input`` as it is."""
+        return input
 
 
-def build_vision_tower(name: str, vision_kwargs: dict[str, Any] | None = None) -> nn.Module:
+def build_vision_tower(name: str, vision_kwargs: dict[str, Any] | None = None) -> VisionTower:
     """A timm ViT without weights: ``build_vision_tower("vit_base_patch16_clip_224", {"depth": 3})``."""
     kwargs = {"num_classes": 0, "dynamic_img_size": True, "dynamic_img_pad": True, **(vision_kwargs or {})}
     try:
@@ -59,7 +63,7 @@ def build_vision_tower(name: str, vision_kwargs: dict[str, Any] | None = None) -
 
 
 @torch.no_grad()
-def start_positions(module: nn.Module) -> None:
+def start_positions(module: VisionTower) -> None:
     """Let learned positions start as the 2D sin-cos table (Beyer et al. 2022, "Better plain ViT baselines").
 
     From noise a small tower learns colours at once but takes several times as many pictures to learn places.
@@ -72,16 +76,17 @@ def start_positions(module: nn.Module) -> None:
         positions[0, positions.shape[1] - grid**2 :] = sincos_table(grid, positions.shape[-1])
 
 
-def dropped_names(names: list[str], tower: nn.Module) -> list[str]:
+def dropped_names(names: list[str], tower: VisionTower) -> list[str]:
     """Of a full timm state dict's names, those that ``build_vision_tower`` removed on purpose."""
     prefixes = (f"blocks.{len(tower.blocks) - 1}.", "attn_pool.", "fc_norm.", "head.")
     kept = set(tower.state_dict())
     return [name for name in names if name not in kept and name.startswith(prefixes)]
 
 
-def patch_features(tower: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+def patch_features(tower: VisionTower, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """``[N, 3, H, W]`` normalised images -> ``[N, rows * columns, D]`` and ``(rows, columns)``."""
-    grid = tuple(tower.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+    rows, columns = tower.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    grid = (rows, columns)
     with resized_positions(tower, grid):
         features_BND = tower(images)
     return features_BND[:, tower.num_prefix_tokens :], grid
@@ -125,7 +130,7 @@ def normalize(
 def mark_initialised(module: nn.Module) -> None:
     """Tell transformers to leave a module's own initialisation alone."""
     for submodule in module.modules():
-        submodule._is_hf_initialized = True
+        submodule._is_hf_initialized = True  # type: ignore[assignment]  # an attribute of transformers'
 
 
 def init_tower_module(module: nn.Module) -> None:

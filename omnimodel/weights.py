@@ -218,7 +218,7 @@ def _report(
     dropped: list[str],
     token_ids: dict[str, int],
 ) -> dict[str, Any]:
-    parts, counts = Parts(model), {}
+    parts, counts = Parts(model), dict[str, int]()
     for name, tensor in state.items():
         counts[parts.of(name)] = counts.get(parts.of(name), 0) + tensor.numel()
     return {
@@ -244,7 +244,7 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
     }
     _refuse_other_shapes(source, shapes, expected_shapes(OmniLMMConfig.from_pretrained(source)))
     out.mkdir(parents=True, exist_ok=True)
-    weight_map, num_bytes = {}, 0
+    weight_map, num_bytes = dict[str, str](), 0
     for number, file in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         # clone: tensors of a pickle may share memory, which safetensors refuses

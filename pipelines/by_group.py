@@ -28,7 +28,7 @@ class GroupCounts:
 
     def watching(self, microbatch: Microbatch) -> contextlib.AbstractContextManager[None]:
         """Around the forward of a microbatch: its losses are added to its groups' sums."""
-        if self._losses is None or microbatch.groups is None:
+        if self._losses is None or microbatch.groups is None or microbatch.supervised_groups is None:
             return contextlib.nullcontext()
         groups, num_groups = microbatch.groups.numpy(), len(self._names)
         lengths = np.diff(microbatch.cu_seqlens.numpy())[: len(groups)]  # a dummy is nobody's

@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,9 @@ class Checkpoints:
     def __init__(self, directory: Path, world: World, *, config: CheckpointConfig) -> None:
         self.directory, self.world, self.config = directory, world, config
         # Its own group: the writer's collectives must not meet those of the training.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # of all ranks
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
         # Beside the folder, so that a run whose checkpoints went away is known from one that had none yet.
@@ -321,12 +323,12 @@ def restore_training_state(
 
 def rng_state() -> dict[str, torch.Tensor]:
     """This process's random generators, as tensors."""
-    words = np.random.get_state(legacy=True)
+    words = np.random.get_state(legacy=False)["state"]
     version, inner, gauss = random.getstate()
     assert version == 3 and gauss is None, "nothing here draws with random.gauss"
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.append(words[1].astype(np.int64), words[2])),
+        "numpy": torch.from_numpy(np.append(words["key"].astype(np.int64), words["pos"])),
         "python": torch.tensor(inner, dtype=torch.int64),
     }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
@@ -336,7 +338,7 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     """Inverse of rng_state."""
     torch.set_rng_state(state["torch"])
     numbers = state["numpy"].numpy()
-    np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1])))
+    np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1]), 0, 0.0))
     random.setstate((3, tuple(state["python"].tolist()), None))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

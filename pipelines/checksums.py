@@ -93,7 +93,8 @@ def verify(folder: Path) -> str | None:
         return f"{Path(error.filename).name} cannot be read ({error.strerror})"
     if hashlib.sha256(sums).hexdigest().encode() != marker:
         return f"{SUMS} does not match {COMPLETE}"
-    expected = dict(reversed(line.split("  ", 1)) for line in sums.decode().splitlines())
+    lines = [line.split("  ", 1) for line in sums.decode().splitlines()]
+    expected = {name: digest for digest, name in lines}
     missing = [name for name in expected if not (folder / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"

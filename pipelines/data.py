@@ -82,7 +82,7 @@ def model_config(recipe: Recipe, dataset: Dataset) -> Any:
         field: ids[name] for field, name in SENTENCE_TOKEN_FIELDS.items() if ids.get(name) is not None
     }
     from_data |= {"vocab_size": manifest.vocab_size, "num_query": manifest.num_query}
-    return OmniLMMConfig(**(from_data | recipe.model.config))
+    return OmniLMMConfig(**(from_data | (recipe.model.config or {})))
 
 
 def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: Any) -> None:
@@ -199,7 +199,7 @@ def _tokenizer_mismatches(model_path: str, dataset: Dataset) -> list[str]:
 
 def _missing_packages(recipe: Recipe) -> Iterator[str]:
     """What the recipe asks for and this installation does not have."""
-    wanted = {"log.tracker": recipe.log.tracker} if recipe.log.tracker != "none" else {}
+    wanted: dict[str, str] = {"log.tracker": recipe.log.tracker} if recipe.log.tracker != "none" else {}
     wanted |= {"model.lora": "peft"} if recipe.model.lora else {}
     for key, package in wanted.items():
         if importlib.util.find_spec(package) is None:
@@ -300,7 +300,8 @@ def _shared_settings(recipe: Recipe, world: World, config: Any) -> dict[str, Any
 
 def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the model's forward; the copies to a GPU do not wait."""
-    is_omnilmm = not isinstance(microbatch.images, dict)
+    images = microbatch.images
+    is_omnilmm = not isinstance(images, dict)
     there = to_device if is_omnilmm else to_device_and_known
     inputs = {
         "input_ids": there(microbatch.input_ids[None], device),
@@ -311,12 +312,16 @@ def model_inputs(microbatch: Microbatch, device: torch.device) -> dict[str, Any]
         "num_supervised_tokens": microbatch.num_supervised_tokens,
         "num_supervised_rows": num_supervised(microbatch),
     }
-    if is_omnilmm:
-        has_images = len(microbatch.images) > 0
-        return inputs | {"pixel_values": to_device(microbatch.images, device) if has_images else None}
+    if not isinstance(images, dict):
+        squares = None
+        if len(images) > 0:
+            assert isinstance(images, torch.Tensor), "the loader of a run decodes"
+            squares = to_device(images, device)
+        return inputs | {"pixel_values": squares}
     raw = microbatch.normalise.affines if microbatch.normalise else {}
-    for name, tensor in microbatch.images.items():
+    for name, tensor in images.items():
         inputs[name] = raw[name](to_device(tensor, device)) if name in raw else there(tensor, device)
+    assert microbatch.token_type_ids is not None, "a processor's microbatch marks its pictures' tokens"
     return inputs | {"token_type_ids": there(microbatch.token_type_ids[None], device)}
 
 

@@ -23,7 +23,9 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         # FSDP shows gathered weights in their place while it needs them: these are the shards themselves.
-        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._weights: dict[str, torch.Tensor] = {
+            name: p for name, p in model.named_parameters() if p.requires_grad
+        }
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._lerp = get_ema_multi_avg_fn(decay)

@@ -24,7 +24,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from omnidata import Dataset
 from omnidata.durable import Store
@@ -71,7 +72,8 @@ def export(
     folder = Path(recipe.run.dir) / ("final-ema" if is_mean else "final")
     # Adapters are merged in the dtype that they were trained in.
     dtype = None if recipe.model.lora else DTYPES[recipe.run.dtype]
-    state = gathered(get_model_state_dict(model), dtype, keep=world.is_main)
+    shards = cast("dict[str, torch.Tensor]", get_model_state_dict(model))
+    state = gathered(shards, dtype, keep=world.is_main)
     if world.is_main:
         weights = merged(state, recipe.model.lora)
         text = card(recipe, datasets, step=step, best=best, is_mean=is_mean)
@@ -98,7 +100,7 @@ def gathered(
 
 
 def write(
-    model: nn.Module,
+    model: PreTrainedModel,
     state: dict[str, torch.Tensor],
     recipe: Recipe,
     datasets: Sequence[Dataset],
@@ -137,7 +139,12 @@ def _save_model(
 
 
 def _save_packed(
-    model: nn.Module, state: dict[str, torch.Tensor], dataset: Dataset, folder: Path, *, dtype: torch.dtype
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    dataset: Dataset,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
 ) -> None:
     """As the class's own ``save_pretrained`` does, and the processor beside it."""
     _copy_folder(dataset, PROCESSOR_DIR, folder)  # its config.json is the base model's, and written over
@@ -157,7 +164,7 @@ def _save_packed(
     clean.save_pretrained(folder)
 
 
-def end_tokens(model: nn.Module, dataset: Dataset) -> list[int]:
+def end_tokens(model: PreTrainedModel, dataset: Dataset) -> list[int]:
     """Ids that end a reply: of the training data, and those that the model had."""
     had = model.generation_config.eos_token_id
     had = had if isinstance(had, list) else [] if had is None else [had]

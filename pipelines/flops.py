@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from omnidata.loader.microbatch import Microbatch
 from omnidata.plan.cost import GPUS, ModelShape, image_flops, token_flops
 from omnimodel import OmniLMMConfig
 from omnimodel.packed import is_packed
 from omnimodel.parts import Parts
+from omnimodel.vision import VisionTower
 from pipelines.data import num_supervised
 from pipelines.processor_flops import ProcessorFlopCount, count_processor_flops
 
@@ -53,7 +54,7 @@ class FlopCount:
         return tokens + self.head_flops * supervised + self.image_flops * images
 
 
-def count_flops(model: nn.Module) -> FlopCount | ProcessorFlopCount:
+def count_flops(model: PreTrainedModel) -> FlopCount | ProcessorFlopCount:
     """Read shapes and ``requires_grad`` off a model, before anything is wrapped or sharded."""
     passes = _passes(Parts(model))
     if is_packed(model):
@@ -84,7 +85,7 @@ def _passes(parts: Parts) -> dict[str, int]:
     return passes
 
 
-def model_shape(config: OmniLMMConfig, tower: torch.nn.Module) -> ModelShape:
+def model_shape(config: OmniLMMConfig, tower: VisionTower) -> ModelShape:
     """What omnidata.plan.cost's formulas need, from a real model."""
     blocks = [block for block in tower.blocks if not isinstance(block, torch.nn.Identity)]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -99,11 +99,8 @@ class LossGuard:
 
     def load_state_dict(self, state: dict[str, float | int | None]) -> None:
         """Inverse of state_dict."""
-        self.num_nonfinite, self.in_a_row, self.mean = (
-            state["num_nonfinite"],
-            state["in_a_row"],
-            state["mean"],
-        )
+        self.num_nonfinite, self.in_a_row = int(state["num_nonfinite"] or 0), int(state["in_a_row"] or 0)
+        self.mean = state["mean"]
 
 
 class Watchdog:

@@ -77,7 +77,8 @@ def prove_isolation(recipe: Recipe, world: World, built: BuiltModel, dataset: Da
 def _probe(pixels: ProcessorPixels, ids: list[int], world: World, before: list[int] | None) -> Probe:
     """A document of ``ids``; with ``before``: of those, a picture, and ``ids``."""
     dummy = pixels.dummy
-    document, tensors, images = np.array(ids, np.int32), {}, ()
+    document, images = np.array(ids, np.int32), tuple[bytes, ...]()
+    tensors: dict[str, np.ndarray] = {}
     if before is not None:
         document = np.concatenate([np.array(before, np.int32), dummy.sample.input_ids, document])
         tensors, images = pixels.tensors([[_grey_ramp(dummy.side)]]), (b"",)
@@ -87,13 +88,11 @@ def _probe(pixels: ProcessorPixels, ids: list[int], world: World, before: list[i
         positions = np.arange(len(document))
     types = np.isin(document, pixels.profile.image_token_ids)
     arrays = (document.astype(np.int64), positions, types.astype(np.int64))
-    return Probe(
-        *(to_device_and_known(torch.from_numpy(array), world.device) for array in arrays),
-        images={
-            name: to_device_and_known(torch.from_numpy(array), world.device)
-            for name, array in tensors.items()
-        },
-    )
+    there = [to_device_and_known(torch.from_numpy(array), world.device) for array in arrays]
+    images_there = {
+        name: to_device_and_known(torch.from_numpy(array), world.device) for name, array in tensors.items()
+    }
+    return Probe(there[0], there[1], there[2], images_there)
 
 
 def _grey_ramp(side: int) -> torch.Tensor:

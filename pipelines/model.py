@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from omnidata.schema import UserError
 from omnimodel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
@@ -30,19 +31,20 @@ from pipelines.parallel import DTYPES, World, distribute
 class BuiltModel:
     """A model as the loop needs it."""
 
-    model: nn.Module  # names, state dict, generate
+    model: PreTrainedModel  # names, state dict, generate
     wrapped: nn.Module  # what the loop calls: `model` itself, or DDP around it
     flop_count: FlopCount | ProcessorFlopCount
 
 
 def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
     """Everything between a recipe and a model whose forward can be called."""
-    from_meta = world.is_sharded and recipe.model.path is not None
+    path = recipe.model.path
+    from_meta = world.is_sharded and path is not None
     torch.manual_seed(recipe.run.seed)  # the same weights on every rank
     if from_meta:
         with torch.device("meta"):
             model = new_model(config)
-    elif recipe.model.path is not None:
+    elif path is not None:
         model = load_model(recipe, config)
     else:
         with world.device:  # a GPU draws billions of numbers in a moment
@@ -57,18 +59,18 @@ def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
         compile_blocks(model)
     if not world.is_sharded:
         model.to(world.device)
-    in_files = names_in_files(model, recipe.model.path) if from_meta else {}
+    in_files = names_in_files(model, path) if from_meta and path is not None else {}
     wrapped = distribute(model, recipe, world, blocks=transformer_blocks(model))
-    if from_meta:
+    if from_meta and path is not None:
         model.to_empty(device=world.device)
         model.reset_buffers()
-        load_shards(model, recipe.model.path, in_files, seed=recipe.run.seed)
+        load_shards(model, path, in_files, seed=recipe.run.seed)
     elif world.is_sharded:
         model.to(world.device)  # buffers and the replicated tower; the shards are there already
     return BuiltModel(model, wrapped, flop_count)
 
 
-def new_model(config: Any) -> nn.Module:
+def new_model(config: Any) -> PreTrainedModel:
     """A model with random weights, float32; UserError for a configuration that cannot be built."""
     try:  # by this way its parts are float32 as well, whatever a published config.json says of them
         return class_for(config)._from_config(config, dtype=torch.float32)
@@ -76,7 +78,7 @@ def new_model(config: Any) -> nn.Module:
         raise UserError(f"model.config cannot be built: {error}") from error
 
 
-def load_model(recipe: Recipe, config: Any) -> nn.Module:
+def load_model(recipe: Recipe, config: Any) -> PreTrainedModel:
     """The weights of ``model.path``, whole, float32; UserError if they are not this model's."""
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -85,7 +87,7 @@ def load_model(recipe: Recipe, config: Any) -> nn.Module:
         raise UserError(f"model.path {recipe.model.path}: {error}") from error
 
 
-def choose_trainable(model: nn.Module, recipe: Recipe) -> None:
+def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
     """Freeze by component, add adapters, and keep what is frozen in the compute dtype.
 
     Nothing is added to a frozen weight, so float32 would only be a larger copy of what the forward casts.
@@ -105,7 +107,7 @@ def choose_trainable(model: nn.Module, recipe: Recipe) -> None:
             parameter.data = parameter.data.to(DTYPES[recipe.run.dtype])
 
 
-def names_in_files(model: nn.Module, path: str) -> dict[str, str]:
+def names_in_files(model: PreTrainedModel, path: str) -> dict[str, str]:
     """Name of each weight here -> in the folder's safetensors files. Before the model is sharded.
 
     Raises:

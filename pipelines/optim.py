@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, optim)
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.is_cuda or not isinstance(p, DTensor) for p in parameters)
-    return torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, fused=fused)
+    return torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=fused)
 
 
 def lr_factor(step: int, total_steps: int, optim: OptimConfig) -> float:

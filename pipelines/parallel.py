@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from omnidata.schema import UserError
 from omnimodel.packed import is_packed
@@ -105,7 +106,9 @@ def start(recipe: Recipe) -> Iterator[World]:
     backend = (
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     )  # gloo: checkpoints are written by CPU
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone: dict[str, Any] = (
+        {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    )
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
     try:
@@ -153,7 +156,7 @@ def mesh_of(recipe: Recipe, strategy: str, size: int, device: torch.device) -> D
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     if strategy == "hsdp":
         shard = recipe.parallel.shard_size
-        if size % shard:
+        if shard is None or size % shard:
             raise UserError(f"parallel.shard_size={shard} does not divide the {size} ranks")
         return init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     return None
@@ -162,7 +165,9 @@ def mesh_of(recipe: Recipe, strategy: str, size: int, device: torch.device) -> D
 # --- wrapping a model -------------------------------------------------------------------------------------
 
 
-def distribute(model: nn.Module, recipe: Recipe, world: World, *, blocks: Sequence[nn.Module]) -> nn.Module:
+def distribute(
+    model: PreTrainedModel, recipe: Recipe, world: World, *, blocks: Sequence[nn.Module]
+) -> nn.Module:
     """Wrap ``model`` for the strategy. ``blocks`` are its transformer blocks, each gathered on its own."""
     if world.strategy == "ddp":
         wrapped = DistributedDataParallel(
@@ -184,7 +189,7 @@ def _sum_bucket(_, bucket):  # not annotated: DDP refuses annotations that are s
     return future.then(lambda done: done.value()[0])
 
 
-def _fully_shard(model: nn.Module, recipe: Recipe, world: World, blocks: Sequence[nn.Module]) -> None:
+def _fully_shard(model: PreTrainedModel, recipe: Recipe, world: World, blocks: Sequence[nn.Module]) -> None:
     parts = Parts(model)
     tower, is_frozen = parts.tower, parts.is_frozen("vision_tower")
     settings: dict[str, Any] = {
@@ -209,7 +214,7 @@ def _fully_shard(model: nn.Module, recipe: Recipe, world: World, blocks: Sequenc
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
-def _large_ends(model: nn.Module) -> list[nn.Module]:
+def _large_ends(model: PreTrainedModel) -> list[nn.Module]:
     """Embedding and head, which lie in no block; none if they share a weight: the root holds it."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if any(end is None for end in ends) or ends[0].weight is ends[1].weight:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from omnidata.loader.microbatch import Microbatch
 from omnidata.plan.catalog import IMAGE_PIXELS
@@ -43,6 +44,7 @@ class ProcessorFlopCount:
         """FLOPs of one forward and backward; a dummy picture does not count."""
         lengths = np.diff(microbatch.cu_seqlens.numpy())
         has_dummy = microbatch.has_dummy
+        assert microbatch.token_type_ids is not None, "a processor's microbatch marks its pictures' tokens"
         return self.of(
             lengths[:-1] if has_dummy else lengths,
             images=microbatch.num_images,
@@ -83,7 +85,7 @@ class ProcessorFlopCount:
         )
 
 
-def count_processor_flops(model: nn.Module, passes: dict[str, int]) -> ProcessorFlopCount:
+def count_processor_flops(model: PreTrainedModel, passes: dict[str, int]) -> ProcessorFlopCount:
     """Read the modules of a model, before anything is wrapped or sharded."""
     parts, text = Parts(model), model.config.get_text_config()
     tower = set(parts.tower.modules())

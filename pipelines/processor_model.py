@@ -45,10 +45,10 @@ def processor_config(recipe: Recipe, dataset: Dataset | None) -> Any:
             "change: build it with --model of a model's folder, or give model.path"
         )
     tree = kept.to_dict()
-    problems = list(_unknown(recipe.model.config, tree, "model.config"))
+    problems = list(_unknown(recipe.model.config or {}, tree, "model.config"))
     if problems:
         raise UserError("\n  ".join(problems))
-    _merge(tree, recipe.model.config)
+    _merge(tree, recipe.model.config or {})
     try:
         return _known(type(kept).from_dict(tree))
     except (ValueError, TypeError, KeyError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from omnidata import Dataset
 from omnidata.conversation import to_conversation, with_grids
@@ -38,7 +38,7 @@ Turns = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …]
 
 
 def prompts_for(
-    model: nn.Module, folder: str | Path, profile: dict[str, Any] | None = None
+    model: PreTrainedModel, folder: str | Path, profile: dict[str, Any] | None = None
 ) -> OmniLMMPrompts | ProcessorPrompts:
     """The prompts of a model whose tokenizer, or processor, lies in ``folder``; ``profile``: a manifest's."""
     if isinstance(model.config, OmniLMMConfig):
@@ -52,7 +52,7 @@ def prompts_for(
 class OmniLMMPrompts:
     """Prompts of an OmniLMM."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config
         self.end_tokens = config.end_token_ids
@@ -61,13 +61,13 @@ class OmniLMMPrompts:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        tokens = self.slicing and self.slicing.slice_tokens
+        tokens = None if self.slicing is None else self.slicing.slice_tokens
         return Renderer(self.tokenizer, num_query=self.model.config.num_query, slice_tokens=tokens)
 
     def prompt(self, turns: Turns, images: Sequence[str]) -> tuple[np.ndarray, tuple[bytes, ...]]:
         """Ids int32 ``[T]`` and the stored images of their blocks, both as a dataset would hold them."""
         conversation = prompt_conversation(turns, images)
-        pictures = [read_image(image.path, slicing=self.slicing) for image in conversation.images]
+        pictures = [read_image(image.path or "", slicing=self.slicing) for image in conversation.images]
         conversation = with_grids(conversation, [picture.grid for picture in pictures])
         stored = tuple(image.data for picture in pictures for image in picture.images)
         return self._renderer.render_prompt(conversation), stored
@@ -89,7 +89,7 @@ class OmniLMMPrompts:
 class ProcessorPrompts:
     """Prompts of any other class, by its processor."""
 
-    def __init__(self, model: nn.Module, folder: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, folder: str, arguments: dict[str, Any]) -> None:
         self.model = model
         self.profile = ProcessorProfile(load_processor(folder), arguments)
         self.tokenizer = self.profile.processor.tokenizer
@@ -110,7 +110,7 @@ class ProcessorPrompts:
     def prompt(self, turns: Turns, images: Sequence[str]) -> tuple[np.ndarray, tuple[bytes, ...]]:
         """Ids int32 ``[T]`` and the pictures, both as a dataset would hold them."""
         conversation = prompt_conversation(turns, images)
-        pictures = [read_image(image.path) for image in conversation.images]
+        pictures = [read_image(image.path or "") for image in conversation.images]
         stored = tuple(image.data for picture in pictures for image in picture.images)
         sizes = tuple(decode_rgb(data).shape[1::-1] for data in stored)
         try:
