@@ -11,12 +11,17 @@ import os
 import re
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from omnidata.schema import RejectError, UserError
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-def caught(function: Callable[..., object], *arguments: object) -> Any:
+
+def caught(
+    function: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> Result | RejectError:
     """The function's result, or why there is none, as a RejectError.
 
     Raises:
@@ -24,7 +29,7 @@ def caught(function: Callable[..., object], *arguments: object) -> Any:
         OSError: the disk or the network failed (an error of theirs has a number).
     """
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except RejectError as error:
         return error
     except UserError:

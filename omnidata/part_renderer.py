@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,7 +38,10 @@ from omnidata.text.cuts import Span
 from omnidata.text.encoder import refuse_surrogates
 from omnidata.text.lines import Line
 from omnidata.text.part_template import Layout, PartTemplate, Structure, parts_of, structure_of, texts_of
-from omnidata.text.spans import interleave, labels_of, refuse_unsupervised
+from omnidata.text.spans import Encoding, interleave, labels_of, refuse_unsupervised, token_at
+
+if TYPE_CHECKING:
+    from omnidata.text.prepared import AnyTokenizer
 
 _STRETCH = re.compile(rf"(\ufdd0{NONCE}\d+\ufdd1)\1*")  # a control token's guard, once or again and again
 
@@ -86,7 +89,7 @@ class PartRenderer(Renderer):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer,
         profile: Profile,
         max_length: int | None = None,
         content_tokens: Sequence[str] = CONTENT_TOKENS,
@@ -280,17 +283,17 @@ class PartRenderer(Renderer):
 
     # --- step 4: encoding -> ids and labels ---------------------------------------------------------------
 
-    def _finish(self, conversation: Conversation, draft: Draft, encoding: Any) -> Rendered:
+    def _finish(self, conversation: Conversation, draft: Draft, encoding: Encoding) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
         counts = self._counts(ids, draft)
         length = int(counts.sum())
         if not self._fits(length):
-            return self._truncate(conversation, draft, encoding, length)
+            return self._cut(conversation, draft, encoding, length)
         labels = labels_of(ids, encoding, draft.spans)
         refuse_unsupervised(labels)
         before = np.concatenate(([0], np.cumsum(counts)))
         places = [
-            (before[encoding.char_to_token(first)], before[encoding.char_to_token(end - 1) + 1])
+            (before[token_at(encoding, first)], before[token_at(encoding, end - 1) + 1])
             for first, end in draft.places
         ]
         return Rendered(
@@ -316,7 +319,7 @@ class PartRenderer(Renderer):
             counts[places] = widths
         return counts
 
-    def _length(self, draft: Draft, encoding: Any, stop: int | None = None) -> int:
+    def _length(self, draft: Draft, encoding: Encoding, stop: int | None = None) -> int:
         return int(self._counts(np.array(encoding.ids), draft)[:stop].sum())
 
     def render_prompt(self, conversation: Conversation) -> np.ndarray:

@@ -48,7 +48,8 @@ from omnidata.text.cuts import Span
 from omnidata.text.encoder import IMAGE_GUARD, encoder_of, refuse_surrogates
 from omnidata.text.guarding import added_tokens
 from omnidata.text.lines import Line, written_texts
-from omnidata.text.spans import interleave, labels_of, refuse_unsupervised, widened
+from omnidata.text.prepared import AnyTokenizer
+from omnidata.text.spans import Encoding, interleave, labels_of, refuse_unsupervised, widened
 from omnidata.text.token_roles import content_tokens_of
 from omnidata.text.tokenizer import template_text
 from omnidata.text.transcript import Scribe
@@ -87,9 +88,9 @@ class Draft:
     num_images: int
     ends: tuple[tuple[int, int], ...] = ()  # (message, characters up to its end) of each assistant turn
     notes: tuple[str, ...] = ()  # what the report should tell besides
-    # For a processor's model alone (part_renderer):
-    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # guard -> width of each occurrence
-    places: tuple[tuple[int, int], ...] = ()  # characters of each picture's run: first, end
+    # Of a processor's pictures alone: widths by guard, of each occurrence; characters of the runs; the runs.
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    places: tuple[tuple[int, int], ...] = ()
     runs: tuple[Run, ...] = ()
 
 
@@ -104,7 +105,7 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer,
         num_query: int = 64,
         max_length: int | None = 2048,
         content_tokens: Sequence[str] = CONTENT_TOKENS,
@@ -163,7 +164,7 @@ class Renderer:
             for conversation, draft in zip(conversations, drafts, strict=True)
         ]
 
-    def _encode(self, texts: list[str]) -> list[Any]:
+    def _encode(self, texts: list[str]) -> Sequence[Encoding | RejectError]:
         """Encodings; if the tokenizer fails on all at once, a RejectError for each that is to blame."""
         encodings = caught(self._encoder.encode_batch, texts)
         if not isinstance(encodings, RejectError):
@@ -171,10 +172,10 @@ class Renderer:
         alone = [caught(self._encoder.encode_batch, [text]) for text in texts]
         return [each if isinstance(each, RejectError) else each[0] for each in alone]
 
-    def _finish_or_refuse(self, conversation: Conversation, draft: Draft, encoding: object) -> Rendered:
-        if isinstance(encoding, RejectError):
-            raise encoding
-        return self._finish(conversation, draft, encoding)
+    def _finish_or_refuse(self, talk: Conversation, draft: Draft, found: Encoding | RejectError) -> Rendered:
+        if isinstance(found, RejectError):
+            raise found
+        return self._finish(talk, draft, found)
 
     def render_prompt(self, conversation: Conversation) -> np.ndarray:
         """Ids int32 [L] of a conversation that ends with a user turn, and of the prompt for the reply."""
@@ -266,9 +267,8 @@ class Renderer:
         return sum(part.num_blocks for part in images)
 
     def _content(self, message: Message) -> str:
-        text = "".join(
-            [part.text if isinstance(part, TextPart) else self._picture(part) for part in message.parts]
-        )
+        texts = [part.text if isinstance(part, TextPart) else self._picture(part) for part in message.parts]
+        text = "".join(texts)
         refuse_surrogates(text)
         return text
 
@@ -288,11 +288,11 @@ class Renderer:
 
     # --- step 4: encoding -> ids and labels -----------------------------------------------------------------
 
-    def _finish(self, conversation: Conversation, draft: Draft, encoding: Any) -> Rendered:
+    def _finish(self, conversation: Conversation, draft: Draft, encoding: Encoding) -> Rendered:
         ids = np.array(encoding.ids, dtype=np.int32)
         length = self._length(draft, encoding)
         if not self._fits(length):
-            return self._truncate(conversation, draft, encoding, length)
+            return self._cut(conversation, draft, encoding, length)
         labels = labels_of(ids, encoding, draft.spans)
         starts: tuple[int, ...] = ()
         if draft.num_images and self._encoder.image_ids:
@@ -314,7 +314,7 @@ class Renderer:
     def _notes(self, draft: Draft) -> tuple[str, ...]:
         return (*self._closings.notes(draft.text, [end for _, end in draft.ends]), *draft.notes)
 
-    def _length(self, draft: Draft, encoding: Any, stop: int | None = None) -> int:
+    def _length(self, draft: Draft, encoding: Encoding, stop: int | None = None) -> int:
         """Tokens of the sample, or of what stands before token ``stop`` of the encoding, images widened."""
         ids = np.array(encoding.ids[:stop])
         return len(ids) + int(np.count_nonzero(ids == self._encoder.image_id)) * (self.num_query + 1)
@@ -332,7 +332,7 @@ class Renderer:
             return ids, labels
         return widened(ids, labels, self._encoder.image_id, self._encoder.image_ids, self.num_query)
 
-    def _truncate(self, conversation: Conversation, draft: Draft, encoding: object, length: int) -> Rendered:
+    def _cut(self, conversation: Conversation, draft: Draft, encoding: Encoding, length: int) -> Rendered:
         """Cut whole turns from the end, down to an assistant turn after which everything fits.
 
         The whole conversation's encoding says about how long each beginning of it is, so that, however many
@@ -350,7 +350,7 @@ class Renderer:
             f"{length} tokens, over max_length {self.max_length}, and no assistant turn ends before that",
         )
 
-    def _beginnings(self, conversation: Conversation, draft: Draft, encoding: Any) -> Iterator[int]:
+    def _beginnings(self, conversation: Conversation, draft: Draft, encoding: Encoding) -> Iterator[int]:
         """Numbers of messages that end with an assistant turn and may fit, the most first."""
         shift = len(conversation.messages) - len(self._with_system(conversation.messages))
         for message, end in reversed(draft.ends):

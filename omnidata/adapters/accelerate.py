@@ -19,7 +19,7 @@ the batches' ``num_items_in_batch`` is such that these means are the step's loss
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -28,11 +28,14 @@ from omnidata.adapters.stream import Stream, check_parallelism, open_packs
 from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class DeviceStream(Stream):
     """A Stream whose tensors are on the accelerator's device."""
 
-    def __init__(self, loader: PackLoader, accelerator: Accelerator, model: Any) -> None:
+    def __init__(self, loader: PackLoader, accelerator: Accelerator, model: PreTrainedModel) -> None:
         steps = loader.microbatches_per_step
         super().__init__(loader, model, averaged_over=steps * loader.world_size)
         self._device = accelerator.device
@@ -42,7 +45,9 @@ class DeviceStream(Stream):
             yield send_to_device(batch, self._device, non_blocking=True)
 
 
-def packs(data: object, accelerator: Accelerator, model: object = None, **settings: Any) -> DeviceStream:
+def packs(
+    data: object, accelerator: Accelerator, model: PreTrainedModel | None = None, **settings: Any
+) -> DeviceStream:
     """This rank's batches, registered with the accelerator.
 
     Args:

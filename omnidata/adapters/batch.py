@@ -16,7 +16,7 @@ denominator, counts the supervised tokens of the whole step, over all ranks and 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from omnidata.loader.microbatch import Microbatch
 from omnidata.profiles.folder import model_config
 from omnidata.profiles.opening import processor_folder
 from omnidata.schema import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
@@ -90,7 +93,7 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: 
     return total / (max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch)
 
 
-def token_types_name(model: Any) -> str | None:
+def token_types_name(model: PreTrainedModel) -> str | None:
     """How a model (or its class) calls the marks of image tokens in its forward."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # behind peft
     names = inspect.signature(whole.forward).parameters

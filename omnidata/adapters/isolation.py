@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from omnidata.loader.loader import PackLoader, State
 from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.reader import Document
 from omnidata.schema import IGNORE_INDEX, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENOUGH, MOST_STEPS = 16, 64  # documents to choose two from, and steps to look for them in
 ROUNDING, ROUNDING_OF_HALF = 1e-4, 3e-2  # of the loss; packed and alone have other shapes
@@ -33,7 +36,7 @@ REMEDY = (
 )
 
 
-def check_model(model: Any, loader: PackLoader, *, token_types: str | None = None) -> bool:
+def check_model(model: PreTrainedModel, loader: PackLoader, *, token_types: str | None = None) -> bool:
     """UserError if the model cannot learn from these packs; whether it divides by ``num_items_in_batch``."""
     dataset = loader.plan.sources[0].index.dataset
     rows, needed = model.get_input_embeddings().weight.shape[0], dataset.manifest.vocab_size
@@ -47,7 +50,7 @@ def check_model(model: Any, loader: PackLoader, *, token_types: str | None = Non
 
 
 @torch.no_grad()
-def check_isolation(model: Any, loader: PackLoader, *, token_types: str | None = None) -> None:
+def check_isolation(model: PreTrainedModel, loader: PackLoader, *, token_types: str | None = None) -> None:
     """Twelve short forwards of ``model``, where it is and with its dtype, on two documents of the first step.
 
     Raises:
@@ -79,7 +82,7 @@ def check_isolation(model: Any, loader: PackLoader, *, token_types: str | None =
 
 
 @torch.no_grad()
-def takes_denominator(model: Any, loader: PackLoader, *, token_types: str | None = None) -> bool:
+def takes_denominator(model: PreTrainedModel, loader: PackLoader, *, token_types: str | None = None) -> bool:
     """Does the model divide its loss by ``num_items_in_batch``? Some classes ignore it."""
     whole, _ = _two_documents(loader)
     was_training = model.training
@@ -90,7 +93,7 @@ def takes_denominator(model: Any, loader: PackLoader, *, token_types: str | None
 
 
 def _sees(
-    model: object, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
+    model: PreTrainedModel, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
 ) -> float:
     """By how much the loss of document ``1 - which`` moves when ``which`` changes, as a share of it."""
     other = _changed(whole, parts, which)
@@ -102,14 +105,16 @@ def _sees(
 
 
 def _differs(
-    model: object, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
+    model: PreTrainedModel, whole: Microbatch, parts: list[Microbatch], which: int, token_types: str | None
 ) -> float:
     """By how much a document's loss in the pack differs from its loss alone, as a share of it."""
     packed, alone = (_loss(model, pack, which, token_types) for pack in (whole, parts[which]))
     return abs(packed - alone) / max(abs(alone), 1e-30)
 
 
-def _loss(model: Any, pack: Microbatch, which: int, token_types: str | None, number: int = 1) -> float:
+def _loss(
+    model: PreTrainedModel, pack: Microbatch, which: int, token_types: str | None, number: int = 1
+) -> float:
     """The loss of one document of two; ``number``: what to divide its sum by."""
     inputs = model_inputs(pack, token_types=token_types)
     middle = int(pack.cu_seqlens[1])

@@ -9,18 +9,23 @@ The loss of a batch is its share of the step's: sum it over microbatches and ran
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from omnidata.adapters.stream import Stream, open_packs
 from omnidata.schema import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class PackDataset(Stream, IterableDataset):
     """This rank's microbatches. ``model`` and ``averaged_over`` as Stream's, all else as PackLoader's."""
 
-    def __init__(self, data: Any, model: Any = None, *, averaged_over: int = 1, **settings: Any) -> None:
+    def __init__(
+        self, data: Any, model: PreTrainedModel | None = None, *, averaged_over: int = 1, **settings: Any
+    ) -> None:
         Stream.__init__(self, open_packs(data, **settings), model, averaged_over=averaged_over)
 
     def __iter__(self) -> Any:

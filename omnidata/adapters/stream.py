@@ -8,12 +8,15 @@ every rank; the state stands behind the last step that was yielded whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnidata.adapters.batch import model_class, model_inputs, token_types_name
 from omnidata.adapters.isolation import check_model
 from omnidata.loader.loader import PackLoader
 from omnidata.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def open_packs(data: object, **settings: Any) -> PackLoader:
@@ -47,7 +50,9 @@ class Stream:
         UserError: the model cannot learn from these packs, or ignores the number that its loss is divided by.
     """
 
-    def __init__(self, loader: PackLoader, model: Any = None, *, averaged_over: int = 1) -> None:
+    def __init__(
+        self, loader: PackLoader, model: PreTrainedModel | None = None, *, averaged_over: int = 1
+    ) -> None:
         self.loader, self._averaged_over = loader, averaged_over
         kind = model_class(loader.plan.sources[0].index.dataset)
         self.token_types = None if kind is None else token_types_name(kind)

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnidata import corpus
 from omnidata.builder.identity import identity_of
@@ -22,6 +22,9 @@ from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, PROCESSOR_DIR, TOKENIZ
 from omnidata.text.preparation import prepare_tokenizer, resolved_template
 from omnidata.text.prepared import PreparedTokenizer, load_prepared
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, template_fingerprint, template_text
+
+if TYPE_CHECKING:
+    from omnidata.text.prepared import AnyTokenizer
 
 FEW_FILES, FEW_BYTES = 64, 64 << 20
 
@@ -118,7 +121,7 @@ def save_model(settings: BuildSettings, folder: str, *, source: str = "") -> tup
     return renderer, renderer.profile.to_json() | {"positions": positions, "fingerprint": after}
 
 
-def save_tokenizer(source: str, folder: str, *, chat_template: str | None = None) -> Any:
+def save_tokenizer(source: str, folder: str, *, chat_template: str | None = None) -> AnyTokenizer:
     """Write the tokenizer as the dataset will carry it; return it as loaded from there."""
     if chat_template is not None:
         return prepare_tokenizer(source, folder, chat_template=chat_template)

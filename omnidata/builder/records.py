@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -47,6 +47,9 @@ from omnidata.schema import (
 from omnidata.text.prepared import load_prepared
 from omnidata.text.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from omnidata.text.prepared import AnyTokenizer
+
 BATCH_RECORDS = 128  # rendered together: the tokenizer's encode_batch saves most of the per-call cost
 BATCH_WITH_PICTURES = 16  # their pictures are held while they are rendered
 BATCH_BYTES = 64 << 20  # of image data that travels inside the records of a batch
@@ -56,6 +59,7 @@ RESPELLED = "have a picture that was found under another Unicode form (NFC, NFD)
 COUNTS = ("unread_keys", "spelled_tokens", "content_tokens", "notes", "columns")  # counted over samples
 
 Note = Callable[[str], object]
+Talk = Conversation | RejectError | Reject  # a record as it was understood, or why it was not
 Positioned = tuple[int, Record | Reject]  # position in the whole corpus, and what was read there
 
 
@@ -126,10 +130,10 @@ class Stages:
                 note(_place(record))
                 yield self._finish(position, record, talk, outcome, pictures)
 
-    def _converse(self, record: Record | Reject) -> Conversation | RejectError | Reject:
+    def _converse(self, record: Record | Reject) -> Talk:
         return record if isinstance(record, Reject) else caught(to_conversation, record, self.reading)
 
-    def _look(self, record: Record | Reject, talk: object, note: Note) -> tuple[Any, Pictures | None]:
+    def _look(self, record: Record | Reject, talk: Talk, note: Note) -> tuple[Talk, Pictures | None]:
         """The conversation with its pictures' grids or sizes, and the pictures; None: they can wait."""
         early = self.settings.max_slices or self.settings.model
         if not early or not isinstance(talk, Conversation):
@@ -147,7 +151,7 @@ class Stages:
         self,
         position: int,
         record: Record | Reject,
-        talk: object,
+        talk: Talk,
         outcome: Rendered | RejectError | Reject,
         pictures: Pictures | None,
     ) -> Built | Reject:
@@ -155,6 +159,9 @@ class Stages:
             return record
         if isinstance(outcome, RejectError):
             return rejected(record, outcome)
+        assert isinstance(talk, Conversation) and isinstance(outcome, Rendered), (
+            "what is no reject is rendered"
+        )
         built = caught(self._build, position, record, talk, outcome, pictures)
         return rejected(record, built) if isinstance(built, RejectError) else built
 
@@ -280,7 +287,7 @@ def load_part_renderer(settings: BuildSettings, folder: Store) -> PartRenderer:
     )
 
 
-def renderer_of(settings: BuildSettings, tokenizer: object) -> Renderer:
+def renderer_of(settings: BuildSettings, tokenizer: AnyTokenizer) -> Renderer:
     """The renderer of OmniLMM's profile."""
     return Renderer(
         tokenizer,

@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -130,7 +130,7 @@ def open_archive(path: str) -> Archive:
         raise UserError(f"--image-root {path}: cannot be read as an archive: {error}") from None
 
 
-def _zip_members(file: Any, path: str) -> dict[str, Member]:
+def _zip_members(file: BinaryIO, path: str) -> dict[str, Member]:
     members = {}
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
@@ -147,7 +147,7 @@ def _zip_members(file: Any, path: str) -> dict[str, Member]:
     return members
 
 
-def _tar_members(file: Any) -> dict[str, Member]:
+def _tar_members(file: BinaryIO) -> dict[str, Member]:
     members = {}
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:

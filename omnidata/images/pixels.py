@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -45,6 +45,9 @@ from omnidata.images.header import (
 )
 from omnidata.images.shrink import shrink_rgb
 from omnidata.schema import EncodedImage, RejectError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Policy = Literal["keep", "shrink"]
 Check = Literal["full", "quick"]
@@ -294,14 +297,14 @@ def _open_whole(data: bytes, header: ImageHeader) -> Any:
     return image
 
 
-def _may_lack_rows(data: bytes, image: Any) -> bool:
+def _may_lack_rows(data: bytes, image: Image.Image) -> bool:
     """A row that never came is all zero. Counting the unpacked bytes is dear, so only then."""
     interlaced = data[28] == 1
     last_row = image.crop((0, image.height - 1, image.width, image.height))
     return interlaced or not np.asarray(last_row).any()
 
 
-def _pillow_rgb(image: Any, header: ImageHeader) -> np.ndarray:
+def _pillow_rgb(image: Image.Image, header: ImageHeader) -> np.ndarray:
     """8 bits a channel, opaque, sRGB."""
     from PIL import Image
 
@@ -324,7 +327,7 @@ def _pillow_rgb(image: Any, header: ImageHeader) -> np.ndarray:
     return np.array(image)
 
 
-def _scale_16_bits(image: Any) -> Any:
+def _scale_16_bits(image: Image.Image) -> Image.Image:
     """0..65535 -> 0..255. Pillow's own conversion clips, which turns nearly every pixel white."""
     from PIL import Image
 
@@ -368,7 +371,7 @@ def _probe_colours() -> np.ndarray:
     return np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(36, 6, 3)
 
 
-def _apply(transform: Any, image: Any) -> Any:
+def _apply(transform: Any, image: Image.Image) -> Any:
     from PIL import ImageCms
 
     return ImageCms.applyTransform(image, transform)

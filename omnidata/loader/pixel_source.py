@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omnidata.loader.processor_pixels import ProcessorPixels
 from omnidata.schema import UserError
@@ -12,6 +12,7 @@ from omnidata.schema import UserError
 if TYPE_CHECKING:
     from omnidata.dataset import Dataset
     from omnidata.loader.augment import Augment
+    from omnidata.profiles.processor import ProcessorProfile
     from omnidata.profiles.tensors import Normalisation
 
 
@@ -49,7 +50,7 @@ def open_pixels(
 
 
 @lru_cache(maxsize=4)
-def normalisation_of(profile: Any) -> Normalisation | None:
+def normalisation_of(profile: ProcessorProfile) -> Normalisation | None:
     """What turns its raw tensors into its own; None: there is no such map. About a second, once."""
     from omnidata.profiles.tensors import find_normalisation
 

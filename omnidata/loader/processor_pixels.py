@@ -19,6 +19,7 @@ from omnidata.schema import IGNORE_INDEX, RejectError, Sample, UserError
 
 if TYPE_CHECKING:
     from omnidata.loader.assembler import Work
+    from omnidata.profiles.processor import ProcessorProfile
 
 ALIGNMENT = 64  # bytes between tensors in shared memory
 BYTES_PER_VALUE = 4  # float32; raw ones take one
@@ -53,7 +54,7 @@ class ProcessorPixels:
         with_dummy: documents without any picture get the ``dummy`` behind them.
     """
 
-    profile: Any
+    profile: ProcessorProfile
     folder: str
     positions: str
     raw: bool = False

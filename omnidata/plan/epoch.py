@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class EpochPlan:
 
     def __init__(
         self,
-        data: Any,
+        data: object,
         *,
         seed: int = 0,
         epoch: int = 0,

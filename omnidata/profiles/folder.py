@@ -17,9 +17,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnidata.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, ProcessorMixin
 
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,7 +31,7 @@ _PACKAGE = re.compile(
 )
 
 
-def load_processor(name: str | os.PathLike[str]) -> Any:
+def load_processor(name: str | os.PathLike[str]) -> ProcessorMixin:
     """The processor of a model's folder or Hub id.
 
     Raises:
@@ -57,7 +60,7 @@ def load_processor(name: str | os.PathLike[str]) -> Any:
     return processor
 
 
-def _check_speaks(processor: Any, name: str) -> None:
+def _check_speaks(processor: ProcessorMixin, name: str) -> None:
     if not chat_template(processor):
         raise UserError(
             f"--model {name}: neither its processor nor its tokenizer has a chat template; take the instruct "
@@ -72,7 +75,7 @@ def _check_speaks(processor: Any, name: str) -> None:
         )
 
 
-def chat_template(processor: Any) -> str:
+def chat_template(processor: ProcessorMixin) -> str:
     """The template that the processor's ``apply_chat_template`` takes ("" if there is none)."""
     template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(template, Mapping):
@@ -80,7 +83,7 @@ def chat_template(processor: Any) -> str:
     return template or ""
 
 
-def save_processor(processor: Any, source: str, folder: str) -> None:
+def save_processor(processor: ProcessorMixin, source: str, folder: str) -> None:
     """Write the processor, and the model's config.json if there is one, into ``folder``."""
     with _quiet():
         processor.save_pretrained(folder)
@@ -98,7 +101,7 @@ def _config_file(source: str) -> str | None:
     return cached_file(source, CONFIG, _raise_exceptions_for_missing_entries=False)
 
 
-def model_config(folder: str | os.PathLike[str]) -> Any | None:
+def model_config(folder: str | os.PathLike[str]) -> PreTrainedConfig | None:
     """The model's configuration in a processor's folder; None: it came without one."""
     file = Path(folder) / CONFIG
     if not file.is_file():

@@ -13,11 +13,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from omnidata.profiles.folder import model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ONE_D, MROPE, UNKNOWN = "1d", "mrope", "unknown"  # unknown: the model's folder has no config.json
 
@@ -30,7 +33,7 @@ def kind_of_positions(folder: str | os.PathLike[str]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _bare_model(folder: str) -> Any | None:
+def _bare_model(folder: str) -> PreTrainedModel | None:
     """An instance without weights that has ``get_rope_index``; None: the model has no such positions."""
     from transformers import AutoModelForImageTextToText
 

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from omnidata.profiles import PROCESSOR, Run, Size
 from omnidata.profiles.shrinking import propose
 from omnidata.schema import RejectError, UserError
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 CACHED_SIZES = 1 << 15
 # What a processor raises on shapes that it cannot take; on meta also what it raises on values it cannot see.
@@ -40,7 +43,7 @@ class ProcessorProfile:
         UserError: the processor does not know an argument, or cannot be asked for replacements.
     """
 
-    def __init__(self, processor: Any, arguments: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, processor: ProcessorMixin, arguments: Mapping[str, Any] | None = None) -> None:
         self.processor = processor
         self.image_token: str = processor.image_token
         self.arguments = dict(arguments or {})
@@ -240,7 +243,7 @@ def _shares(total: int, counts: list[int]) -> list[int]:
     return np.diff(stops, prepend=0).tolist()
 
 
-def _names_of_arguments(processor: Any) -> set[str]:
+def _names_of_arguments(processor: ProcessorMixin) -> set[str]:
     """Arguments of a call that concern pictures: the processor's own and its image processor's."""
     names: set[str] = set()
     for owner in (processor, processor.image_processor):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import nodes
@@ -31,6 +31,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from omnidata.schema import RejectError, UserError
 from omnidata.text.opacity import contents_are_opaque
+
+if TYPE_CHECKING:
+    from jinja2.parser import Parser
 
 # What Zephyr, and so OmniLMM, trains on: <|role|>, newline, content, </s>, newline.
 ZEPHYR = """{% for message in messages %}
@@ -214,7 +217,7 @@ class ChatTemplate:
         return tuple(marked)
 
 
-def prints_zephyr(template: ChatTemplate, eos: str) -> bool:
+def prints_zephyr(template: ChatTemplate, eos: str | None) -> bool:
     """Are the template's turns those of Zephyr?"""
     turns = (("system", "a"), ("user", "b"), ("assistant", "c"))
     try:
@@ -321,7 +324,7 @@ class _GenerationTag(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
 
-    def parse(self, parser: Any) -> nodes.Node:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)

@@ -21,7 +21,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -32,6 +32,12 @@ from omnidata.text.prepared import PreparedTokenizer
 from omnidata.text.spaced_words import SpacedWords
 from omnidata.text.words import Words
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from omnidata.text.prepared import AnyTokenizer
+    from omnidata.text.spans import Encoding
+
 IMAGE_GUARD = f"\ufdd0{NONCE}image\ufdd1"
 _BRACKETED = re.compile(r"<.*>|\[.*\]|\{.*\}|.*[|｜].*", re.DOTALL)  # how role markers and tags are spelt
 
@@ -39,7 +45,7 @@ _BRACKETED = re.compile(r"<.*>|\[.*\]|\{.*\}|.*[|｜].*", re.DOTALL)  # how role
 class Encoder:
     """A tokenizer's ids for texts whose control tokens are written as guards."""
 
-    def __init__(self, tokenizer: Any, *, content_tokens: Sequence[str]) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, *, content_tokens: Sequence[str]) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
@@ -99,7 +105,7 @@ class Encoder:
         """The tokens' ids."""
         return [self._backend.token_to_id(guard) for guard in guards]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
         """Encodings (ids, char_to_token, token_to_chars) of guarded texts, nothing added."""
         if self._words is not None:
             return self._words.encode_batch(texts)
@@ -114,7 +120,7 @@ class Encoder:
 _LAST: list[tuple[Any, Any, Encoder]] = []  # (backend, what else decides, its encoder)
 
 
-def encoder_of(tokenizer: Any, *, content_tokens: Sequence[str]) -> Encoder:
+def encoder_of(tokenizer: AnyTokenizer, *, content_tokens: Sequence[str]) -> Encoder:
     """``Encoder(...)``; of a prepared tokenizer that was the last one, the same again.
 
     A build's workers are forked from a server that has made it (omnidata.builder.warm): 0.2 to 0.4 seconds
@@ -163,7 +169,7 @@ def _control_tokens(added: list[dict[str, Any]], content_tokens: Sequence[str]) 
 
 
 def _words_of(
-    backend: Any, state: dict[str, Any] | None, guards: Sequence[str]
+    backend: Tokenizer, state: dict[str, Any] | None, guards: Sequence[str]
 ) -> SpacedWords | Words | None:
     """What encodes texts by their words, if that is proven to be the same; ``state``: see ``guarded``."""
     description = described(backend)

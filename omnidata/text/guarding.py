@@ -8,16 +8,19 @@ model is written out, the pieces are renamed, and it is read again.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _PLAIN = dict.fromkeys(_FLAGS[:4], False) | {"special": True}
 _MODEL = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 
 
-def added_tokens(backend: Any) -> list[dict[str, Any]]:
+def added_tokens(backend: Tokenizer) -> list[dict[str, Any]]:
     """The added tokens by id: content, id and flags, as tokenizer.json has them."""
     found = sorted(backend.get_added_tokens_decoder().items())
     return [
@@ -26,7 +29,7 @@ def added_tokens(backend: Any) -> list[dict[str, Any]]:
     ]
 
 
-def described(backend: Any) -> dict[str, Any]:
+def described(backend: Tokenizer) -> dict[str, Any]:
     """tokenizer.json of a tokenizer, without its vocabulary."""
     from tokenizers import Tokenizer, models
 
@@ -36,7 +39,9 @@ def described(backend: Any) -> dict[str, Any]:
     return state | {"added_tokens": added_tokens(backend)}
 
 
-def guarded(backend: Any, guards: dict[str, str], image_guard: str) -> tuple[Any, dict[str, Any] | None]:
+def guarded(
+    backend: Tokenizer, guards: dict[str, str], image_guard: str
+) -> tuple[Any, dict[str, Any] | None]:
     """The copy; ``image_guard`` is one token more, with the next free id, for a whole image block.
 
     It adds nothing to texts: BOS is the renderer's business. Where the model was written out, what was
@@ -55,7 +60,7 @@ def _dressed(tokenizer: object, like: object) -> Any:
     return tokenizer
 
 
-def _sharing(backend: Any, guards: dict[str, str], image_guard: str) -> Any:
+def _sharing(backend: Tokenizer, guards: dict[str, str], image_guard: str) -> Any:
     from tokenizers import AddedToken, Tokenizer
 
     copy = _dressed(Tokenizer(backend.model), backend)
@@ -66,7 +71,7 @@ def _sharing(backend: Any, guards: dict[str, str], image_guard: str) -> Any:
     return copy
 
 
-def _written_anew(backend: Any, guards: dict[str, str], image_guard: str) -> tuple[Any, dict[str, Any]]:
+def _written_anew(backend: Tokenizer, guards: dict[str, str], image_guard: str) -> tuple[Any, dict[str, Any]]:
     from tokenizers import Tokenizer
 
     state = orjson.loads(backend.to_str())
@@ -86,7 +91,7 @@ def _next_id(state: dict[str, Any]) -> int:
     return 1 + max([*ids, len(state["model"].get("vocab", ())) - 1], default=-1)
 
 
-def _limit_cache(backend: Any) -> None:
+def _limit_cache(backend: Tokenizer) -> None:
     """Keep few texts in memory where words are not split off: nothing but the template's own comes back.
 
     Left alone, the model keeps the first ten thousand texts under 256 bytes with their pieces.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
 from omnidata.text.chat_template import ZEPHYR
 from omnidata.text.convert import converted
 from omnidata.text.tokenizer import fingerprint, load_tokenizer, template_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from omnidata.text.prepared import AnyTokenizer
 
 NAMED = {"zephyr": ZEPHYR}  # chat templates by name
 
@@ -47,7 +52,7 @@ def prepare_tokenizer(
     return loaded
 
 
-def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
     present = tokenizer.added_tokens_encoder
@@ -55,7 +60,7 @@ def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
 
 
-def _resolve_template(choice: str | None, tokenizer: object, *, source: str | Path) -> str:
+def _resolve_template(choice: str | None, tokenizer: AnyTokenizer, *, source: str | Path) -> str:
     own = template_text(tokenizer)
     if choice in (None, "keep"):
         if not own:

@@ -16,10 +16,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from omnidata.text.guarding import added_tokens
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | PreparedTokenizer"  # they answer alike
 GENERIC = "TokenizersBackend"
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -44,7 +49,9 @@ _KEPT = _HARMLESS - frozenset(
 _LEGACY = "special_tokens_map.json"  # read where the configuration does not list the added tokens
 # Files beside the two of which transformers may take tokens or templates.
 _OTHERS = ("added_tokens.json", "additional_chat_templates", "chat_template.json")
-_BACKENDS: dict[bytes, Any] = {}  # by hash of the file; workers inherit it from the server (builder/warm.py)
+_BACKENDS: dict[
+    bytes, Tokenizer
+] = {}  # by hash of the file; workers inherit it from the server (builder/warm.py)
 # Models whose early tokenizers transformers warns of (more than 100,000 tokens, saved before 5.0).
 _WARNED_OF = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 
@@ -53,7 +60,7 @@ _WARNED_OF = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 class PreparedTokenizer:
     """What building a dataset asks of a tokenizer, under the names that transformers uses."""
 
-    backend_tokenizer: Any  # tokenizers.Tokenizer
+    backend_tokenizer: Tokenizer
     chat_template: str | None
     special_tokens_map: dict[str, str]  # {"bos_token": "<s>", …}: those that it has
     added_tokens_encoder: dict[str, int]
@@ -142,7 +149,7 @@ def load_prepared(folder: str | Path) -> PreparedTokenizer | None:
     )
 
 
-def _backend(file: Path) -> Any:
+def _backend(file: Path) -> Tokenizer:
     """The tokenizer of a file; of equal files the same one: reading 150,000 words takes half a second."""
     from tokenizers import Tokenizer
 
@@ -180,7 +187,7 @@ def _template(config: dict[str, Any], folder: Path) -> str | None:
     return file.read_text("utf-8") if file.is_file() else config.get("chat_template")
 
 
-def _as_generic(backend: Any) -> Any:
+def _as_generic(backend: Tokenizer) -> Tokenizer:
     """transformers gives a tokenizer without post-processor one that adds nothing."""
     from tokenizers import processors
 
@@ -191,7 +198,7 @@ def _as_generic(backend: Any) -> Any:
     return backend
 
 
-def _is_plain(config: Any, backend: Any, folder: Path) -> bool:
+def _is_plain(config: Any, backend: Tokenizer, folder: Path) -> bool:
     """Whether transformers' generic class would add nothing to what tokenizer.json computes."""
     if config.keys() - _HARMLESS - set(_ROLES) - set(_EXTRA):
         return False
@@ -229,7 +236,7 @@ def _with_flags(token: dict[str, object]) -> dict[str, Any]:
     return flags | {"normalized": not token.get("special", False)} | token
 
 
-def _is_warned_of(backend: Any, folder: Path) -> bool:
+def _is_warned_of(backend: Tokenizer, folder: Path) -> bool:
     """Whether transformers may say that the file's pattern is faulty."""
     if backend.get_vocab_size() <= 100_000 or not (folder / "config.json").is_file():
         return False

@@ -9,11 +9,14 @@ on a probe text before anybody gets to use it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnidata.schema import UserError
 from omnidata.text.tokenizer import PROBE
 from omnidata.text.words import BLANK
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def tokenizer_from_model(file: Path) -> Any:
@@ -91,7 +94,7 @@ def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def _check_against_model(backend: Any, model: Any, file: Path) -> None:
+def _check_against_model(backend: Tokenizer, model: Any, file: Path) -> None:
     """Only BPE models without text normalisation can be expressed; every other one fails here."""
     backend.encode_special_tokens = True  # to sentencepiece "[INST]" is text, whatever the model's pieces
     blanks = "x".join(" " * n for n in range(40))

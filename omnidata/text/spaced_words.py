@@ -21,9 +21,12 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnidata.text.patterns import cuts_before_blanks, finds_no_blank_inside
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Spans = list[tuple[int, int]]  # first character of each token, and the one after its last
 
@@ -79,11 +82,14 @@ class SpacedEncoding:
 class SpacedWords:
     """Encodes texts by their words; holds a bounded number of them."""
 
-    def __init__(self, backend: Any, added: Sequence[str], guards: Sequence[str]) -> None:
+    def __init__(self, backend: Tokenizer, added: Sequence[str], guards: Sequence[str]) -> None:
         self._backend = backend
-        self._added = {token: (backend.token_to_id(token),) for token in (*added, *guards)}
+        ids = {token: backend.token_to_id(token) for token in (*added, *guards)}
+        self._added: dict[str, tuple[int, ...]] = {
+            token: (token_id,) for token, token_id in ids.items() if token_id is not None
+        }
         self._guard = guards[0]  # any: words on both sides of an added token are encoded apart
-        self._guard_id = backend.token_to_id(guards[0])
+        [self._guard_id] = self._added[guards[0]]
         longest_first = sorted(added, key=len, reverse=True)  # of those that fit, as tokenizers does
         alternatives = [_any_of_the(guards), *map(re.escape, longest_first)]
         self._split = re.compile(f"({'|'.join(alternatives)})")
@@ -91,7 +97,7 @@ class SpacedWords:
         self._forget()
 
     @classmethod
-    def of(cls, description: dict[str, Any], backend: Any, guards: Sequence[str]) -> SpacedWords | None:
+    def of(cls, description: dict[str, Any], backend: Tokenizer, guards: Sequence[str]) -> SpacedWords | None:
         """For a tokenizer, its description (guarding.described), and those of its added tokens that are
         guards; None if words cannot stand alone."""
         tokens = [token["content"] for token in description["added_tokens"]]

@@ -24,11 +24,16 @@ import shlex
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, SLICE_TOKENS, UserError
 from omnidata.text.vocabulary_files import how_to_convert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from omnidata.text.prepared import AnyTokenizer
 
 # Blanks, line ends, digits, scripts, bytes outside the vocabulary, code: where tokenizers differ.
 PROBE = (
@@ -39,7 +44,7 @@ PROBE = (
 )
 
 
-def load_tokenizer(path_or_id: str | Path) -> Any:
+def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer exactly as its tokenizer.json describes it, whatever class its config names.
 
     Raises:
@@ -53,7 +58,7 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     return tokenizer
 
 
-def from_pretrained(name: str) -> Any:
+def from_pretrained(name: str) -> PreTrainedTokenizerBase:
     """As transformers loads a folder with tokenizer.json or a Hub id; its configuration is not checked."""
     from transformers import TokenizersBackend
 
@@ -90,7 +95,7 @@ def _hub_in_reach() -> bool:
     return True
 
 
-def check_against_file(tokenizer: Any, file: Path) -> None:
+def check_against_file(tokenizer: AnyTokenizer, file: Path) -> None:
     """Refuse a tokenizer whose configuration made it differ from its own tokenizer.json."""
     if not file.is_file():
         return  # a Hub id: the file lies somewhere in the cache
@@ -107,7 +112,7 @@ def check_against_file(tokenizer: Any, file: Path) -> None:
         )
 
 
-def fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: AnyTokenizer) -> str:
     """Hex hash of the tokenizer's behaviour: ids of a fixed probe, special ids, vocabulary size.
 
     Two tokenizers with the same fingerprint give the same ids for the probe with each special token in
@@ -124,12 +129,12 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b(json.dumps(behaviour).encode(), digest_size=16).hexdigest()
 
 
-def template_fingerprint(tokenizer: object) -> str:
+def template_fingerprint(tokenizer: AnyTokenizer) -> str:
     """Hex sha256 of the chat template's text ("" if there is none)."""
     return hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
 
 
-def template_text(tokenizer: Any) -> str:
+def template_text(tokenizer: AnyTokenizer) -> str:
     """The chat template that apply_chat_template takes by default ("" if there is none)."""
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several named templates
@@ -137,7 +142,7 @@ def template_text(tokenizer: Any) -> str:
     return template or ""
 
 
-def special_token_ids(tokenizer: Any, more: Iterable[str] = ()) -> dict[str, int]:
+def special_token_ids(tokenizer: AnyTokenizer, more: Iterable[str] = ()) -> dict[str, int]:
     """Ids of the special tokens that the tokenizer has: bos, eos, pad, unk, image, grounding, slice tokens.
 
     ``more`` names others to include if it has them.
@@ -147,7 +152,7 @@ def special_token_ids(tokenizer: Any, more: Iterable[str] = ()) -> dict[str, int
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
 
 
-def _named_tokens(tokenizer: Any) -> dict[str, str]:
+def _named_tokens(tokenizer: AnyTokenizer) -> dict[str, str]:
     roles = {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
     present = tokenizer.added_tokens_encoder
     ours = {token: token for token in IMAGE_TOKENS + CONTENT_TOKENS + SLICE_TOKENS if token in present}

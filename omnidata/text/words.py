@@ -17,9 +17,12 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BLANK = "▁"  # how sentencepiece spells a space
 FIRST = " "  # marks the first word after an added token; typed spaces are blanks by then
@@ -95,7 +98,7 @@ class Words:
         self._forget()
 
     @classmethod
-    def of(cls, state: dict[str, Any], backend: Any) -> Words | None:
+    def of(cls, state: dict[str, Any], backend: Tokenizer) -> Words | None:
         """For a tokenizer and its ``to_str()``, parsed; None if words cannot stand alone."""
         prefix = _prefix(state)
         tokens = state["added_tokens"]
@@ -104,7 +107,8 @@ class Words:
         if not _is_plain_bpe(state["model"]):
             return None
         # Not the state's ids: the library gives its own to tokens that leave a gap after the vocabulary.
-        ids = {token["content"]: backend.token_to_id(token["content"]) for token in tokens}
+        names = [token["content"] for token in tokens]
+        ids = {name: found for name in names if (found := backend.token_to_id(name)) is not None}
         return cls(backend.model, ids, prefix)
 
     def encode_batch(self, texts: Sequence[str]) -> list[WordEncoding]:

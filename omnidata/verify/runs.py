@@ -6,13 +6,16 @@ what it says must stand in the ids, run after run, with no other image token any
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from omnidata.profiles.omnilmm import OmniLMMProfile
 from omnidata.schema import IGNORE_INDEX, IM_START, Manifest, RejectError, Sample
 from omnidata.verify.slices import LayoutError
+
+if TYPE_CHECKING:
+    from omnidata.profiles.processor import ProcessorProfile
 
 Row = dict[str, Any]
 
@@ -28,7 +31,7 @@ def omnilmm_columns(sample: Sample, manifest: Manifest) -> Row:
     }
 
 
-def run_columns(sample: Sample, profile: Any, sizes: list[list[int]], row: Row | None) -> Row:
+def run_columns(sample: Sample, profile: ProcessorProfile, sizes: list[list[int]], row: Row | None) -> Row:
     """The columns of a processor's runs.
 
     A run may begin or end with line ends that the tokenizer joined with the text beside it, so where the
@@ -76,7 +79,7 @@ def _find(ids: np.ndarray, wanted: np.ndarray, start: int) -> int | None:
     return None
 
 
-def _count(ids: np.ndarray, profile: Any) -> int:
+def _count(ids: np.ndarray, profile: ProcessorProfile) -> int:
     return int(np.isin(ids, profile.image_token_ids).sum())
 
 
@@ -88,7 +91,7 @@ def _shared_lead(ids: np.ndarray, at: int, whole: np.ndarray, core: np.ndarray) 
     return lead
 
 
-def _places_of(row: Row, ids: np.ndarray, runs: Any, profile: Any) -> Row:
+def _places_of(row: Row, ids: np.ndarray, runs: Any, profile: ProcessorProfile) -> Row:
     """The row's places, if each holds its run's core, within a token or two."""
     places = list(zip(row["image_starts"], row["image_tokens"], strict=False))
     if len(places) != len(runs):
