@@ -325,7 +325,7 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run a command; return its exit code instead of leaving the process."""
     try:
-        result: Any = cli.main(args=args, prog_name="omnidata", standalone_mode=False)
+        result: object = cli.main(args=args, prog_name="omnidata", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()

@@ -26,7 +26,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from omnidata.corpus.calls import read_tools
 from omnidata.corpus.columns import ALL, take_all, take_named
@@ -130,7 +129,7 @@ _FILLED_IN = re.compile(r"<(?:bbox|ref-object|box|point|points|polygon|seg|obj|r
 _FILLERS = frozenset(("objects", "bbox", "bboxes", "boxes", "points", "regions", "ref", "polygons"))
 
 
-def _more(turn: Turn) -> dict[str, Any]:
+def _more(turn: Turn) -> dict[str, object]:
     is_null = "tool_calls" in turn.more and turn.content is None
     return {**turn.more, "content": None} if is_null else turn.more
 

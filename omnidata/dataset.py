@@ -284,6 +284,6 @@ class Dataset:
             what = f"{self.path} has no {relative}: the dataset is damaged"
             raise UserError(f"{what}. Run `omnidata verify` (--repair rebuilds an index)") from None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Pickle without the cached tables: a worker reads the columns that it needs."""
         return {name: value for name, value in self.__dict__.items() if name not in _CACHED}

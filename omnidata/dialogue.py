@@ -72,7 +72,7 @@ def dialogue_json(conversation: Conversation, sizes: Sequence[Size | None] = ())
         RejectError: a tool, call or column holds what JSON does not.
     """
     known = [*sizes, *[None] * (len(conversation.images) - len(sizes))]
-    content: dict[str, Any] = {}
+    content: dict[str, object] = {}
     if conversation.columns:
         content["columns"] = dict(sorted(conversation.columns.items()))
     content["id"] = conversation.id
@@ -106,8 +106,8 @@ def _image_parts(conversation: Conversation) -> Iterable[ImagePart]:
     )
 
 
-def _image(reference: ImageRef, size: Size | None, grid: Size | None) -> dict[str, Any]:
-    image: dict[str, Any] = {}
+def _image(reference: ImageRef, size: Size | None, grid: Size | None) -> dict[str, object]:
+    image: dict[str, object] = {}
     if grid is not None:
         image["grid"] = list(grid)
     if reference.path and not reference.path.startswith("data:"):
@@ -117,14 +117,14 @@ def _image(reference: ImageRef, size: Size | None, grid: Size | None) -> dict[st
     return image
 
 
-def _message(message: Message) -> dict[str, Any]:
-    own: dict[str, Any] = {"content": [_part(part) for part in message.parts], "role": message.role}
+def _message(message: Message) -> dict[str, object]:
+    own: dict[str, object] = {"content": [_part(part) for part in message.parts], "role": message.role}
     if message.switched_off:
         own["train"] = False
     return own if not message.more else dict(sorted((own | message.more).items()))
 
 
-def _part(part: Part) -> dict[str, Any]:
+def _part(part: Part) -> dict[str, object]:
     return {"text": part.text, "type": "text"} if isinstance(part, TextPart) else {"type": "image"}
 
 

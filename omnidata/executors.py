@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from omnidata.durable import HOPELESS
 from omnidata.schema import UserError
 
-Work = Callable[[Any, Callable[[Any], None]], Any]  # (task, report) -> result
+Work = Callable[[Any, Callable[[object], None]], object]  # (task, report) -> result
 ATTEMPTS = 3  # one, and two more
 
 
@@ -38,23 +38,23 @@ ATTEMPTS = 3  # one, and two more
 class TaskProgress:
     """The worker reported on its way."""
 
-    task: Any
-    data: Any
+    task: object
+    data: object
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """The task's result."""
 
-    task: Any
-    result: Any
+    task: object
+    result: object
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The task raised."""
 
-    task: Any
+    task: object
     error: BaseException
 
 
@@ -62,7 +62,7 @@ class Failed:
 class Died:
     """The worker ended without an answer; ``how`` says by what."""
 
-    task: Any
+    task: object
     how: str
 
 
@@ -105,8 +105,8 @@ def run_tasks(
         WorkerDiedError: a task's worker died ``ATTEMPTS`` times.
         Exception: whatever a task raised. An OSError is tried again first, unless that cannot help.
     """
-    waiting, retries, running = iter(tasks), deque[Any](), 0
-    failures: Counter[Any] = Counter()
+    waiting, retries, running = iter(tasks), deque[object](), 0
+    failures: Counter[object] = Counter()
     while True:
         while running < executor.capacity:
             task = retries.popleft() if retries else next(waiting, None)
@@ -162,7 +162,7 @@ class InlineExecutor:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._tasks: deque[Any] = deque()
+        self._tasks: deque[object] = deque()
 
     def submit(self, task: object) -> None:
         """Remember the task; ``wait`` runs it."""
@@ -189,7 +189,7 @@ class InlineExecutor:
 class _Worker:
     process: Any
     pipe: connection.Connection
-    task: Any = None
+    task: object = None
 
 
 def start_server(preload: Sequence[str], **environment: str) -> None:

@@ -189,7 +189,7 @@ def read_table(
         return table.select(wanted)
 
 
-def read_rows(file: BinaryIO | pa.NativeFile, positions: Sequence[int]) -> list[dict[str, Any]]:
+def read_rows(file: BinaryIO | pa.NativeFile, positions: Sequence[int]) -> list[dict[str, object]]:
     """The rows at ``positions``, in that order; only the row groups that hold them are read.
 
     Raises:

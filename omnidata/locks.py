@@ -38,7 +38,7 @@ def locked(store: Store, name: str, *, shared: bool = False, wait: bool = False)
         yield
 
 
-def _holder() -> dict[str, Any]:
+def _holder() -> dict[str, object]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
 
 

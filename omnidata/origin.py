@@ -86,7 +86,7 @@ def rows_of_inputs(
                 start += count
 
 
-def settings_of_builds(settings: Mapping[str, Any], origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+def settings_of_builds(settings: Mapping[str, Any], origin: Mapping[str, Any]) -> list[dict[str, object]]:
     """The settings of a dataset as each of the builds had them that its samples are from.
 
     Inputs of a copy may differ in how long a sample might be and in the date that a template prints; a sample

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
 
 from omnidata.executors import Died, Done, Event, Failed, Work, portable
 from omnidata.schema import UserError
@@ -35,7 +34,7 @@ class RayExecutor:
         self.capacity = num_workers or int(ray.cluster_resources().get("CPU", 1))
         self._remote = ray.remote(max_retries=0, num_cpus=1)(_ray_task)
         self._work, self._folder = ray.put(work), folder
-        self._running: dict[Any, Any] = {}
+        self._running: dict[object, object] = {}
 
     def submit(self, task: object) -> None:
         """Start a Ray task."""
@@ -64,7 +63,7 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def _ray_task(work: Work, folder: str | None, task: object) -> Any:
+def _ray_task(work: Work, folder: str | None, task: object) -> object:
     """Runs on a Ray worker. Nothing is reported on the way: the result says it all."""
     try:
         if folder is not None:

@@ -40,7 +40,7 @@ class DeviceStream(Stream):
         super().__init__(loader, model, averaged_over=steps * loader.world_size)
         self._device = accelerator.device
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         for batch in super().__iter__():
             yield send_to_device(batch, self._device, non_blocking=True)
 

@@ -54,7 +54,7 @@ def model_inputs(
         averaged_over: losses whose mean the host takes, of ranks and microbatches, where their sum is wanted.
     """
     number = microbatch.num_supervised_tokens
-    inputs: dict[str, Any] = {
+    inputs: dict[str, object] = {
         "input_ids": microbatch.input_ids[None],
         "labels": unshifted(microbatch.labels)[None],
         "position_ids": _positions(microbatch.position_ids),

@@ -87,7 +87,7 @@ class Collator:
     def __init__(self, microbatches: Microbatches, token_types: str | None) -> None:
         self._microbatches, self._token_types = microbatches, token_types
 
-    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, object]:
         """The Trainer counts ``num_items_in_batch`` itself, so it is left out."""
         [row] = rows
         inputs = model_inputs(self._microbatches[row[NUMBER]], token_types=self._token_types)
@@ -121,7 +121,7 @@ class TrainDataset(datasets.Dataset):
         """The Trainer's callback: checks before the first step, state in every checkpoint."""
         return PackCallback(self)
 
-    def arguments(self, kind: type = TrainingArguments) -> dict[str, Any]:
+    def arguments(self, kind: type = TrainingArguments) -> dict[str, object]:
         """What the Trainer's arguments must be; ``kind``: their class, such as trl's SFTConfig."""
         wanted = {
             "per_device_train_batch_size": 1,

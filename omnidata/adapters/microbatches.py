@@ -13,7 +13,6 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import astuple
-from typing import Any
 
 from omnidata.loader.assembler import Work
 from omnidata.loader.loader import PackLoader, Sent, State
@@ -60,7 +59,7 @@ class Microbatches:
             self._works, self._at = next(self._steps), step
         return self._loader.read(*self._works[place])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Without the place in the plan: a worker process finds its own."""
         return self.__dict__ | {"_steps": None, "_at": -1, "_works": []}
 
@@ -71,7 +70,7 @@ class Microbatches:
         packs, plan = done * self._loader.global_batch, self._loader.plan.at_epoch(epoch)
         return State(step, epoch, *astuple(plan.position(packs, self._loader.global_batch)))
 
-    def state_dict(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, object]:
         """What ``PackLoader.state_dict()`` says after ``step`` steps."""
         state = self.state_at(step)
         return self._loader.state_dict() | {name: getattr(state, name) for name in State.__slots__}

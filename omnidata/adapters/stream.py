@@ -67,7 +67,7 @@ class Stream:
         """Batches of this rank before an update."""
         return self.loader.microbatches_per_step
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         for microbatch in self.loader:
             yield model_inputs(microbatch, token_types=self.token_types, averaged_over=self._averaged_over)
 
@@ -78,7 +78,7 @@ class Stream:
         steps = sum(self.loader.steps_per_epoch(epoch) for epoch in range(self.loader.num_epochs))
         return steps * self.microbatches_per_step
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The position behind the last step that was yielded whole."""
         return self.loader.state_dict()
 

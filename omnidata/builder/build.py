@@ -190,7 +190,7 @@ class _Run:
         self.tasks = cut_shards(plan.stretches, job.settings, inputs.files, duplicates=plan.duplicates)
         self.results: dict[ShardTask, ShardResult] = {}
         self.built: list[ShardTask] = []  # by this run
-        self.seen_rejects: list[dict[str, Any]] = []  # the first of a shard that is not done yet
+        self.seen_rejects: list[dict[str, object]] = []  # the first of a shard that is not done yet
 
     def run(self) -> BuildReport:
         """Everything that is left to do."""
@@ -281,7 +281,7 @@ class _Run:
             manifest = complete(self.store, self.job.settings, self.plan, self.done, self.renderer, **base)
         return report_of(manifest, first_rejects=rejects, **self._facts(progress))
 
-    def _facts(self, progress: Progress) -> dict[str, Any]:
+    def _facts(self, progress: Progress) -> dict[str, object]:
         samples = sum(self.results[task].num_samples for task in self.built)
         return {
             "out": self.store.url,

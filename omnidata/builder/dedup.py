@@ -23,7 +23,7 @@ from omnidata.schema import Reject
 from omnidata.shards import HashedFile, end_archive
 
 Results = Sequence[tuple[ShardTask, ShardResult]]
-RunTasks = Callable[[Sequence[Any]], Iterator[tuple[Any, Any]]]
+RunTasks = Callable[[Sequence[object]], Iterator[tuple[Any, Any]]]
 
 
 def drop_repeats(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -140,9 +139,9 @@ def make_manifest(
     return manifest, kept
 
 
-def first_rejects(store: Store, results: Results, limit: int = 3) -> list[dict[str, Any]]:
+def first_rejects(store: Store, results: Results, limit: int = 3) -> list[dict[str, object]]:
     """A few rejects, for messages."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for table in _reject_tables(store, results):
         rows += table.slice(0, limit - len(rows)).to_pylist()
         if len(rows) >= limit:

@@ -40,7 +40,7 @@ def identity_of(
     profile: dict[str, object],
     *,
     images: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that decides the bytes of the dataset. Equal identities, equal datasets.
 
     ``images`` is the digest of an archive that is the image root. A folder of pictures has none: to read

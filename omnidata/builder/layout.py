@@ -149,7 +149,7 @@ def _cut_split(stretches: Sequence[Stretch], settings: BuildSettings, position: 
 # --- as JSON, for the plan file ---------------------------------------------------------------------------
 
 
-def stretch_to_json(stretch: Stretch) -> list[Any]:
+def stretch_to_json(stretch: Stretch) -> list[object]:
     """A row of the plan file."""
     unit = stretch.unit
     fields = {name: getattr(unit, name) for name in Unit.__slots__}

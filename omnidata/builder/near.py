@@ -12,7 +12,6 @@ with the same ones. They end as ``near_duplicates.parquet``::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import orjson
@@ -41,7 +40,7 @@ SCHEMA = pa.schema(
 Results = Sequence[tuple[ShardTask, ShardResult]]
 
 
-def find_near(store: Store, results: Results) -> list[dict[str, Any]]:
+def find_near(store: Store, results: Results) -> list[dict[str, object]]:
     """The pairs of the whole build as rows of the ledger; those of an earlier run, if it found them."""
     if not store.exists(_PAIRS):
         rows = _pairs(store, results)
@@ -57,7 +56,7 @@ def keep_ledger(store: Store) -> None:
         store.write_bytes(NEAR, store.read_bytes(_PAIRS))
 
 
-def _pairs(store: Store, results: Results) -> list[dict[str, Any]]:
+def _pairs(store: Store, results: Results) -> list[dict[str, object]]:
     places: list[dict[str, str]] = []
     values: list[dict[str, str]] = []
     for task, result in results:

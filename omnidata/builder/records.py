@@ -370,7 +370,7 @@ def raw_excerpt(payload: object) -> str:
     return text[:RAW_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _shortened(value: object, depth: int = 0) -> Any:
+def _shortened(value: object, depth: int = 0) -> object:
     if depth > MAX_DEPTH:
         return "…"
     if isinstance(value, bytes):

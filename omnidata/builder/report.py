@@ -34,7 +34,7 @@ class BuildReport:
     samples_built: int  # by this run
     seconds: float
     samples_per_second: float
-    first_rejects: list[dict[str, Any]]
+    first_rejects: list[dict[str, object]]
     unread_keys: dict[str, int]  # key that nothing reads -> samples
     spelled_tokens: dict[str, int]  # control token that replies spell as text -> samples
     content_tokens: dict[str, int]  # added token that content may spell -> samples whose replies do
@@ -43,7 +43,7 @@ class BuildReport:
     empty_sources: list[str] = field(default_factory=list)  # files that hold no record
     base: dict[str, Any] = field(default_factory=dict)  # of a view: the dataset that has its images
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return asdict(self)
 

@@ -119,7 +119,7 @@ class BuildSettings:
             )
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """Arguments of the processor's call."""
         from omnidata.profiles.folder import parse_arguments
 
@@ -156,7 +156,7 @@ class BuildSettings:
         """How large pictures are cut; None: not at all."""
         return slicing_of(self.to_json())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values, as they stand in the plan and in the manifest."""
         lists = {name: list(getattr(self, name)) for name in LISTS}
         values = asdict(self) | lists | {"slice_size": self.slice_size or self.image_size}
@@ -166,7 +166,7 @@ class BuildSettings:
         return {name: value for name, value in values.items() if name not in unused}
 
 
-def _default(name: str) -> Any:
+def _default(name: str) -> object:
     return next(setting.default for setting in fields(BuildSettings) if setting.name == name)
 
 
@@ -220,7 +220,7 @@ def options_of(flags: dict[str, Any]) -> RunOptions:
     )
 
 
-def read_config(file: str, *, names: set[str]) -> dict[str, Any]:
+def read_config(file: str, *, names: set[str]) -> dict[str, object]:
     """Flags' values from a YAML file: the flags' names, with - or _; lists where a flag may be repeated.
 
     Example: ``image-root: photos`` and ``split: {val: 0.01}``.

@@ -37,7 +37,7 @@ from omnidata.shards import HashedFile, content_hash, dialogue_hash, write_shard
 REPORT_SECONDS = 0.5
 REJECTS_SECONDS, FIRST_REJECTS = 10.0, 1000  # how often a shard's rejects so far are kept, and how many
 
-Report = Callable[[Any], None]
+Report = Callable[[object], None]
 Counts = dict[str, dict[str, int]]  # unread_keys, spelled_tokens, content_tokens -> name -> samples
 
 
@@ -64,10 +64,10 @@ class Tally:
     num_records: int
     num_rejects: int
     num_bytes: int
-    first_rejects: tuple[dict[str, Any], ...] = ()
+    first_rejects: tuple[dict[str, object], ...] = ()
 
 
-def work(job: Job, task: Any, report: Report) -> Any:
+def work(job: Job, task: Any, report: Report) -> object:
     """Do one task."""
     if isinstance(task, OpenTask):
         return open_files(task)
@@ -254,7 +254,7 @@ class _ShardRun:
         self._store, self._task, self._report = store, task, report
         self._next_report = time.monotonic() + REPORT_SECONDS
         self._next_rejects = 0.0
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, object]] = []
         self.rejects: list[Reject] = []
         self.truncated: list[str] = []
         self.counts = {name: Counter[str]() for name in COUNTS}
@@ -292,7 +292,7 @@ class _ShardRun:
         first = tuple(asdict(reject) for reject in self.rejects[:3])
         self._report(Tally(self.num_records, len(self.rejects), self.num_bytes, first))
 
-    def _row(self, built: Built) -> dict[str, Any]:
+    def _row(self, built: Built) -> dict[str, object]:
         sample, record = built.sample, built.record
         return (
             {

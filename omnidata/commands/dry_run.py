@@ -11,7 +11,7 @@ import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omnidata.builder.build import open_executor
 from omnidata.builder.build_plan import BuildPlan, make_plan
@@ -37,17 +37,17 @@ NUM_RECORDS, NUM_SAMPLES, NUM_REJECTS = 200, 10, 5
 class DryRunReport:
     """What a build would do, as far as a sample of the corpus tells."""
 
-    sources: list[dict[str, Any]]  # source, format, num_bytes, num_records
+    sources: list[dict[str, object]]  # source, format, num_bytes, num_records
     num_records: int
     splits: dict[str, int]  # records, before any is refused
     num_shards: int
     estimated_bytes: int
     num_tried: int  # records that were built to see
     tried_rejects: dict[str, int]
-    first_rejects: list[dict[str, Any]]
+    first_rejects: list[dict[str, object]]
     views: list[SampleView]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         samples = [view.as_dict() for view in self.views]
         return asdict(replace(self, views=[])) | {"samples": samples}

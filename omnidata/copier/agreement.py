@@ -7,7 +7,7 @@ template, end of turn), and whatever a manifest says of all samples at once must
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omnidata.images.slices import slicing_of
 from omnidata.profiles.fingerprint import describe
@@ -58,7 +58,7 @@ def differences(first: Manifest, other: Manifest) -> Iterator[str]:
             yield f"{what} is {found}, not {was}"
 
 
-def _settings(first: Manifest, other: Manifest) -> Iterator[tuple[str, Any, Any]]:
+def _settings(first: Manifest, other: Manifest) -> Iterator[tuple[str, object, object]]:
     """(what, in the first, in the other) of settings that a dataset has once for all of its samples."""
     yield "the cutting of pictures (--max-slices)", slicing_of(first.settings), slicing_of(other.settings)
     was, found = (m.settings.get("image_fit", "squash") for m in (first, other))

@@ -196,12 +196,12 @@ def _origin_of(source: Input, splits: Sequence[str], content: str | None) -> dic
     }
 
 
-def common_settings(settings: Sequence[dict[str, Any]], copy: CopySettings) -> dict[str, Any]:
+def common_settings(settings: Sequence[dict[str, Any]], copy: CopySettings) -> dict[str, object]:
     """The settings that hold for every sample; those that differ are told of each input, in the origin.
 
     Lists are united, so ``keep_column`` names all columns; ``max_length`` is the largest.
     """
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     for name in dict.fromkeys(name for each in settings for name in each):
         values = [each[name] for each in settings if name in each]
         if name in LISTS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from omnidata.builder.progress import Progress
 from omnidata.printable import clock
@@ -17,7 +16,7 @@ class CopyReport:
     out: str
     command: str  # merge | subset | export
     dry_run: bool  # nothing was written
-    inputs: list[dict[str, Any]]  # path, num_records, num_samples, num_taken, key_prefix
+    inputs: list[dict[str, object]]  # path, num_records, num_samples, num_taken, key_prefix
     num_records: int
     num_samples: int
     num_rejects: int  # those of the inputs, and what is left out
@@ -30,7 +29,7 @@ class CopyReport:
     bytes_copied: int  # by this run
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return asdict(self)
 

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from omnidata.builder.build import resume_plan
 from omnidata.builder.build_plan import BuildPlan, write_plan
@@ -72,7 +71,7 @@ def copy(settings: CopySettings, out: str, options: RunOptions, *, dry_run: bool
     return _report(settings, out, inputs, tasks, store=store, copied=copied, seconds=progress.seconds)
 
 
-def identity_of(settings: CopySettings, inputs: Sequence[Input]) -> dict[str, Any]:
+def identity_of(settings: CopySettings, inputs: Sequence[Input]) -> dict[str, object]:
     """Everything that decides the bytes of the copy, in the form of a build's."""
     files = [
         {

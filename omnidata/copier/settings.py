@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from omnidata.schema import UserError
 from omnidata.where import Where
@@ -30,6 +29,6 @@ class CopySettings:
         if self.command == "subset" and not (self.where or self.exclude):
             raise UserError("give --where, --exclude or both: they say what the subset holds")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values, as they stand in the plan of an unfinished copy."""
         return asdict(self) | {"datasets": list(self.datasets)}

@@ -25,7 +25,7 @@ TOOL_KEYS = ("tools", "functions")  # of a record
 MAX_DEPTH = 64  # of tools and arguments
 
 
-def read_tools(payload: Mapping[str, object]) -> tuple[tuple[dict[str, Any], ...], set[str]]:
+def read_tools(payload: Mapping[str, object]) -> tuple[tuple[dict[str, object], ...], set[str]]:
     """The record's tools, and the keys that they were read from.
 
     Raises:
@@ -37,7 +37,7 @@ def read_tools(payload: Mapping[str, object]) -> tuple[tuple[dict[str, Any], ...
     return (tuple(next(iter(found.values()))) if found else ()), set(found)
 
 
-def _tools(key: str, value: object) -> list[dict[str, Any]]:
+def _tools(key: str, value: object) -> list[dict[str, object]]:
     tools = _parsed(value, f"the key {key!r}") if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
         raise RejectError("bad_record", f"the key {key!r} is {shown(value)}, no list of tools")
@@ -45,7 +45,7 @@ def _tools(key: str, value: object) -> list[dict[str, Any]]:
     return [_wrapped(tool) for tool in tools] if isinstance(value, str) or key == "functions" else tools
 
 
-def read_calls(value: object, where: str) -> list[dict[str, Any]]:
+def read_calls(value: object, where: str) -> list[dict[str, object]]:
     """``tool_calls`` of a turn, checked; they stay as they are."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise RejectError("bad_content", f"{where} is {shown(value)}, no list of calls")
@@ -62,7 +62,7 @@ def read_calls(value: object, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def written_calls(content: object, where: str) -> list[dict[str, Any]]:
+def written_calls(content: object, where: str) -> list[dict[str, object]]:
     """The calls that stand in a turn's content as JSON, one or a list of them."""
     calls = _parsed(content, where) if isinstance(content, str) else content
     calls = calls if isinstance(calls, list) else [calls]
@@ -71,12 +71,12 @@ def written_calls(content: object, where: str) -> list[dict[str, Any]]:
     return read_calls([_wrapped(call) for call in calls], where)
 
 
-def function_of(value: Mapping[str, object]) -> Any:
+def function_of(value: Mapping[str, object]) -> object:
     """What names the function of a tool or call: its ``function``, or itself."""
     return value["function"] if value.get("function") is not None else value
 
 
-def _wrapped(value: dict[str, object]) -> dict[str, Any]:
+def _wrapped(value: dict[str, object]) -> dict[str, object]:
     return value if "function" in value or "type" in value else {"type": "function", "function": value}
 
 
@@ -95,7 +95,7 @@ def _refuse_deep(value: object, where: str) -> None:
         raise RejectError("bad_record", f"{where}: values nested over {MAX_DEPTH} deep")
 
 
-def _inner(value: object) -> list[Any]:
+def _inner(value: object) -> list[object]:
     if isinstance(value, Mapping):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else []

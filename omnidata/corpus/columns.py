@@ -68,7 +68,7 @@ def _is_unicode(text: str) -> bool:
 
 def take_named(
     payload: Mapping[str, object], names: Sequence[str], used: Collection[str]
-) -> tuple[dict[str, Value], dict[str, Any]]:
+) -> tuple[dict[str, Value], dict[str, object]]:
     """The values of the named keys by column, and what of the record is neither used nor taken.
 
     A name with dots also goes into objects: ``meta.lang``.
@@ -77,7 +77,7 @@ def take_named(
     columns: dict[str, Value] = {}
     for name in names:
         path = [name] if name in payload or name == ALL else name.split(".")
-        inner: Any = payload
+        inner: object = payload
         for key in path:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
         value = column_value(inner)
@@ -87,7 +87,7 @@ def take_named(
     return columns, rest
 
 
-def _without(payload: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+def _without(payload: dict[str, Any], path: Sequence[str]) -> dict[str, object]:
     """A copy that lacks the value at ``path``, and what is empty without it."""
     if path[0] not in payload:
         return payload

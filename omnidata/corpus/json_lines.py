@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
 
@@ -96,7 +96,7 @@ def parse(file: SourceFile, locator: str, text: bytes) -> Record | Reject:
     return file.record(locator, payload)
 
 
-def _loads(text: bytes) -> Any:
+def _loads(text: bytes) -> object:
     """orjson, which is strict and fast; Python's own parser for the two things that it cannot keep.
 
     NaN and Infinity are no JSON, but many tools write them, mostly where nothing reads. An integer over

@@ -31,7 +31,7 @@ class Placer:
 
     def __init__(self, pool: ImagePool, turns: Sequence[Turn], image_keys: Sequence[str] = ()) -> None:
         self.images: list[ImageRef] = []  # in the order of their places
-        self.unread_of_parts: list[dict[str, Any]] = []  # keys of parts that nothing reads
+        self.unread_of_parts: list[dict[str, object]] = []  # keys of parts that nothing reads
         self._pool, self._turns = pool, turns
         self._pools = [self._own_pool(turn, image_keys) for turn in turns]
         self._explicit = any(_has_image_parts(turn.content) for turn in turns)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator
-from typing import Any
 
 from omnidata.corpus import json_lines
 from omnidata.corpus.source import SourceFile, Unit
@@ -43,7 +42,7 @@ def _parse(file: SourceFile, locator: str, line: bytes) -> Record | Reject:
     if len(columns) <= TEXT:
         return _bad(file, locator, columns, f"{len(columns)} columns; dataset, image and text are the least")
     try:
-        payload: dict[str, Any] = {
+        payload: dict[str, object] = {
             "text": base64.b64decode(columns[TEXT], validate=True).decode("utf-8"),
             "image": base64.b64decode(columns[IMAGE].strip(), validate=True),
         }

@@ -54,8 +54,8 @@ class Turn:
     """One turn: its role, its content (text or parts, not checked yet), what else stands in it."""
 
     role: Role
-    content: Any
-    rest: dict[str, Any] = field(default_factory=dict)  # keys that are neither speaker, content nor switch
+    content: object
+    rest: dict[str, object] = field(default_factory=dict)  # keys that are neither speaker, content nor switch
     switch: bool | None = None  # is it to be learned? None: nothing is said
     more: dict[str, Any] = field(default_factory=dict)  # keys that the chat template is given besides
     is_call: bool = False  # written as a turn of its own, so it goes on the assistant's turn before it
@@ -98,7 +98,7 @@ def _read(record: Record, caption_prompt: Sequence[str]) -> tuple[list[Turn], se
     raise RejectError("bad_record", f"no {', '.join(_READERS)} among the record's keys: {names}")
 
 
-Reader = Callable[[dict[str, Any], str, "_Captions"], tuple[list[Turn], set[str]]]
+Reader = Callable[[dict[str, object], str, "_Captions"], tuple[list[Turn], set[str]]]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _turn_of(role: Role, content: object, value: dict[str, object], *, is_call: 
     return Turn(role, content, rest, _switch(value, role), more, is_call)
 
 
-def _more(role: Role, value: dict[str, object]) -> dict[str, Any]:
+def _more(role: Role, value: dict[str, object]) -> dict[str, object]:
     """The keys that ``apply_chat_template`` takes beside role and content."""
     if role in TOOL_ROLES:
         return {key: value[key] for key in _TOOLS_OWN if not is_empty(value.get(key))}
@@ -202,7 +202,7 @@ def _joined(turns: list[Turn]) -> list[Turn]:
     return joined
 
 
-def _either(value: dict[str, object], first: str, second: str) -> Any:
+def _either(value: dict[str, object], first: str, second: str) -> object:
     given = [value[key] for key in (first, second) if value.get(key) is not None]
     if len(given) == 2 and given[0] != given[1]:
         raise RejectError("bad_record", f"a turn has both {first!r} and {second!r}, and they differ")
@@ -291,7 +291,7 @@ def _read_caption(payload: dict[str, object], key: str, captions: _Captions) -> 
     return captions.turns(payload[key]), set()
 
 
-def _objects(value: object) -> list[dict[str, Any]]:
+def _objects(value: object) -> list[dict[str, object]]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RejectError("bad_record", f"the turns are no list of objects but {shown(value)}")
     return value

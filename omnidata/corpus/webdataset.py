@@ -143,9 +143,9 @@ def _record(file: SourceFile, contents: dict[str, bytes]) -> Record | Reject:
 _CONVERSATIONS = ("conversations", "messages", "conversation", "texts", "question", "instruction", "text")
 
 
-def _others(rest: dict[str, bytes]) -> dict[str, Any]:
+def _others(rest: dict[str, bytes]) -> dict[str, object]:
     """Members that are neither the record nor pictures, as keys of it: small texts as text, else bytes."""
-    others: dict[str, Any] = {}
+    others: dict[str, object] = {}
     for name, data in rest.items():
         try:
             is_text = len(data) < _SMALL_TEXT and b"\0" not in data
@@ -159,7 +159,7 @@ def _is_picture(name: str, data: bytes) -> bool:
     return _extension(name) in PICTURES or (_extension(name) not in _TEXTS and sniff_image(data) is not None)
 
 
-def _with_pictures(payload: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:
+def _with_pictures(payload: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, object]:
     """The members' bytes in place of the names that the JSON gives.
 
     Raises:

@@ -154,7 +154,7 @@ def _copied(rgb: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def _as_nchw(images: np.ndarray) -> Any:
+def _as_nchw(images: np.ndarray) -> object:
     """A channels-last torch view of uint8 ``[N, H, W, C]``."""
     import torch
 
@@ -283,7 +283,7 @@ def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
 # --- the other formats, by Pillow ---------------------------------------------------------------------------
 
 
-def _open_whole(data: bytes, header: ImageHeader) -> Any:
+def _open_whole(data: bytes, header: ImageHeader) -> Image.Image:
     """The first frame, decoded in full."""
     if header.format == "png":
         png_chunks(data, check_crc=True)

@@ -46,7 +46,7 @@ def _resizer() -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _options(extent: tuple[float, float] | None) -> Any:
+def _options(extent: tuple[float, float] | None) -> object:
     """Catmull-Rom is the bicubic filter of Pillow and torch (a = -0.5)."""
     from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions
 

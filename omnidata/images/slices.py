@@ -42,7 +42,7 @@ class Slicing:
     slice_size: int = 448  # pixels per side of a tile
     slice_tokens: tuple[str, str] = SLICE_TOKENS  # before and after a picture's tiles
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values, as a model's configuration carries them."""
         return asdict(self) | {"slice_tokens": list(self.slice_tokens)}
 

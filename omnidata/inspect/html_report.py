@@ -67,7 +67,7 @@ def render_page(data: dict[str, object]) -> bytes:
     return page
 
 
-def report_data(summary: Summary, views: Any, rejects: list[dict[str, str]]) -> dict[str, Any]:
+def report_data(summary: Summary, views: Any, rejects: list[dict[str, str]]) -> dict[str, object]:
     """The one object that script.js draws."""
     return {
         "summary": summary.as_dict() | {"columns": [_column_data(column) for column in summary.columns]},
@@ -93,12 +93,12 @@ def _cost_facts(cost: Cost) -> list[tuple[str, str]]:
     ]
 
 
-def _column_data(column: ColumnSummary) -> dict[str, Any]:
+def _column_data(column: ColumnSummary) -> dict[str, object]:
     values = [{"value": printable(item.value), "count": item.count} for item in column.values]
     return asdict(column) | {"name": printable(column.name), "values": values}
 
 
-def _sample_data(view: SampleView) -> dict[str, Any]:
+def _sample_data(view: SampleView) -> dict[str, object]:
     row = view.row
     return {
         "position": view.position,
@@ -117,7 +117,7 @@ def _sample_data(view: SampleView) -> dict[str, Any]:
     }
 
 
-def _run_data(run: Run) -> dict[str, Any]:
+def _run_data(run: Run) -> dict[str, object]:
     pieces = [(printable(p.text), p.ids[0] if len(p.ids) == 1 else list(p.ids)) for p in run.pieces]
     return {
         "kind": run.kind,

@@ -78,7 +78,7 @@ class SampleView:
             names += [f"slice {x + 1},{y + 1}" for y in range(rows) for x in range(columns)]
         return names or [""] * len(self.images)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: the index row, the position, and the runs with their ids; no image bytes."""
         runs = [
             {

@@ -10,7 +10,7 @@ columns.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Summary:
     extremes: dict[str, tuple[SampleRef, ...]]  # longest, shortest, least_supervised, largest_image
     cost: Cost  # of one epoch
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain dicts and lists, ready for JSON."""
         return asdict(self)
 

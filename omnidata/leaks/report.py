@@ -48,7 +48,7 @@ class LeakReport:
     ledger: str
     exclude: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return asdict(self)
 

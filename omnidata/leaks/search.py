@@ -31,7 +31,7 @@ class Stretch:
     """Rows of the index that one worker looks at."""
 
     number: int
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[dict[str, object], ...]
 
     def __str__(self) -> str:
         return f"{self.rows[0]['key']} …"
@@ -48,10 +48,10 @@ class Searcher:
     def _reader(self) -> TextReader:
         return TextReader(Dataset(self.path))
 
-    def __call__(self, stretch: Stretch, report: object) -> list[dict[str, Any]]:
+    def __call__(self, stretch: Stretch, report: object) -> list[dict[str, object]]:
         return [leak for row in stretch.rows for leak in self._leaks(row)]
 
-    def _leaks(self, row: dict[str, object]) -> Iterator[dict[str, Any]]:
+    def _leaks(self, row: dict[str, object]) -> Iterator[dict[str, object]]:
         sample = self._reader.sample(row)
         found: dict[int, dict[str, Any]] = {}
         for entry, share in self._texts(self._reader.text(sample)):

@@ -168,7 +168,7 @@ class PackLoader:
 
     # --- state --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The position after the last step that was yielded whole: a few integers and the plan's digest."""
         state = {name: getattr(self._state, name) for name in State.__slots__}
         return {"version": _STATE_VERSION, "digest": self.plan.digest, **state}

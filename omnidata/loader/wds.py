@@ -17,7 +17,7 @@ from omnidata.schema import is_member
 
 def webdataset_pipeline(
     path: str | os.PathLike[str], split: str = "train", *, shuffle_shards: bool | int = False, **options: Any
-) -> Any:
+) -> object:
     """An ordinary ``webdataset.WebDataset`` over the shards of one split; members are left as bytes.
 
     Only members that the schema knows are read: ``.decode()`` unpickles whatever else a stranger put into

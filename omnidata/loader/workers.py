@@ -314,7 +314,7 @@ def _read_tasks(connection: Connection, tasks: queue.SimpleQueue, parent: int) -
         os._exit(exitcode)
 
 
-def _sendable(parts: Parts | LoadError, memory: np.ndarray | None) -> Any:
+def _sendable(parts: Parts | LoadError, memory: np.ndarray | None) -> object:
     """Parts whose images are in ``memory``, with what it takes to find them there."""
     if isinstance(parts, LoadError):
         return parts
@@ -345,7 +345,7 @@ def _received(answer: Any, buffer: Buffer | None, lender: Lender) -> Parts | Loa
         assert buffer is not None, "tensors are laid out in memory that was lent"
         flat = lender.array(buffer, (len(buffer.memory),))
         return replace(parts, images=unpack_tensors(found.layout, flat))
-    images: np.ndarray | tuple[Any, ...]
+    images: np.ndarray | tuple[object, ...]
     if buffer is None:
         images = () if isinstance(found, list) else np.empty(found, np.uint8)
     elif isinstance(found, list):

@@ -15,7 +15,7 @@ LIMITS = ("max_tokens", "max_images", "global_batch")
 
 def open_entries(
     paths: Sequence[str], *, split: str | None, where: Sequence[str], **given: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, object]], dict[str, Any]]:
     """Entries for ``plan.sources``, and the limits of the recipes among ``paths``.
 
     Args:
@@ -26,8 +26,8 @@ def open_entries(
     Raises:
         UserError: a recipe that cannot be read or has no ``data.train``, or too many conditions.
     """
-    entries: list[dict[str, Any]] = []
-    limits: dict[str, Any] = {}
+    entries: list[dict[str, object]] = []
+    limits: dict[str, object] = {}
     for path in paths:
         if not path.endswith((".yaml", ".yml")):
             entries.append({"path": path})

@@ -101,7 +101,7 @@ def _check_compatible(catalogs: list[IndexCatalog]) -> None:
                 )
 
 
-def _of_ids(profile: Mapping[str, object]) -> dict[str, Any]:
+def _of_ids(profile: Mapping[str, object]) -> dict[str, object]:
     """What of a profile decides the ids and the pixels: not OmniLMM's size of stored pictures."""
     left_out = ("image_size", "transformers", "fingerprint")
     return {name: value for name, value in profile.items() if name not in left_out}

@@ -15,7 +15,7 @@ Only the processor's modules load torch and transformers, and only when they are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 OMNILMM, PROCESSOR = "omnilmm", "processor"
 Size = tuple[int, int]  # (width, height) in pixels
@@ -43,6 +43,6 @@ class Profile(Protocol):
         """Sizes to store the pictures at under ``--image-policy shrink``; their runs are equal."""
         ...
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The manifest's ``profile``."""
         ...

@@ -41,7 +41,7 @@ def fingerprint_of(profile: ProcessorProfile) -> Fingerprint:
     }
 
 
-def _runs(profile: ProcessorProfile, sizes: tuple[Size, ...]) -> list[list[Any]]:
+def _runs(profile: ProcessorProfile, sizes: tuple[Size, ...]) -> list[list[object]]:
     try:
         runs = profile.runs(sizes)
     except RejectError as error:
@@ -49,7 +49,7 @@ def _runs(profile: ProcessorProfile, sizes: tuple[Size, ...]) -> list[list[Any]]
     return [[hashlib.sha256(run.text.encode()).hexdigest()[:16], run.num_tokens] for run in runs]
 
 
-def _tensors(profile: ProcessorProfile, sizes: tuple[Size, ...], seed: int) -> dict[str, Any]:
+def _tensors(profile: ProcessorProfile, sizes: tuple[Size, ...], seed: int) -> dict[str, object]:
     try:
         tensors = pixel_tensors(profile, [probe_pictures(sizes, seed)])
     except ValueError as error:
@@ -57,7 +57,7 @@ def _tensors(profile: ProcessorProfile, sizes: tuple[Size, ...], seed: int) -> d
     return {name: _facts(tensor) for name, tensor in sorted(tensors.items())}
 
 
-def _facts(tensor: Any) -> dict[str, Any]:
+def _facts(tensor: Any) -> dict[str, object]:
     import torch
 
     flat = tensor.reshape(-1)

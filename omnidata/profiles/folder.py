@@ -115,9 +115,9 @@ def model_config(folder: str | os.PathLike[str]) -> PreTrainedConfig | None:
         raise UserError(f"{file}: {_first_line(error)}") from error
 
 
-def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
     """``("max_pixels=1003520", "crop_to_patches=true")`` -> call arguments; values are JSON or plain text."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for text in texts:
         name, found, value = text.partition("=")
         if not found or not name.isidentifier():
@@ -128,7 +128,7 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     if text in ("True", "False"):
         return text == "True"
     try:

@@ -7,7 +7,6 @@ the loader have them at hand; here is what the manifest says of them.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from omnidata.profiles import OMNILMM
 
@@ -29,6 +28,6 @@ class OmniLMMProfile:
         """Values of one image's pixel tensor, ``[3, S, S]``."""
         return 3 * self.image_size**2
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The manifest's ``profile``."""
         return {"name": OMNILMM, **asdict(self)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any
 
 from omnidata.durable import Store
 from omnidata.profiles import OMNILMM
@@ -35,5 +34,5 @@ def _local_copy(url: str) -> str:
 
 @lru_cache(maxsize=4)
 def _open(folder: str, arguments: str) -> ProcessorProfile:
-    values: dict[str, Any] = json.loads(arguments)
+    values: dict[str, object] = json.loads(arguments)
     return ProcessorProfile(load_processor(folder), values)

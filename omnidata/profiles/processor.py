@@ -184,7 +184,7 @@ class ProcessorProfile:
 
     # --- facts for the manifest -----------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The manifest's ``profile``, less the fingerprint."""
         import transformers
 
@@ -209,7 +209,7 @@ class ProcessorProfile:
         return all(self.runs(sizes[:number]) == whole[:number] for number in (1, 2))
 
 
-def _of_today(arguments: dict[str, Any], image_processor: Any) -> dict[str, Any]:
+def _of_today(arguments: dict[str, Any], image_processor: Any) -> dict[str, object]:
     """``min_pixels`` and ``max_pixels`` as today's transformers takes them: edges (areas) of ``size``."""
     edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
     given = {edges[name]: value for name, value in arguments.items() if name in edges}
@@ -263,7 +263,7 @@ def _all_annotations(kind: object) -> set[str]:
     return names | set(getattr(kind, "__annotations__", {}))
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """JSON of settings: tuples become lists, what is no JSON its text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}

@@ -94,7 +94,7 @@ class Affine:
 
     scale: torch.Tensor
     shift: torch.Tensor
-    _copies: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # by device
+    _copies: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)  # by device
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """Where ``raw`` is; scale and shift are copied there once."""

@@ -90,7 +90,9 @@ class ChatTemplate:
 
     def __init__(self, text: str, special_tokens: dict[str, str], *, date: str | None = None) -> None:
         self.text = text
-        self._variables: dict[str, Any] = dict(special_tokens)  # {"eos_token": "</s>", …}, as transformers'
+        self._variables: dict[str, object] = dict(
+            special_tokens
+        )  # {"eos_token": "</s>", …}, as transformers'
         if date is not None:
             self._variables["strftime_now"] = _calendar(date)
         try:
@@ -139,7 +141,7 @@ class ChatTemplate:
         self._parts_roles = before
         return answers[0] or not answers[1]
 
-    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
+    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, object]]:
         return [
             {"role": role, "content": [{"type": "text", "text": text}] if role in self._parts_roles else text}
             for role, text in zip(roles, contents, strict=True)
@@ -162,7 +164,7 @@ class ChatTemplate:
                 "the chat template changes a content, or reacts to one, so its place is unknown",
             )
 
-    def content_of(self, role: str, parts: Sequence[str | None]) -> Any:
+    def content_of(self, role: str, parts: Sequence[str | None]) -> object:
         """A turn's content as the template wants it; a picture (None) is the renderer's to write as text."""
         text = "".join(part or "" for part in parts)
         return [{"type": "text", "text": text}] if role in self._parts_roles else text

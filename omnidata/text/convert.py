@@ -34,7 +34,7 @@ def converted(source: str | Path) -> Any:
     return from_pretrained(str(source))
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(path: Path) -> object:
     with path.open("rb") as file:
         start = file.read(4096).lstrip()
     if path.name == "tokenizer.json":
@@ -55,7 +55,7 @@ def _is_ranks(start: bytes) -> bool:
     return len(first) == 2 and first[1].isdigit()
 
 
-def _from_tekken(path: Path, start: bytes) -> Any:
+def _from_tekken(path: Path, start: bytes) -> object:
     from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
     if b'"pattern"' not in start and b'"default_vocab_size"' not in start:
@@ -68,7 +68,7 @@ def _from_tekken(path: Path, start: bytes) -> Any:
         raise UserError(f"tokenizer {path}: transformers cannot convert it ({error})") from error
 
 
-def _from_other_files(folder: Path) -> Any:
+def _from_other_files(folder: Path) -> object:
     from transformers import AutoTokenizer
 
     try:

@@ -67,7 +67,7 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def leaves(value: object) -> Iterator[Any]:
+def leaves(value: object) -> Iterator[object]:
     """Every value of nested data that is no container, and every key."""
     left = [value]
     while left:

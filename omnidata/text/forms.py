@@ -46,7 +46,7 @@ class Form:
         """The role that the template is told."""
         return self.role if message.role == "function" else message.role
 
-    def content(self, message: Message, parts: Sequence[str | None], template: ChatTemplate) -> Any:
+    def content(self, message: Message, parts: Sequence[str | None], template: ChatTemplate) -> object:
         """A turn's content; None among the parts: a picture."""
         if not parts:
             return self.empty(message)
@@ -61,12 +61,12 @@ class Form:
             is_null = not is_null
         return None if is_null else ""
 
-    def calls(self, message: Message) -> list[dict[str, Any]]:
+    def calls(self, message: Message) -> list[dict[str, object]]:
         """The turn's calls."""
         calls = message.more["tool_calls"]
         return [self._call(call) for call in calls] if self.arguments else calls
 
-    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+    def _call(self, call: dict[str, Any]) -> dict[str, object]:
         if call.get("function") is not None:
             return {**call, "function": self._call(call["function"])}
         arguments = call.get("arguments")
@@ -94,7 +94,7 @@ def _both(matters: bool) -> tuple[bool, ...]:
     return (False, True) if matters else (False,)
 
 
-def _object(text: str) -> Any:
+def _object(text: str) -> object:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -101,7 +101,7 @@ class PartTemplate(ChatTemplate):
                 "the chat template changes a content, or reacts to one, so its place is unknown",
             )
 
-    def _with_texts(self, structure: Structure, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def _with_texts(self, structure: Structure, texts: Sequence[str]) -> list[dict[str, object]]:
         """Messages as apply_chat_template takes them."""
         left = iter(texts)
         return [
@@ -112,14 +112,14 @@ class PartTemplate(ChatTemplate):
             for role, kinds in structure
         ]
 
-    def content_of(self, role: str, parts: Sequence[str | None]) -> Any:
+    def content_of(self, role: str, parts: Sequence[str | None]) -> object:
         """A turn's content as the template wants it; None: a picture."""
         if role in self.text_roles:
             return "".join([self.image_token if part is None else part for part in parts])
         return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
 
 
-def parts_of(message: Message) -> tuple[Any, ...]:
+def parts_of(message: Message) -> tuple[object, ...]:
     """A turn's parts; an empty turn has one empty text."""
     return message.parts or (TextPart(""),)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omnidata.schema import CONTENT_TOKENS, IMAGE_TOKENS, UserError
 from omnidata.text.chat_template import ZEPHYR
@@ -25,7 +25,7 @@ def prepare_tokenizer(
     *,
     chat_template: str | None = None,
     slice_tokens: Sequence[str] = (),
-) -> Any:
+) -> object:
     """Write to folder ``out`` a tokenizer that OmniLMM can train with, and return it as loaded from there.
 
     ``source`` is an HF tokenizer (folder or id), or a file that convert.py knows. Each of IMAGE_TOKENS and

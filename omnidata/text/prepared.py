@@ -65,7 +65,7 @@ class PreparedTokenizer:
     special_tokens_map: dict[str, str]  # {"bos_token": "<s>", …}: those that it has
     added_tokens_encoder: dict[str, int]
     name_or_path: str
-    config: dict[str, Any]  # the rest of its configuration
+    config: dict[str, object]  # the rest of its configuration
     is_as_in_folder: bool = True  # the folder's files are what it is, and name the generic class
 
     def __getattr__(self, name: str) -> str | None:
@@ -166,7 +166,7 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
-def _with_legacy(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, Any]:
+def _with_legacy(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, object]:
     """The configuration with the names of a special_tokens_map.json, whose lists are added to its own."""
     lists = {key: (config.get(key) or []) + (legacy[key] or []) for key in _EXTRA if key in legacy}
     return config | legacy | lists
@@ -231,7 +231,7 @@ def _adds_no_token(config: dict[str, Any], added: list[dict[str, Any]]) -> bool:
     )
 
 
-def _with_flags(token: dict[str, object]) -> dict[str, Any]:
+def _with_flags(token: dict[str, object]) -> dict[str, object]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
     return flags | {"normalized": not token.get("special", False)} | token
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def tokenizer_from_model(file: Path) -> Any:
+def tokenizer_from_model(file: Path) -> object:
     """A transformers tokenizer that gives the ids of the sentencepiece model, with BOS in front."""
     from transformers import TokenizersBackend
 
@@ -51,7 +51,7 @@ def _load(file: Path) -> Any:
     return model
 
 
-def _backend(model: Any) -> Any:
+def _backend(model: Any) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]

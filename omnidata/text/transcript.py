@@ -84,12 +84,12 @@ class _Draft:
 
     def _data_of(self, message: Message) -> dict[str, Any]:
         keys = ("name", "tool_call_id")
-        data: dict[str, Any] = {key: message.more[key] for key in keys if key in message.more}
+        data: dict[str, object] = {key: message.more[key] for key in keys if key in message.more}
         return {**data, "tool_calls": self._form.calls(message)} if "tool_calls" in message.more else data
 
     # --- printing ----------------------------------------------------------------------------------------
 
-    def _messages(self, texts: Sequence[str], data: Sequence[dict[str, object]]) -> list[dict[str, Any]]:
+    def _messages(self, texts: Sequence[str], data: Sequence[dict[str, object]]) -> list[dict[str, object]]:
         """The turns as apply_chat_template takes them, with these texts."""
         left, messages = iter(texts), []
         for line, more in zip(self._lines, data, strict=True):

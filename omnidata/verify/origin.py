@@ -50,7 +50,7 @@ def _check_counts(inputs: list[dict[str, Any]], manifest: Manifest) -> Iterator[
 def _check_rows(index: pa.Table, inputs: list[dict[str, Any]], manifest: Manifest) -> Iterator[Finding]:
     import pyarrow.compute as pc
 
-    hashes: list[list[Any]] = [[] for _ in inputs]
+    hashes: list[list[object]] = [[] for _ in inputs]
     takens = [entry["taken"] for entry in inputs]
     for number, split, rows in rows_of_inputs(list(manifest.splits), takens):
         part, source = index.slice(rows.start, rows.stop - rows.start), inputs[number]

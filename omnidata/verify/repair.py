@@ -40,7 +40,7 @@ class RepairReport:
     rebuilt: list[str] = field(default_factory=list)  # files
     lost: list[str] = field(default_factory=list)  # sentences: what, and what to do
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
         return asdict(self)
 

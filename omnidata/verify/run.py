@@ -59,7 +59,7 @@ class VerifyReport:
         """Nothing was found."""
         return not self.findings
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
         return {**asdict(self), "ok": self.ok}
 
@@ -194,7 +194,7 @@ def shard_tasks(manifest: Manifest, index: pa.Table | None) -> Iterator[ShardChe
         yield ShardCheck(shard, None if index is None else [] if mine is None else _take(index, mine))
 
 
-def _take(index: pa.Table, rows: np.ndarray) -> list[dict[str, Any]]:
+def _take(index: pa.Table, rows: np.ndarray) -> list[dict[str, object]]:
     """These rows as dicts; ``rows`` is not empty, and in a sound index it is one run, which needs no copy."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return index.slice(rows[0], len(rows)).to_pylist()

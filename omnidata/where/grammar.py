@@ -204,16 +204,16 @@ class Parser:
     def _negated(self, node: Node, negated: bool) -> Node:
         return Node("not", (node,)) if negated else node
 
-    def _value(self) -> Any:
+    def _value(self) -> object:
         token = self._tokens[self._next]
         if token.kind not in ("column", "literal"):
             raise self._unexpected("a column or a constant")
         self._next += 1
         return Name(token.value) if token.kind == "column" else token.value
 
-    def _list(self) -> list[Any]:
+    def _list(self) -> list[object]:
         self._expect("[")
-        values: list[Any] = []
+        values: list[object] = []
         while not values or self._take(","):
             if self._tokens[self._next].kind != "literal":
                 raise self._unexpected("a constant")
