@@ -44,7 +44,7 @@ def open_for_planning(recipe: Recipe) -> tuple[Any, list[Dataset], list[str]]:
     if datasets:
         return model_config(recipe, datasets[0]), datasets, assumed
     if path is None:
-        return OmniLMMConfig(**(PUBLISHED | recipe.model.config)), [], assumed
+        return OmniLMMConfig(**(PUBLISHED | (recipe.model.config or {}))), [], assumed
     config = config_of(path)
     if config.model_type == OmniLMMConfig.model_type:
         return OmniLMMConfig.from_pretrained(path), [], assumed

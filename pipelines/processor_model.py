@@ -38,6 +38,7 @@ def processor_config(recipe: Recipe, dataset: Dataset | None) -> Any:
                 "model with `hf download OWNER/NAME --local-dir DIR`, or take RUN/final of an earlier run"
             )
         return _known(config)
+    assert dataset is not None, "without model.path the class is the dataset's"
     kept = model_config(processor_folder(dataset.path))
     if kept is None:
         raise UserError(

@@ -20,7 +20,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from omnidata.builder.build_plan import BuildPlan, make_plan, read_plan, write_plan
 from omnidata.builder.dedup import drop_repeats
