@@ -37,10 +37,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import Any, Literal
 
 SCHEMA_VERSION = 2
 IGNORE_INDEX = -100
@@ -184,8 +181,8 @@ class Conversation:
 class Rendered:
     """Token ids and labels of one sample; both int32 ``[L]``, labels unshifted (IGNORE_INDEX or the id)."""
 
-    input_ids: np.ndarray
-    labels: np.ndarray
+    input_ids: Any
+    labels: Any
     num_truncated_messages: int = 0  # turns cut from the end to fit max_length
     num_images: int = 0  # image blocks: of the conversation's first pictures; those of cut turns are gone
     image_starts: tuple[int, ...] = ()  # position in the ids of each image's first token
@@ -214,8 +211,8 @@ class Sample:
     """The model-ready unit, as written to and read from a shard."""
 
     key: str  # KEY_PATTERN, unique over the dataset
-    input_ids: np.ndarray  # int32 [L]
-    labels: np.ndarray  # int32 [L], unshifted
+    input_ids: Any  # int32 [L]
+    labels: Any  # int32 [L], unshifted
     images: tuple[bytes, ...] = ()  # encoded, in placeholder order
     image_extensions: tuple[str, ...] = ()  # parallel to images
     dialogue: bytes = b""  # content of KEY.json; empty: the sample has none
