@@ -137,10 +137,6 @@ class Training:
         return state if self.ema is None else state | {"ema": self.ema.state_dict()}
 
 
-def _steps_of(loader: PackLoader, num_epochs: int) -> int:
-    return sum(loader.steps_per_epoch(epoch) for epoch in range(num_epochs))
-
-
 def prepare(recipe: Recipe, world: World) -> Training:
     """Build everything; what does not fit is refused before the model is built."""
     run_dir = Path(recipe.run.dir)
@@ -148,7 +144,8 @@ def prepare(recipe: Recipe, world: World) -> Training:
     config = model_config(recipe, datasets[0])
     refuse_mismatches(recipe, datasets, config)
     loader = train_loader(recipe, world, config)
-    total_steps = recipe.optim.steps or _steps_of(loader, recipe.optim.epochs or 0)
+    epochs = map(loader.steps_per_epoch, range(recipe.optim.epochs or 0))
+    total_steps = recipe.optim.steps or sum(epochs)
     refuse_empty_epochs(recipe, loader)
     refuse_short_schedule(recipe, total_steps)
     if world.is_main:
