@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_dataset import NUM_QUERY, build_tiny_dataset
@@ -15,11 +16,12 @@ from tiny_dataset import NUM_QUERY, build_tiny_dataset
 import omnidata
 from omnidata import Dataset
 from omnidata.images.pixels import decode_rgb, resize_rgb
+from omnidata.index import write_tables
 from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
 from omnidata.loader.reader import LoadError
 from omnidata.plan.epoch import EpochPlan
-from omnidata.schema import IGNORE_INDEX, UserError
+from omnidata.schema import IGNORE_INDEX, INDEX, INDEX_COLUMNS, UserError
 from pipelines.config import DatasetConfig
 
 SETTINGS = {
@@ -398,3 +400,16 @@ def test_all_that_goes_to_a_gpu_lies_in_page_locked_memory(tiny_dataset, monkeyp
     tensors = [value for name in Microbatch.__slots__ if torch.is_tensor(value := getattr(microbatch, name))]
     addresses = {tensor.data_ptr() for tensor in locked}
     assert len(tensors) == 6 and all(tensor.data_ptr() in addresses for tensor in tensors)
+
+
+def test_an_index_without_the_columns_that_have_defaults_is_read(data, own):
+    """As of datasets that were built before such a column came."""
+    missing = [column.name for column in INDEX_COLUMNS if column.default is not None]
+    assert "base_shard" in missing
+    before = pq.ParquetFile(data / INDEX)
+    groups = [before.read_row_group(i).drop_columns(missing) for i in range(before.num_row_groups)]
+    with (own / INDEX).open("wb") as file:
+        write_tables(file, groups[0].schema, groups)
+    assert Dataset(own).index.equals(Dataset(data).index)
+    for mine, theirs in zip(PackLoader([own], **SETTINGS), PackLoader([data], **SETTINGS), strict=True):
+        assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.images, theirs.images)

@@ -128,10 +128,9 @@ class IndexCatalog:
     @cached_property
     def _parquet(self) -> tuple[pq.ParquetFile, bool]:
         """The index, and whether Arrow may read it in threads."""
+        shards = ["shard", "base_shard"] if self.dataset.manifest.base else ["shard"]
         with reading_table(f"{self.name}/{INDEX}"):
-            parquet, threads = open_parquet(
-                self.dataset.open_table(INDEX), read_dictionary=["shard", "base_shard"]
-            )
+            parquet, threads = open_parquet(self.dataset.open_table(INDEX), read_dictionary=shards)
         check_types(parquet, index_schema(), f"{self.name}/{INDEX}")
         return parquet, threads
 
