@@ -5,10 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_families
 from throwaway import TEMPLATES, byte_level_tokenizer, sentencepiece_tokenizer
 
 from omnidata import Dataset, cli
 from omnidata.loader import PackLoader
+from omnidata.schema import BASE, MANIFEST, UserError
 from omnidata.verify.run import verify
 
 FAMILIES = ("qwen3_vl", "internvl", "smolvlm")
@@ -129,3 +131,99 @@ def test_a_view_is_what_a_build_is(whole, name):
     assert render(root, f"view-{out}", *given, base="whole") == 0
     same(root / f"view-{out}", root / f"direct-{out}")
     assert verify(root / f"view-{out}", deep=True, num_workers=1).findings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_view_for_a_processor_is_what_a_build_is(whole, family):
+    root, model = whole, tiny_families.save(family, whole / family)
+    assert build(root, f"direct-{family}", "--model", model, "--split", "val=0.3") == 0
+    assert render(root, f"view-{family}", "--model", model, base="whole") == 0
+    same(root / f"view-{family}", root / f"direct-{family}")
+    assert verify(root / f"view-{family}", deep=True, num_workers=1).findings == ()
+
+
+# --- images that do not suit ------------------------------------------------------------------------------
+
+
+def test_images_of_turns_that_were_cut_off_are_refused_or_fetched(root):
+    longer = ("--max-length", 2000)
+    assert render(root, "unsuited", *longer) == 0
+    dataset = Dataset(root / "unsuited")
+    assert (
+        dataset.manifest.rejects == {"image_unsuited": 2} and len(dataset) == len(Dataset(root / "base")) - 2
+    )
+    assert "cut off" in dataset.rejects["detail"][0].as_py()
+    assert render(root, "refetched", *longer, "--refetch") == 1, "from where?"
+    assert render(root, "refetched", *longer, "--refetch", "--image-root", root) == 0
+    assert build(root, "direct-fetched", "--tokenizer", root / "mistral", *longer, "--split", "val=0.3") == 0
+    same(root / "refetched", root / "direct-fetched")
+    assert verify(root / "refetched", deep=True, num_workers=1).findings == ()
+
+
+def test_images_that_were_shrunk_too_far_are_refused(root):
+    small = ("--image-policy", "shrink", "--image-size", 16)
+    assert build(root, "small", "--tokenizer", root / "mistral", *small, "--max-length", 4000) == 0
+    assert render(root, "small-16", base="small") == 0 and not Dataset(root / "small-16").manifest.rejects
+    assert render(root, "small-32", "--image-size", 32, base="small") == 0
+    dataset = Dataset(root / "small-32")
+    with_images = sum(row["n_images"] > 0 for row in Dataset(root / "small").index.to_pylist())
+    assert dataset.manifest.rejects == {"image_unsuited": with_images}
+    assert "stored at" in dataset.rejects["detail"][0].as_py()
+
+
+# --- the base ---------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_moved_is_found_again_and_one_that_changed_is_refused(root, tmp_path, capsys):
+    base, view = tmp_path / "base", tmp_path / "view"
+    shutil.copytree(root / "base", base)
+    assert run("render", base, "--out", view, "--train-on", "last") == 0
+    digest, before = Dataset(view).digest, [batch.input_ids.tolist() for batch in batches(view)]
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=BASE):
+        Dataset(view)
+    assert [finding.code for finding in verify(view).findings] == ["base"]
+    assert len(Dataset(view, base=tmp_path / "elsewhere")[0].input_ids)
+    (view / BASE).write_text(json.dumps({"path": "../elsewhere"}))
+    assert Dataset(view).digest == digest
+    assert [batch.input_ids.tolist() for batch in batches(view)] == before
+    manifest = tmp_path / "elsewhere" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"num_images"', ' "num_images"', 1))
+    with pytest.raises(UserError, match="has changed since"):
+        Dataset(view)
+    assert run("render", view, "--out", tmp_path / "again") == 1
+
+
+def test_views_of_views_and_of_datasets_without_conversations_are_refused(root, capsys):
+    assert render(root, "one", "--train-on", "last") == 0
+    assert render(root, "two", base="one") == 1 and "is a view" in capsys.readouterr().err
+    assert build(root, "bare", "--tokenizer", root / "mistral", "--no-conversation") == 0
+    assert render(root, "three", base="bare") == 1 and "--no-conversation" in capsys.readouterr().err
+
+
+def test_a_view_is_the_same_bytes_in_parts_and_goes_on_where_it_was(root):
+    options = ("--samples-per-shard", 3, "--system", "Hm.")
+    assert render(root, "at-once", *options) == 0
+    assert render(root, "parts", *options, "--task", "1/3") == 0
+    assert not (root / "parts" / MANIFEST).exists()
+    with_others = render(root, "parts", "--samples-per-shard", 3, "--system", "Others.")
+    assert with_others == 1, "another system prompt is another view"
+    assert render(root, "parts", *options) == 0
+    for path in sorted((root / "at-once").rglob("*")):
+        if path.is_file():
+            other = root / "parts" / path.relative_to(root / "at-once")
+            assert path.read_bytes() == other.read_bytes(), path
+
+
+def test_a_view_on_disk_of_a_base_in_an_object_store(root):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(root / "base"), "/bucket/base", recursive=True)
+    try:
+        assert run("render", "memory://bucket/base", "--out", root / "of-memory", "--train-on", "last") == 0
+        assert render(root, "of-disk", "--train-on", "last") == 0
+        same(root / "of-memory", root / "of-disk")
+    finally:
+        memory.rm("/bucket", recursive=True)
