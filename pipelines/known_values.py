@@ -77,8 +77,11 @@ class KnownValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = kwargs or {}, func._overloadpacket
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if any(isinstance(tensor, HostKnown) for tensor in tensors):
-            return func(*args, **kwargs)  # it sees to itself
+        if any(isinstance(tensor, HostKnown) for tensor in tensors):  # it sees to itself, but for other masks
+            if packet in INDEXED and any(map(_is_mask, args[1])):
+                self.wait()
+                args = (args[0], _without_masks(args[1]), *args[2:])
+            return func(*args, **kwargs)
         if self._reads(func, args, kwargs, tensors):
             self.wait()
         is_real = all(map(_is_real, tensors))
@@ -131,12 +134,12 @@ class KnownValues(TorchDispatchMode):
             sizes = [x for x in args if isinstance(x, list | tuple)] or [args]
             bound = math.prod(max(1, x) for x in sizes[0] if isinstance(x, int | float))
             return bound <= LARGEST and torch.Tag.nondeterministic_seeded not in func.tags
-        sizes = [tensor.numel() for tensor in tensors]
+        elements = [tensor.numel() for tensor in tensors]
         try:
             bound = torch.broadcast_shapes(*(tensor.shape for tensor in tensors)).numel()
         except RuntimeError:
-            bound = sum(sizes)
-        return bound <= LARGEST and bound <= max(HARMLESS, GROWTH * max(sizes))
+            bound = sum(elements)
+        return bound <= LARGEST and bound <= max(HARMLESS, GROWTH * max(elements))
 
 
 class _Calls(TorchFunctionMode):
@@ -209,10 +212,17 @@ def _rows_of(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return known.nonzero(as_tuple=True)
 
 
+def _is_mask(index: Any) -> bool:
+    is_tensor = isinstance(index, torch.Tensor) and not isinstance(index, HostKnown)
+    return is_tensor and index.dtype in (torch.bool, torch.uint8)
+
+
 def _without_masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Indices in which a mask is the numbers of its rows."""
     found: list[torch.Tensor | None] = []
     for index in indices:
-        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        found.extend(_rows_of(index) if is_mask else [index])
+        if index is not None and _is_mask(index):
+            found.extend(_rows_of(index))
+        else:
+            found.append(index)
     return found

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from omnimodel import host_known
 from omnimodel.attention import KERNEL_GROUPS_HEADS
 from omnimodel.host_known import HostKnown
 from pipelines import known_values
@@ -36,7 +37,7 @@ FLOPS = dict(flop_registry)  # torch's formulas; a GPU has a kernel for what a C
 for name in ("", "_backward"):
     on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
     FLOPS[on_cpu] = FLOPS[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")]
-OWN = {Path(__file__), Path(known_values.__file__)}
+OWN = {Path(__file__), Path(known_values.__file__), Path(host_known.__file__)}
 MAX_HEAD_WIDTH = 256  # of flash attention 2, which takes multiples of 8
 
 

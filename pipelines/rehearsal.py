@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -166,7 +166,9 @@ def play(
     with FakeTensorMode(allow_non_fake_inputs=True), side:
         model.to_empty(device=world.device)
         if not world.is_sharded:
-            model.tie_weights()  # which plain parameters forget on the way; sharded ones are changed in place
+            cast(
+                Any, model
+            ).tie_weights()  # which plain parameters forget on the way; sharded ones are changed in place
         optimizer = build_optimizer(model, recipe.optim)
         if on_gpu:
             for group in optimizer.param_groups:
@@ -283,7 +285,8 @@ def watch(model: nn.Module, playback: Playback) -> list[Any]:
 
         return enter
 
-    watched = {*transformer_blocks(model), model.get_input_embeddings(), model.get_output_embeddings()}
+    ends: Any = model
+    watched = {*transformer_blocks(model), ends.get_input_embeddings(), ends.get_output_embeddings()}
     for name, module in model.named_modules():
         part = parts.of_module(module)
         is_connector = part == parts.connector_name and any(True for _ in module.parameters(recurse=False))
