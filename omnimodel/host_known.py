@@ -195,8 +195,10 @@ def _copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
         for axis, stride in enumerate(values.stride()):
             if stride == 0 and shape[axis] > 1:
                 values = values.narrow(axis, 0, 1)
-    if torch._C._get_dispatch_mode(_FAKE) is not None:
-        return torch.empty(values.shape, dtype=values.dtype, device=device).expand(shape)
+    fake = torch._C._get_dispatch_mode(_FAKE)
+    if fake is not None:  # seen by no checkpoint, as the copy itself is not: it may come in one pass only
+        with _disable_current_modes(), fake:
+            return torch.empty(values.shape, dtype=values.dtype, device=device).expand(shape)
     with _disable_current_modes():
         if device.type == "cuda":
             values = values.contiguous().pin_memory()

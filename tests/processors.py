@@ -167,7 +167,7 @@ def llava_onevision(small: bool, **options: Any) -> Any:
 
 def smolvlm(small: bool, **options: Any) -> Any:
     sizes = (128, 64) if small else (2048, 512)
-    options |= {"size": {"longest_edge": sizes[0]}, "max_image_size": {"longest_edge": sizes[1]}}
+    options = {"size": {"longest_edge": sizes[0]}, "max_image_size": {"longest_edge": sizes[1]}} | options
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     names = {
         "image_token": "<image>",

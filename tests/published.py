@@ -48,7 +48,12 @@ def smolvlm2_2b(processor: Any) -> Any:
 
 
 def minicpmv_4_6(processor: Any) -> Any:
-    return transformers.MiniCPMV4_6Config(**_ids(processor, "image_token_id", "video_token_id"))
+    """SigLIP SO400M/14 and the class's own default language model; the card's sizes were not at hand."""
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+    vision |= {"num_attention_heads": 16, "image_size": 980, "patch_size": 14}
+    return transformers.MiniCPMV4_6Config(
+        vision_config=vision, **_ids(processor, "image_token_id", "video_token_id")
+    )
 
 
 SMOLVLM = {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}}

@@ -138,9 +138,11 @@ RECIPES = Path(__file__).parents[1] / "pipelines" / "recipes"
 GIGABYTES = re.compile(r"([\d.]+) GB")
 
 
-def check_estimates(path, *overrides, gpus):
+def check_estimates(path, *overrides):
     """The lines of a recipe's head are what the planner prints; a GB more or less with another torch."""
     stated = re.findall(r"^# (estimate: .*)$", path.read_text(), re.MULTILINE)
+    gpus = [int(line.split()[1]) for line in stated]
+    assert 8 in gpus
     planned = [estimate_line(figures) for figures in plan(load_recipe(path, overrides), gpus=gpus)]
     assert [GIGABYTES.sub("", line) for line in stated] == [GIGABYTES.sub("", line) for line in planned]
     for line, plan_line in zip(stated, planned, strict=True):
@@ -150,17 +152,19 @@ def check_estimates(path, *overrides, gpus):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["align", "sft", "full", "lora"])
 def test_recipes_state_the_planners_estimates(name):
-    check_estimates(RECIPES / f"{name}.yaml", gpus=[1, 8, 64])
+    check_estimates(RECIPES / f"{name}.yaml")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(published.MODELS))
 def test_recipes_of_other_classes_state_the_planners_estimates(name, tmp_path):
     folder = published.save(name, tmp_path / "model")
-    check_estimates(RECIPES / f"{name}.yaml", f"model.path={folder}", gpus=[1, 8])
+    check_estimates(RECIPES / f"{name}.yaml", f"model.path={folder}")
 
 
-@pytest.mark.parametrize("name", ["sft", "full", "lora"])
+@pytest.mark.parametrize(
+    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "lora"))]
+)
 def test_a_plan_is_its_rehearsal(name):
     """Of two layers: the same peak, less what no rehearsal shows."""
     small = ["model.path=null", "model.config={vision_kwargs: {depth: 2}, num_hidden_layers: 2}"]

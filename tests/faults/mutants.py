@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "local reads are not hashed",
         "omnidata/loader/reader.py",
-        "            if self._checksum:\n",
-        "            if False:\n",
+        "        if self._checksum:\n",
+        "        if False:\n",
         "tests/test_hostile_dataset.py -k flipped_bits_of_a_local",
     ),
     Mutant(
