@@ -156,7 +156,7 @@ def test_recipes_state_the_planners_estimates(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(published.MODELS))
+@pytest.mark.parametrize("name", sorted(published.MODELS.keys() - {"minicpmv_sft"}))  # that takes 20 minutes
 def test_recipes_of_other_classes_state_the_planners_estimates(name, tmp_path):
     folder = published.save(name, tmp_path / "model")
     check_estimates(RECIPES / f"{name}.yaml", f"model.path={folder}")
