@@ -76,7 +76,10 @@ def killed_and_resumed(name, made, place, monkeypatch, capsys, **options):
     return [float(loss) for _, loss in first[:KILLED_AT] + second]
 
 
-@pytest.mark.parametrize(("name", "place"), [("pytorch_loop", "run.pt"), ("accelerate_loop", "run")])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("pytorch_loop", "run.pt"), pytest.param("accelerate_loop", "run", marks=pytest.mark.slow)],
+)
 def test_loops_have_our_losses_and_go_on_after_a_kill(name, place, made, own, tmp_path, monkeypatch, capsys):
     found = killed_and_resumed(name, made, tmp_path / place, monkeypatch, capsys)
     assert found == pytest.approx(own, abs=TOLERANCE)

@@ -162,9 +162,8 @@ def test_recipes_of_other_classes_state_the_planners_estimates(name, tmp_path):
     check_estimates(RECIPES / f"{name}.yaml", f"model.path={folder}")
 
 
-@pytest.mark.parametrize(
-    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "lora"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "full", "lora"])
 def test_a_plan_is_its_rehearsal(name):
     """Of two layers: the same peak, less what no rehearsal shows."""
     small = ["model.path=null", "model.config={vision_kwargs: {depth: 2}, num_hidden_layers: 2}"]

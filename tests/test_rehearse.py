@@ -173,7 +173,11 @@ def real_step(ours, config, microbatch: Microbatch, world, playback):
     return once, held
 
 
-@pytest.mark.parametrize("name", ["omnilmm", "qwen3_vl", "internvl", "smolvlm", "pixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["omnilmm", "qwen3_vl"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "smolvlm", "pixtral")],
+)
 def test_memory_and_flops_are_those_of_a_real_step(family, name):
     """Peak within 3 % of what torch's allocator counted, FLOPs equal to torch's own counter's."""
     folder = None if name == "omnilmm" else family(name) / "model"

@@ -58,9 +58,10 @@ def test_a_step_waits_for_nothing_and_learns_the_same(family, name):
 
 
 WITHOUT_NUMBERS = ["qwen3_vl", "minicpmv4_6", "internvl"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in WITHOUT_NUMBERS[1:]]
 
 
-@pytest.mark.parametrize("name", WITHOUT_NUMBERS)
+@pytest.mark.parametrize("name", [WITHOUT_NUMBERS[0], *SLOW])
 def test_a_step_on_the_meta_device_asks_for_no_value(family, name):
     """There whoever needs one raises, and copies from the host show. In bfloat16."""
     inputs = pack(family(name))
@@ -76,7 +77,7 @@ def test_a_step_on_the_meta_device_asks_for_no_value(family, name):
     assert not waits.places
 
 
-@pytest.mark.parametrize("name", WITHOUT_NUMBERS)
+@pytest.mark.parametrize("name", [WITHOUT_NUMBERS[0], *SLOW])
 def test_a_rehearsed_step_asks_for_no_value(family, name):
     """Fake tensors have none either; what the host knows stays real."""
     inputs, config = pack(family(name)), config_of(str(family(name) / "model"))
