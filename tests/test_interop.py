@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 import tarfile
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import processors
@@ -53,7 +53,9 @@ def datasets(tmp_path_factory):
             folder / word if word in ("mixed", "uniform", "some", "merged") else word for word in command
         ]
         assert cli.run([*map(str, places), "--quiet"]) == 0
-    return {name: folder / name for name in ("mixed", "uniform", "processor", "merged")}
+    render = ("render", folder / "uniform", "--system", "Hm.", "--out", folder / "view")
+    assert cli.run([*map(str, render), "--workers", "1", "--quiet"]) == 0
+    return {name: folder / name for name in ("mixed", "uniform", "processor", "merged", "view")}
 
 
 def default(name):
@@ -79,8 +81,13 @@ def run_card(folder, reader, monkeypatch):
 
 
 def by_key(folder, split="train"):
+    """The samples as other readers see them: of a view without the images, which are its base's."""
     dataset = Dataset(folder, split=split)
-    return {sample.key: sample for sample in (dataset[i] for i in range(len(dataset)))}
+    samples = [dataset[i] for i in range(len(dataset))]
+    if dataset.base:
+        assert all(sample.images for sample in samples)
+        samples = [replace(sample, images=()) for sample in samples]
+    return {sample.key: sample for sample in samples}
 
 
 def same(sample, input_ids, labels, num_images):
@@ -99,7 +106,7 @@ def test_the_card_opens_the_dataset(datasets, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("40 00000000")
 
 
-@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor", "merged"])
+@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor", "merged", "view"])
 def test_webdataset_reads_every_sample(datasets, kind, monkeypatch):
     expected = by_key(datasets[kind])
     seen = run_card(datasets[kind], "webdataset", monkeypatch)["seen"]
@@ -109,7 +116,7 @@ def test_webdataset_reads_every_sample(datasets, kind, monkeypatch):
         same(own, sample["input_ids.npy"], sample["labels.npy"], images_in(sample))
 
 
-@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor", "merged"])
+@pytest.mark.parametrize("kind", ["mixed", "uniform", "processor", "merged", "view"])
 def test_energon_reads_every_sample(datasets, kind, monkeypatch):
     pytest.importorskip("megatron.energon")
     expected = by_key(datasets[kind])
@@ -128,7 +135,7 @@ def test_energon_reads_a_split_by_its_name(datasets):
         assert sum(shard.count for shard in meta.shards) == len(Dataset(datasets["mixed"], split=split))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "processor", "merged"])
+@pytest.mark.parametrize("kind", ["uniform", "processor", "merged", "view"])
 def test_hugging_face_datasets_reads_every_sample(datasets, kind, monkeypatch, tmp_path):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path))

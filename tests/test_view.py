@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import tiny_families
 from throwaway import TEMPLATES, byte_level_tokenizer, sentencepiece_tokenizer
+from tiny_corpus import killed
 
 from omnidata import Dataset, cli
+from omnidata.builder.build import build as build_dataset
+from omnidata.builder.settings import RunOptions
+from omnidata.builder.view import open_view
 from omnidata.loader import PackLoader
 from omnidata.schema import BASE, MANIFEST, UserError
 from omnidata.verify.run import verify
@@ -227,3 +231,42 @@ def test_a_view_on_disk_of_a_base_in_an_object_store(root):
         same(root / "of-memory", root / "of-disk")
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+def test_killed_at_any_durable_step_the_same_command_completes_the_same_view(root, tmp_path):
+    def work():
+        view = open_view(str(root / "base"), {"system": "Hm.", "samples_per_shard": 3}, out=str(out))
+        return build_dataset(view.settings, str(out), RunOptions(executor="inline", quiet=True), view=view)
+
+    def files():
+        return {
+            path.relative_to(out): path.read_bytes()
+            for path in out.rglob("*")
+            if path.is_file() and ".build" not in path.parts
+        }
+
+    out = tmp_path / "view"
+    work()
+    want, step = files(), 3
+    while shutil.rmtree(out) is None and killed(step, work):
+        assert (out / ".build").exists()
+        if not (out / MANIFEST).exists():  # else only .build/ was left to remove
+            work()
+        assert files() == want, f"killed at step {step}"
+        step += 12
+    assert step > 60
+
+
+def test_a_view_beside_its_base_is_loaded_and_goes_on(root):
+    assert render(root, "brief", "--system", "Hm.") == 0
+    sources = [{"path": str(root / "brief"), "weight": 2.0}, {"path": str(root / "base"), "weight": 1.0}]
+    options = {"global_batch": 1, "max_tokens": 400, "num_epochs": 1, "seed": 3, "image_size": 32}
+    alone = list(PackLoader(sources, **options))
+    first = PackLoader(sources, **options)
+    assert next(iter(first)).keys == alone[0].keys and len(alone) > 2
+    resumed = PackLoader(sources, num_workers=2, **options)
+    resumed.load_state_dict(first.state_dict())
+    for mine, theirs in zip(resumed, alone[1:], strict=True):
+        assert mine.keys == theirs.keys
+        np.testing.assert_array_equal(mine.input_ids, theirs.input_ids)
+        np.testing.assert_array_equal(mine.images, theirs.images)

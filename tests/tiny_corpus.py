@@ -115,6 +115,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 def killed_at(step, corpus, out):
     """Build in a child that kills itself at a durable step; -> whether it came that far."""
+    return killed(step, lambda: corpus.build(out, options=RunOptions(executor="inline", quiet=True)))
+
+
+def killed(step, work):
+    """Work in a child that kills itself at a durable step; -> whether it came that far."""
 
     def die(name, path):
         nonlocal step
@@ -126,7 +131,7 @@ def killed_at(step, corpus, out):
     if child == 0:
         durable.on_step = die
         try:
-            corpus.build(out, options=RunOptions(executor="inline", quiet=True))
+            work()
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
