@@ -75,13 +75,17 @@ class Progress:
         """Records a second in this run."""
         return (self.num_records - self.old_records) / max(self.seconds, 1e-9)
 
+    @property
+    def seconds_left(self) -> float:
+        """At this run's rate; 0 as long as there is none."""
+        return (self.total_records - self.num_records) / self.rate if self.rate else 0.0
+
     def line(self) -> str:
         """The line as it stands."""
-        left = (self.total_records - self.num_records) / self.rate if self.rate else 0
         parts = [
             f"{self.num_records:,} of {self.total_records:,} records",
             f"{self.rate:,.0f}/s",
-            f"{clock(left)} left",
+            f"{clock(self.seconds_left)} left",
             f"{self.num_rejects:,} rejected",
             f"{self.done_shards:,} of {self.total_shards:,} shards",
         ]

@@ -66,11 +66,10 @@ class CopyProgress(Progress):
     def line(self) -> str:
         """The line as it stands; a running shard's second number is its bytes."""
         copied = self.done_bytes + self.num_rejects - self.done_rejects
-        left = (self.total_records - self.num_records) / self.rate if self.rate else 0
         parts = [
             f"{self.num_records:,} of {self.total_records:,} samples",
             f"{copied / 1e6 / max(self.seconds, 1e-9):,.0f} MB/s",
-            f"{clock(left)} left",
+            f"{clock(self.seconds_left)} left",
             f"{self.done_shards:,} of {self.total_shards:,} shards",
         ]
         return " · ".join(parts)

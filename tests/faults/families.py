@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from family_data import build_family, write_ten_records
-from tiny_recipe import tiny_recipe, write_recipe
 
 from faults.table import Row
-from faults.training import GUARD, KILL, STEPS, Fault, Trial
+from faults.training import KILL, STEPS, Fault, Trial
 
 FAMILIES = ("qwen3_vl", "minicpmv4_6", "internvl")
 MOMENTS = ("save", "write", "rename", "step")
@@ -49,21 +49,16 @@ class FamilyTrial(Trial):
         """The family's model beside the dataset."""
         return build_family(self.family, self.records, self.folder) / "data"
 
-    def recipe(self, name: str) -> Path:
-        """A recipe in which everything that can be hit comes often."""
+    def sections(self) -> dict[str, Any]:
+        """What the recipe says of the family's data and model."""
         source = str(self.data)
-        tree = tiny_recipe(
-            self.data,
-            self.folder / name,
-            data={
+        return {
+            "data": {
                 "train": [{"path": source}],
                 "val": [{"path": source}],
                 **{"max_tokens": 256, "global_batch": 2, "num_workers": 0},
             },
-            model={"path": str(self.folder / "model")},
-            optim={"lr": 1e-3, "steps": STEPS},
-            checkpoint={"every": 2, "keep_last": 2},
-            eval={"every": 4, "num_batches": 1},
-            guard=GUARD,
-        )
-        return write_recipe(self.folder / f"{name}.yaml", tree)
+            "model": {"path": str(self.folder / "model")},
+            "optim": {"lr": 1e-3, "steps": STEPS},
+            "eval": {"every": 4, "num_batches": 1},
+        }

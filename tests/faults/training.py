@@ -83,21 +83,22 @@ class Trial:
 
     def recipe(self, name: str) -> Path:
         """A recipe in which everything that can be hit comes often."""
+        sections = {"checkpoint": {"every": 2, "keep_last": 2}, "guard": GUARD} | self.sections()
+        tree = tiny_recipe(self.data, self.folder / name, **sections)
+        return write_recipe(self.folder / f"{name}.yaml", tree)
+
+    def sections(self) -> dict[str, Any]:
+        """What the recipe says of this trial's data and model."""
         source = str(self.data)
-        tree = tiny_recipe(
-            self.data,
-            self.folder / name,
-            data={
+        return {
+            "data": {
                 "train": [{"path": source}],
                 "val": [{"path": source, "split": "val"}],
                 **{"max_tokens": 144, "global_batch": 6, "num_workers": 0},
             },
-            optim={"steps": STEPS, "ema": 0.9},
-            checkpoint={"every": 2, "keep_last": 2},
-            eval={"every": 2, "num_batches": 2, "num_questions": 2},
-            guard=GUARD,
-        )
-        return write_recipe(self.folder / f"{name}.yaml", tree)
+            "optim": {"steps": STEPS, "ema": 0.9},
+            "eval": {"every": 2, "num_batches": 2, "num_questions": 2},
+        }
 
     def row(self, fault: str, how: str, faults: list[Fault]) -> Row:
         """Every fault tried, and the last run brought to its end."""
