@@ -15,7 +15,8 @@ import torch
 
 from omnidata.loader.microbatch import Microbatch
 from omnimodel.tally import tallying
-from pipelines.parallel import World, to_device
+
+from .parallel import World, to_device
 
 
 class GroupCounts:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omnidata import Dataset
-from pipelines.config import DatasetConfig, Recipe, to_yaml
+
+from .config import DatasetConfig, Recipe, to_yaml
 
 
 def _share(config: DatasetConfig) -> str:

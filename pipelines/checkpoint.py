@@ -49,10 +49,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from omnidata.durable import sync
 from omnidata.schema import UserError
-from pipelines.checkpoint_reader import CheckpointReader
-from pipelines.checksums import CheckpointWriter, complete, verify
-from pipelines.config import CheckpointConfig, Recipe, to_dict
-from pipelines.parallel import World
+
+from .checkpoint_reader import CheckpointReader
+from .checksums import CheckpointWriter, complete, verify
+from .config import CheckpointConfig, Recipe, to_dict
+from .parallel import World
 
 # DCP says so whenever one process saves, which is what one process means to do.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from omnidata.schema import UserError
-from pipelines.config import Recipe, load_recipe
+
+from .config import Recipe, load_recipe
 
 
 def recipe_of(arguments: Sequence[str], description: str | None) -> Recipe:

@@ -24,9 +24,10 @@ from omnidata.text.tokenizer import fingerprint, load_tokenizer
 from omnimodel import OmniLMMConfig
 from omnimodel.attention import takes_gpu_path
 from omnimodel.host_known import known
-from pipelines.config import DatasetConfig, Recipe
-from pipelines.parallel import World, to_device
-from pipelines.processor_model import processor_config, processor_mismatches
+
+from .config import DatasetConfig, Recipe
+from .parallel import World, to_device
+from .processor_model import processor_config, processor_mismatches
 
 IMAGE_TOKEN_FIELDS = {"im_patch_token": IM_PATCH, "im_start_token": IM_START, "im_end_token": IM_END}
 SENTENCE_TOKEN_FIELDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad"}

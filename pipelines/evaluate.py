@@ -23,8 +23,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is `omnipipelines` in a wheel
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = Path(__file__).resolve().parent.name
 
 import torch
 import transformers
@@ -36,14 +37,15 @@ from omnidata.profiles.opening import processor_folder
 from omnidata.schema import UserError
 from omnidata.text.tokenizer import fingerprint
 from omnimodel.packed import class_for, config_of
-from pipelines.by_group import GroupCounts
-from pipelines.config import Recipe
-from pipelines.data import model_inputs, open_datasets, val_loader
-from pipelines.ema import Ema
-from pipelines.model import BuiltModel
-from pipelines.parallel import World, compute_dtype
-from pipelines.prompts import ProcessorPrompts, prompts_for
-from pipelines.questions import (
+
+from .by_group import GroupCounts
+from .config import Recipe
+from .data import model_inputs, open_datasets, val_loader
+from .ema import Ema
+from .model import BuiltModel
+from .parallel import World, compute_dtype
+from .prompts import ProcessorPrompts, prompts_for
+from .questions import (
     Answer,
     Prompts,
     Question,

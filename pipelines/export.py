@@ -26,8 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is `omnipipelines` in a wheel
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = Path(__file__).resolve().parent.name
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -43,16 +44,17 @@ from omnidata.durable import Store
 from omnidata.schema import PROCESSOR_DIR, TOKENIZER_DIR, UserError
 from omnimodel import OmniLMMForCausalLM
 from omnimodel.packed import is_packed
-from pipelines.card import card
-from pipelines.checkpoint import RECIPE, TRAINER
-from pipelines.checkpoint_reader import CheckpointReader
-from pipelines.checksums import verify
-from pipelines.config import Recipe, load_recipe, to_yaml
-from pipelines.data import model_config, open_datasets, slicing_config
-from pipelines.lora import is_adapter, merged, peft_config
-from pipelines.model import choose_trainable, load_model, new_model
-from pipelines.parallel import DTYPES, World
-from pipelines.prompts import PROFILE
+
+from .card import card
+from .checkpoint import RECIPE, TRAINER
+from .checkpoint_reader import CheckpointReader
+from .checksums import verify
+from .config import Recipe, load_recipe, to_yaml
+from .data import model_config, open_datasets, slicing_config
+from .lora import is_adapter, merged, peft_config
+from .model import choose_trainable, load_model, new_model
+from .parallel import DTYPES, World
+from .prompts import PROFILE
 
 
 def export(

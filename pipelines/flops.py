@@ -21,8 +21,9 @@ from omnimodel import OmniLMMConfig
 from omnimodel.packed import is_packed
 from omnimodel.parts import Parts
 from omnimodel.vision import VisionTower
-from pipelines.data import num_supervised
-from pipelines.processor_flops import ProcessorFlopCount, count_processor_flops
+
+from .data import num_supervised
+from .processor_flops import ProcessorFlopCount, count_processor_flops
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is `omnipipelines` in a wheel
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = Path(__file__).resolve().parent.name
 
 import torch
 
 from omnidata.schema import UserError
 from omnimodel.modeling import SAMPLING
-from pipelines.evaluate import load_for_answers
-from pipelines.prompts import Turns
-from pipelines.questions import Prompts, until
+
+from .evaluate import load_for_answers
+from .prompts import Turns
+from .questions import Prompts, until
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from omnidata.plan.cost import DEFAULT_MFU
-from pipelines.config import Recipe
-from pipelines.flops import peak_flops
-from pipelines.parallel import World
+
+from .config import Recipe
+from .flops import peak_flops
+from .parallel import World
 
 LARGE = 0.1
 SECONDS = 86400

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 
 from omnidata.schema import UserError
-from pipelines.config import GuardConfig
-from pipelines.parallel import shorten_timeout
+
+from .config import GuardConfig
+from .parallel import shorten_timeout
 
 GRACE_SECONDS = 10.0
 

@@ -18,10 +18,11 @@ from omnidata.loader.processor_pixels import ProcessorPixels
 from omnidata.schema import Sample, UserError
 from omnimodel.isolation import Isolation, Probe, probe, unreached
 from omnimodel.packed import is_packed
-from pipelines.config import Recipe
-from pipelines.data import to_device_and_known
-from pipelines.model import BuiltModel
-from pipelines.parallel import World, compute_dtype
+
+from .config import Recipe
+from .data import to_device_and_known
+from .model import BuiltModel
+from .parallel import World, compute_dtype
 
 WORDS = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox."
 

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from omnidata.schema import UserError
 from omnimodel.parts import Parts
-from pipelines.config import LoraConfig
+
+from .config import LoraConfig
 
 TARGETS = ("language_model", "vision_tower")
 

@@ -19,14 +19,15 @@ import torch
 
 from omnidata import Dataset
 from omnidata.loader.microbatch import Microbatch
-from pipelines.config import Recipe
-from pipelines.data import model_inputs
-from pipelines.flops import count_flops
-from pipelines.model import build_model
-from pipelines.optim import build_optimizer, clip_gradients
-from pipelines.packs import packs_of
-from pipelines.parallel import World, compute_dtype
-from pipelines.rehearsal import play
+
+from .config import Recipe
+from .data import model_inputs
+from .flops import count_flops
+from .model import build_model
+from .optim import build_optimizer, clip_gradients
+from .packs import packs_of
+from .parallel import World, compute_dtype
+from .rehearsal import play
 
 
 @dataclass(frozen=True)

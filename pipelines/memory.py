@@ -16,12 +16,13 @@ from torch import nn
 
 from omnidata.schema import UserError
 from omnimodel.parts import Parts
-from pipelines.config import Recipe
-from pipelines.model import choose_trainable, new_model
-from pipelines.packs import packs_of
-from pipelines.parallel import DTYPES, World, device_of
-from pipelines.planning import open_for_planning
-from pipelines.rehearsal import overhead, peak_of
+
+from .config import Recipe
+from .model import choose_trainable, new_model
+from .packs import packs_of
+from .parallel import DTYPES, World, device_of
+from .planning import open_for_planning
+from .rehearsal import overhead, peak_of
 
 ADAM_BYTES = 8  # two float32 moments
 EMA_BYTES = 4  # a float32 mean of the weights (optim.ema)

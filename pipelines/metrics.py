@@ -28,10 +28,11 @@ from torch import nn
 from omnidata.loader.microbatch import Microbatch
 from omnidata.printable import clock
 from omnimodel.parts import Parts
-from pipelines.config import Recipe, to_dict
-from pipelines.data import num_supervised
-from pipelines.flops import FlopCount, ProcessorFlopCount, peak_flops
-from pipelines.parallel import World
+
+from .config import Recipe, to_dict
+from .data import num_supervised
+from .flops import FlopCount, ProcessorFlopCount, peak_flops
+from .parallel import World
 
 COUNTS = ("tokens", "supervised_tokens", "images", "samples", "skipped_samples", "flops")  # over all ranks
 

@@ -21,10 +21,11 @@ from omnidata.schema import UserError
 from omnimodel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from omnimodel.packed import class_for, is_packed
 from omnimodel.parts import Parts, freeze
-from pipelines import lora
-from pipelines.config import Recipe
-from pipelines.flops import FlopCount, ProcessorFlopCount, count_flops
-from pipelines.parallel import DTYPES, World, distribute
+
+from . import lora
+from .config import Recipe
+from .flops import FlopCount, ProcessorFlopCount, count_flops
+from .parallel import DTYPES, World, distribute
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from omnidata.schema import UserError
 from omnimodel.parts import Parts
-from pipelines.config import OptimConfig
+
+from .config import OptimConfig
 
 UNDECAYED = ("query", "pos_embed", "cls_token", "reg_token")  # raw parameters that are no matrices of a layer
 

@@ -15,8 +15,9 @@ from typing import Any
 from omnidata import Dataset
 from omnidata.loader.loader import OtherVersionError
 from omnidata.schema import UserError
-from pipelines.checkpoint import changed_keys
-from pipelines.config import Recipe
+
+from .checkpoint import changed_keys
+from .config import Recipe
 
 _SAMPLES, _SAMPLE = (
     64,

@@ -27,9 +27,10 @@ from omnidata.profiles.positions import kind_of_positions
 from omnidata.profiles.processor import ProcessorProfile
 from omnidata.schema import IGNORE_INDEX, Sample, UserError
 from omnimodel import OmniLMMConfig
-from pipelines.config import Recipe
-from pipelines.data import train_loader
-from pipelines.parallel import World
+
+from .config import Recipe
+from .data import train_loader
+from .parallel import World
 
 PHOTOGRAPH = (640, 480)  # width, height
 TEXT_TOKENS = 96  # of a sample without its photograph; the second half is the answer

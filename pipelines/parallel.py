@@ -37,7 +37,8 @@ from transformers import PreTrainedModel
 from omnidata.schema import UserError
 from omnimodel.packed import is_packed
 from omnimodel.parts import Parts
-from pipelines.config import Recipe
+
+from .config import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -18,17 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is `omnipipelines` in a wheel
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = Path(__file__).resolve().parent.name
 
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
-from pipelines.config import Recipe, load_recipe
-from pipelines.gpu_days import pointer
-from pipelines.packs import Packs, packs_of
-from pipelines.planning import open_for_planning
-from pipelines.rehearsal import fits, model_flops, overhead, played, pretended_world, shape_of
-from pipelines.roofline import roofline
+
+from .config import Recipe, load_recipe
+from .gpu_days import pointer
+from .packs import Packs, packs_of
+from .planning import open_for_planning
+from .rehearsal import fits, model_flops, overhead, played, pretended_world, shape_of
+from .roofline import roofline
 
 
 def plan(
@@ -124,7 +126,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.measure:
-            from pipelines.measure import measure
+            from .measure import measure
 
             config, datasets, _ = open_for_planning(recipe)
             figures = measure(recipe, config, datasets)

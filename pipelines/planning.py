@@ -10,9 +10,10 @@ from omnidata.profiles.folder import CONFIG
 from omnidata.schema import MANIFEST, UserError
 from omnimodel import OmniLMMConfig
 from omnimodel.packed import config_of
-from pipelines.config import Recipe
-from pipelines.data import model_config, open_datasets
-from pipelines.processor_model import processor_config
+
+from .config import Recipe
+from .data import model_config, open_datasets
+from .processor_model import processor_config
 
 PUBLISHED = {"vocab_size": 32009}  # OmniLMM-12B; everything else is OmniLMMConfig's default
 

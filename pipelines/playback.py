@@ -30,8 +30,9 @@ from torch.utils.flop_counter import flop_registry
 from omnimodel import host_known
 from omnimodel.attention import KERNEL_GROUPS_HEADS
 from omnimodel.host_known import HostKnown
-from pipelines import known_values
-from pipelines.known_values import KnownValues
+
+from . import known_values
+from .known_values import KnownValues
 
 FLOPS = dict(flop_registry)  # torch's formulas; a GPU has a kernel for what a CPU's kernel stands for here
 for name in ("", "_backward"):

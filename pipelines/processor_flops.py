@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from omnidata.loader.microbatch import Microbatch
 from omnidata.plan.catalog import IMAGE_PIXELS
 from omnimodel.parts import Parts
-from pipelines.data import num_supervised
+
+from .data import num_supervised
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from omnidata.profiles.positions import UNKNOWN
 from omnidata.profiles.processor import ProcessorProfile
 from omnidata.schema import UserError
 from omnimodel.packed import class_for
-from pipelines.config import Recipe
+
+from .config import Recipe
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipelines.config import Recipe
-from pipelines.parallel import World
+from .config import Recipe
+from .parallel import World
 
 WARMUP_STEPS = 3  # compilation, allocator, first collectives
 

@@ -31,7 +31,8 @@ from omnidata.schema import Conversation, Record, RejectError, UserError
 from omnidata.text.tokenizer import load_tokenizer
 from omnimodel import OmniLMMConfig
 from omnimodel.packed import token_types
-from pipelines.parallel import to_device
+
+from .parallel import to_device
 
 PROFILE = "omnidata_profile.json"  # beside an exported model: the manifest's profile, with its arguments
 Turns = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …]

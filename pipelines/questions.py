@@ -18,8 +18,9 @@ import torch
 
 from omnidata import Dataset
 from omnidata.schema import IGNORE_INDEX, UserError
-from pipelines.parallel import World
-from pipelines.prompts import OmniLMMPrompts, ProcessorPrompts
+
+from .parallel import World
+from .prompts import OmniLMMPrompts, ProcessorPrompts
 
 Prompts = OmniLMMPrompts | ProcessorPrompts
 SLACK = 4  # tokens that an answer may be longer than the truth: blanks, or other words for the same thing

@@ -28,16 +28,17 @@ from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnimodel.attention import as_on_gpu
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from omnimodel.parts import Parts
-from pipelines.config import Recipe
-from pipelines.data import model_inputs
-from pipelines.ema import Ema
-from pipelines.flops import count_flops
-from pipelines.model import choose_trainable, new_model
-from pipelines.optim import build_optimizer, clip_gradients
-from pipelines.packs import Packs
-from pipelines.parallel import World, compute_dtype, distribute, mesh_of, reduce_gradients
-from pipelines.playback import Playback
-from pipelines.roofline import GPU_MEMORY, roofline
+
+from .config import Recipe
+from .data import model_inputs
+from .ema import Ema
+from .flops import count_flops
+from .model import choose_trainable, new_model
+from .optim import build_optimizer, clip_gradients
+from .packs import Packs
+from .parallel import World, compute_dtype, distribute, mesh_of, reduce_gradients
+from .playback import Playback
+from .roofline import GPU_MEMORY, roofline
 
 OVERHEAD = 1.5e9  # bytes of a GPU that no operation shows: CUDA's context, workspaces of cuBLAS and NCCL
 # A step's figures, once.

@@ -22,15 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is `omnipipelines` in a wheel
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = Path(__file__).resolve().parent.name
 
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
-from pipelines.config import LoraConfig, Recipe, load_recipe
-from pipelines.packs import packs_of
-from pipelines.planning import open_for_planning
-from pipelines.rehearsal import peak_of, rehearse
+
+from .config import LoraConfig, Recipe, load_recipe
+from .packs import packs_of
+from .planning import open_for_planning
+from .rehearsal import peak_of, rehearse
 
 
 def advise(

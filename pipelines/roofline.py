@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from omnidata.plan.cost import GPUS
-from pipelines.config import Recipe
-from pipelines.playback import Playback
+
+from .config import Recipe
+from .playback import Playback
 
 # By the makers' data sheets: bytes of memory, and bytes a second of it and of one GPU's links to the others
 # of its node (NVLink, both ways together halved; PCIe for cards that have no NVLink).

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from omnidata.schema import UserError
-from pipelines.parallel import World
+
+from .parallel import World
 
 TOUCH_SECONDS = 20.0
 LIVE_SECONDS = 90.0  # a file of another host that is younger belongs to a run that lives

@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: import from the repository, not from this folder
+if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is `omnipipelines` in a wheel
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = Path(__file__).resolve().parent.name
 
 if __name__ == "__main__":  # before torch: what is wrong with the command is told at once
-    from pipelines.command import check
+    from .command import check
 
     check(sys.argv[1:], __doc__)
 
@@ -44,11 +45,12 @@ from omnidata import Dataset
 from omnidata.loader.loader import PackLoader
 from omnidata.loader.microbatch import Microbatch
 from omnidata.schema import UserError
-from pipelines.by_group import GroupCounts
-from pipelines.checkpoint import Checkpoints, restore_training_state, training_state
-from pipelines.command import recipe_of
-from pipelines.config import Recipe, to_yaml
-from pipelines.data import (
+
+from .by_group import GroupCounts
+from .checkpoint import Checkpoints, restore_training_state, training_state
+from .command import recipe_of
+from .config import Recipe, to_yaml
+from .data import (
     model_config,
     model_inputs,
     new_token_ids,
@@ -59,22 +61,22 @@ from pipelines.data import (
     tail_of_epoch,
     train_loader,
 )
-from pipelines.ema import Ema
-from pipelines.evaluate import Evaluation
-from pipelines.export import export
-from pipelines.garbage import Garbage
-from pipelines.gpu_days import hint
-from pipelines.guard import LossGuard, StopSignal, Watchdog
-from pipelines.isolation import prove_isolation
-from pipelines.memory import check_fits, check_rehearsed
-from pipelines.metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
-from pipelines.model import BuiltModel, build_model
-from pipelines.optim import NewTokenRows, build_optimizer, clip_gradients, lr_factor, set_lr
-from pipelines.origin import naming_changes, origin_of, refuse_other_origin
-from pipelines.parallel import World, compute_dtype, reduce_gradients, start
-from pipelines.plot import plot
-from pipelines.profiler import profiler
-from pipelines.run_lock import RunLock
+from .ema import Ema
+from .evaluate import Evaluation
+from .export import export
+from .garbage import Garbage
+from .gpu_days import hint
+from .guard import LossGuard, StopSignal, Watchdog
+from .isolation import prove_isolation
+from .memory import check_fits, check_rehearsed
+from .metrics import MetricsLog, StepCounts, batch_arithmetic, parameter_table
+from .model import BuiltModel, build_model
+from .optim import NewTokenRows, build_optimizer, clip_gradients, lr_factor, set_lr
+from .origin import naming_changes, origin_of, refuse_other_origin
+from .parallel import World, compute_dtype, reduce_gradients, start
+from .plot import plot
+from .profiler import profiler
+from .run_lock import RunLock
 
 
 @dataclass

@@ -46,9 +46,11 @@ def imports(path):
             continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from ((node.lineno, name if name in MODULES else node.module) for name in inner)
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, name if name in MODULES else module) for name in inner)
 
 
 @pytest.mark.parametrize("path", FILES, ids=names)

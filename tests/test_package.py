@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"omnidata", "omnimodel", "pipelines"}
+INSTALLED = {"omnidata", "omnimodel", "omnipipelines"}
 
 
 def run(*words, **settings):
@@ -65,9 +66,9 @@ def environment(wheel, tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_holds_our_packages_and_their_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == OURS
-    assert {"omnidata/inspect/report/page.html", "pipelines/recipes/tiny_cpu.yaml"} <= set(names)
-    assert "pipelines/cluster/train.slurm.sh" in names
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == INSTALLED
+    assert {"omnidata/inspect/report/page.html", "omnipipelines/recipes/tiny_cpu.yaml"} <= set(names)
+    assert "omnipipelines/cluster/train.slurm.sh" in names
 
 
 @pytest.mark.slow
@@ -97,10 +98,12 @@ def test_the_main_job_outside_of_the_repository(environment, ten_records, tmp_pa
         "from omnidata import PackLoader; print(len(next(iter(PackLoader('data', global_batch=1))).keys))"
     )
     assert int(type_in("python", "-c", loaded)) > 0
-    code = "import pipelines; print(pipelines.__path__[0])"
-    recipe = Path(type_in("python", "-c", code).strip()) / "recipes" / "tiny_cpu.yaml"
+    code = "import omnipipelines; print(omnipipelines.__path__[0])"
+    folder = Path(type_in("python", "-c", code).strip())
+    recipe = folder / "recipes" / "tiny_cpu.yaml"
     changes = ("run.dir=run", "optim.steps=2", "eval.num_questions=0", "optim.warmup_steps=0")
     data = ("data.train=[{path: data}]", "data.val=[{path: data, split: val}]")
-    type_in("python", "-m", "pipelines.train", recipe, *changes, *data)
+    type_in("python", "-m", "omnipipelines.train", recipe, *changes, *data)
     asked = ("--model", "run/final", "--question", "Who?", "--greedy", "--max-new-tokens", "2")
-    assert "answer" in type_in("python", "-m", "pipelines.generate", *asked)
+    assert "answer" in type_in("python", "-m", "omnipipelines.generate", *asked)
+    assert "answer" in type_in("python", folder / "generate.py", *asked)  # as a file, too
