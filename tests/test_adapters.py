@@ -6,6 +6,8 @@ import ast
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import hosts
@@ -104,6 +106,17 @@ def test_lightning_has_our_losses_and_goes_on_after_a_kill(made, own, tmp_path, 
     del losses[KILLED_AT]
     main(*made, str(tmp_path), "--resume", **options)
     assert [sum(losses[step]) for step in range(NUM_STEPS)] == pytest.approx(own, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data_parallel", "shared"), [(1, True), (2, False)])
+def test_lightnings_tensor_parallel_ranks_share_their_packs(made, data_parallel, shared):
+    pytest.importorskip("lightning")
+    words = [Path(__file__).parent / "lightning_ranks.py", made[0], data_parallel, 2 // data_parallel]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads(rows) for rows in re.findall(r"ROWS (\[.*?\])", done.stdout))
+    assert len(first) > 1 and (first == second) is shared
 
 
 def test_several_workers_of_a_dataloader_are_refused(made):

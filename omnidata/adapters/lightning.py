@@ -34,14 +34,17 @@ class PackModule(lightning.LightningDataModule):
         self._stream: Stream | None = None
 
     def microbatches_per_step(self, world_size: int = 1) -> int:
-        """What ``accumulate_grad_batches`` must be."""
+        """What ``accumulate_grad_batches`` must be; ``world_size``: ranks with microbatches of their own."""
         per_microbatch = self._settings.get("packs_per_microbatch", 1)
         return -(-self._settings["global_batch"] // (world_size * per_microbatch))
 
     def train_dataloader(self) -> Stream:
         """Called by the Trainer."""
         trainer = self.trainer
-        wanted = self.microbatches_per_step(trainer.world_size)
+        # Ranks that share a microbatch, as ModelParallelStrategy's tensor-parallel ones do, count as one.
+        replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        world_size = replicas["num_replicas"]
+        wanted = self.microbatches_per_step(world_size)
         problems = []
         if trainer.accumulate_grad_batches != wanted:
             problems.append(f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, must be {wanted}")
@@ -49,7 +52,6 @@ class PackModule(lightning.LightningDataModule):
             problems.append(f"max_epochs is {trainer.max_epochs}, must be 1: num_epochs is PackModule's")
         if problems:
             raise UserError("the Trainer's settings do not fit the packs: " + "; ".join(problems))
-        ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        loader = open_packs(self._data, **ranks, **self._settings)
-        self._stream = Stream(loader, self._model, averaged_over=wanted * trainer.world_size)
+        loader = open_packs(self._data, rank=replicas["rank"], world_size=world_size, **self._settings)
+        self._stream = Stream(loader, self._model, averaged_over=wanted * world_size)
         return self._stream
