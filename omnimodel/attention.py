@@ -177,9 +177,13 @@ def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if pack.max_seqlen is None:
         raise ValueError("cu_seqlens on a GPU needs max_seqlen: the kernel is launched from the host")
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    grouped: dict[str, Any] = {"enable_gqa": True} if KERNEL_GROUPS_HEADS else {}
-    if not grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        # Not said of equal heads: torch 2.14's forward pass would then keep to flash attention, and its
+        # backward pass, which is not told, read the sums of a tower's documents as cuDNN's.
+        grouped = {"enable_gqa": True} if KERNEL_GROUPS_HEADS else {}
+        if not grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # The kernel's window counts the tokens to the left, transformers' the token itself as well.
     left = -1 if pack.window is None else pack.window - 1
     right = 0 if pack.is_causal else -1

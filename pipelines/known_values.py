@@ -64,6 +64,7 @@ class KnownValues(TorchDispatchMode):
         self.calls = _Calls(self)
         self._host: WeakSet[Any] = WeakSet()  # storages
         self.makes_on_host = True
+        self.fills_integers = False  # is memory of integers real, which C++ may fill unseen?
 
     def keep_on_host(self, tensors: Iterable[torch.Tensor]) -> None:
         """Real tensors that were not moved to the device."""
@@ -123,7 +124,7 @@ class KnownValues(TorchDispatchMode):
         """Whether to compute it: not if it is huge, random, or a blank float tensor, which others fill."""
         packet = func._overloadpacket
         if packet in EMPTY:
-            return False
+            return self.fills_integers and not kwargs.get("dtype", torch.float32).is_floating_point
         if packet in FILLERS:
             dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
             if dtype is None and packet is aten.full:

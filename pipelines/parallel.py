@@ -52,6 +52,7 @@ class World:
     device: torch.device
     strategy: str  # single | ddp | fsdp | hsdp
     mesh: DeviceMesh | None = None  # hsdp: (replicate, shard); fsdp: (shard,)
+    is_pretended: bool = False  # a rehearsal's: the others are not there, and weights have no values
 
     @property
     def is_main(self) -> bool:
@@ -176,6 +177,7 @@ def distribute(
             find_unused_parameters=is_packed(model),  # some towers have layers behind the one that is used
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             broadcast_buffers=False,
+            init_sync=not world.is_pretended,
         )
         wrapped.register_comm_hook(None, _sum_bucket)
         return wrapped
@@ -186,8 +188,8 @@ def distribute(
 
 def _sum_bucket(_, bucket):  # not annotated: DDP refuses annotations that are strings
     """DDP's reduction without its division by the number of ranks."""
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    buffer = bucket.buffer()  # reduced in place
+    return dist.all_reduce(buffer, async_op=True).get_future().then(lambda _: buffer)
 
 
 def _fully_shard(model: PreTrainedModel, recipe: Recipe, world: World, blocks: Sequence[nn.Module]) -> None:

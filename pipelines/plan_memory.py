@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
 
+from .command import add_recipe, parse
 from .config import Recipe, load_recipe
 from .gpu_days import pointer
 from .packs import Packs, packs_of
@@ -113,8 +114,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="before the options")
+    add_recipe(parser)
     parser.add_argument(
         "--gpus", type=int, nargs="+", default=[1], metavar="N", help="one or several numbers"
     )
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--mfu", type=float, help="assumed share of the peak, instead of the roofline's")
     parser.add_argument("--measure", action="store_true", help="run it here, prediction beside measurement")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.measure:

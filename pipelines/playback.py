@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from omnimodel import host_known
-from omnimodel.attention import KERNEL_GROUPS_HEADS
 from omnimodel.host_known import HostKnown
 
 from . import known_values
+from .kernel_limits import Call, refusals
 from .known_values import KnownValues
 
 FLOPS = dict(flop_registry)  # torch's formulas; a GPU has a kernel for what a CPU's kernel stands for here
@@ -39,15 +39,16 @@ for name in ("", "_backward"):
     on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
     FLOPS[on_cpu] = FLOPS[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")]
 OWN = {Path(__file__), Path(known_values.__file__), Path(host_known.__file__)}
-MAX_HEAD_WIDTH = 256  # of flash attention 2, which takes multiples of 8
 
 
 class Playback(TorchDispatchMode):
     """Enter it inside of a FakeTensorMode; set ``part`` and ``place`` as the step goes on."""
 
-    def __init__(self, *, device_is_host: bool = False) -> None:
+    def __init__(self, *, device_is_host: bool = False, gpu: str | None = None) -> None:
         super().__init__()
+        self.gpu = gpu  # whose kernels may refuse what others take
         self.values = KnownValues(self._waited, device_is_host=device_is_host)
+        self.kind = "activations"  # what new memory is for
         self.now: Counter[str] = Counter()
         # Storage -> [kind, bytes]
         self._records: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
@@ -88,7 +89,7 @@ class Playback(TorchDispatchMode):
         result = func(*args, **kwargs)
         tensors = [tensor for tensor in _local_tensors(result) if not self.values.on_host(tensor)]
         for tensor in tensors:
-            self._count(tensor.untyped_storage(), "activations")
+            self._count(tensor.untyped_storage(), self.kind)
         if space == "c10d":
             self._communicated(func, args, kwargs)
         elif not (func.is_view or space == "prim"):
@@ -179,14 +180,14 @@ class Playback(TorchDispatchMode):
         tensors = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 3]
         is_backward = "backward" in func.name()
         query, key = tensors[is_backward], tensors[is_backward + 1]
-        for problem in refusals(query, key):
-            self.refusals[f"{problem} ({_place_of_caller()})"] += 1
         bounds = next(x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.int32)
         known = bounds if type(bounds) is torch.Tensor else None  # else: documents of equal lengths
         with unset_fake_temporarily():
             squares = query.shape[0] ** 2 / (len(bounds) - 1) if known is None else _squares(known)
         # Grouping of heads is the schema's only other switch, and comes as a keyword.
         is_causal = any(x is True or (isinstance(x, list | tuple) and list(x) == [-1, 0]) for x in args)
+        for problem in refusals(Call(query, key, self.gpu, is_backward, is_causal)):
+            self.refusals[f"{problem} ({_place_of_caller()})"] += 1
         forward = (2.0 if is_causal else 4.0) * squares * query.shape[1] * query.shape[2]
         return forward * (2.5 if is_backward else 1)
 
@@ -205,24 +206,6 @@ class Playback(TorchDispatchMode):
 
 def _squares(bounds: torch.Tensor) -> float:
     return float((bounds.diff().double() ** 2).sum())
-
-
-def refusals(query: torch.Tensor, key: torch.Tensor) -> list[str]:
-    """What torch's variable-length flash attention refuses on a GPU, ``[T, heads, width]`` each.
-
-    Source: the checks at the head of mha_varlen_fwd in flash attention 2, built into torch; grouped heads by
-    the signature of the torch that runs here.
-    """
-    problems = []
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        problems.append(f"variable-length attention takes float16 and bfloat16, not {query.dtype}")
-    if query.shape[-1] > MAX_HEAD_WIDTH or query.shape[-1] % 8:
-        problems.append(f"a head width of {query.shape[-1]}: multiples of 8 up to {MAX_HEAD_WIDTH} are taken")
-    if query.shape[1] != key.shape[1] and not KERNEL_GROUPS_HEADS:
-        problems.append(f"{query.shape[1]} query heads and {key.shape[1]} of keys: torch 2.11 wants as many")
-    if query.stride(-1) != 1 or key.stride(-1) != 1:
-        problems.append("the last dimension of queries and keys must be contiguous")
-    return problems
 
 
 def _local_tensors(tree: Any) -> list[torch.Tensor]:

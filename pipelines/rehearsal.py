@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from omnidata.loader.microbatch import Microbatch
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
@@ -57,7 +59,8 @@ def pretended_world(recipe: Recipe, gpus: int) -> Iterator[World]:
         strategy = "fsdp"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        yield World(0, gpus, device, strategy, mesh_of(recipe, strategy, gpus, device))
+        mesh = mesh_of(recipe, strategy, gpus, device)
+        yield World(0, gpus, device, strategy, mesh, is_pretended=True)
     finally:
         dist.destroy_process_group()
 
@@ -68,14 +71,14 @@ def peak_of(recipe: Recipe, config: Any, packs: Packs, *, gpus: int) -> dict[str
         return played(recipe, config, packs, world).peak
 
 
-def played(recipe: Recipe, config: Any, packs: Packs, world: World) -> Playback:
+def played(recipe: Recipe, config: Any, packs: Packs, world: World, *, gpu: str | None = None) -> Playback:
     """A step with the fullest microbatches.
 
     Compiled blocks keep less than eager ones (no float32 copies, no inputs of what the compiler can fuse) and
     more than matrix products: half of the way is taken (measured: 78.3 GB of 73.9 to 86.2).
     """
     microbatches = [packs.full] * min(2, -(-recipe.data.global_batch // world.size))
-    playback = play(recipe, config, microbatches, world)
+    playback = play(recipe, config, microbatches, world, gpu=gpu)
     model = recipe.model
     if model.compile and model.activation_checkpointing == "none" and recipe.run.device != "cpu":
         selective = dataclasses.replace(model, activation_checkpointing="selective")
@@ -95,7 +98,7 @@ def rehearse(
 ) -> dict[str, Any]:
     """Everything that the report shows, for rank 0 of ``gpus``; bytes, FLOPs, seconds."""
     with pretended_world(recipe, gpus) as world:
-        playback = played(recipe, config, packs, world)
+        playback = played(recipe, config, packs, world, gpu=gpu)
         hangs = None if gpus == 1 else _hangs(recipe, config, packs, world, playback)
     purposely = {place: n for place, n in playback.waits.items() if place.startswith(ON_PURPOSE)}
     microbatches = -(-recipe.data.global_batch // gpus)
@@ -157,19 +160,20 @@ def play(
     world: World,
     *,
     prepare: Callable[[nn.Module], None] = lambda model: None,
+    gpu: str | None = None,
 ) -> Playback:
     """A step of one rank, with Adam's moments from the start. ``prepare`` may change the model before."""
     on_gpu = recipe.run.device != "cpu"
-    playback = Playback(device_is_host=not on_gpu)
-    model, wrapped = build(recipe, config, world)  # outside: random starts read values, also on "meta"
+    playback = Playback(device_is_host=not on_gpu, gpu=gpu)
+    model = build(recipe, config, world)  # outside: random starts read values, also on "meta"
+    wrapped: nn.Module = model
     prepare(model)
     side = as_on_gpu() if on_gpu else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), side:
         model.to_empty(device=world.device)
-        if not world.is_sharded:
-            cast(
-                Any, model
-            ).tie_weights()  # which plain parameters forget on the way; sharded ones are changed in place
+        if not world.is_sharded:  # plain parameters forget on the way what they share; sharded ones do not
+            cast(Any, model).tie_weights()
+            wrapped = distribute(model, recipe, world, blocks=[])
         optimizer = build_optimizer(model, recipe.optim)
         if on_gpu:
             for group in optimizer.param_groups:
@@ -182,8 +186,11 @@ def play(
             playback.assign("average", ema.state_dict().values() if ema else [])
             make_moments(optimizer)
             playback.assign("optimizer", moments_of(optimizer, optimizer.state))
-            playback.restart()
             with playback.values.calls:
+                if isinstance(wrapped, DistributedDataParallel):
+                    step(recipe, world, model, wrapped, optimizer, feeds[-1:], playback)
+                    _sort_buckets(wrapped, playback)
+                playback.restart()
                 step(recipe, world, model, wrapped, optimizer, feeds, playback, ema=ema)
             # Training finds these before it begins, and leaves them alone (pipelines.isolation).
             playback.had_not("optimizer", [x for x in moments_of(optimizer, unreached(model, playback))])
@@ -194,14 +201,24 @@ def play(
     return playback
 
 
-def build(recipe: Recipe, config: Any, world: World) -> tuple[nn.Module, nn.Module]:
-    """As pipelines.model does, but with no memory behind the parameters."""
+def build(recipe: Recipe, config: Any, world: World) -> PreTrainedModel:
+    """As pipelines.model does, but with no memory behind the parameters; sharded, if it will be."""
     with torch.device("meta"):
         model = new_model(copy.deepcopy(config))
     model.train()
     choose_trainable(model, recipe)
     checkpoint_blocks(model, recipe.model.activation_checkpointing)
-    return model, distribute(model, recipe, world, blocks=transformer_blocks(model))
+    if world.is_sharded:
+        distribute(model, recipe, world, blocks=transformer_blocks(model))
+    return model
+
+
+def _sort_buckets(wrapped: DistributedDataParallel, playback: Playback) -> None:
+    """As DDP does at the second step's beginning: gradients travel in the order in which the first's came."""
+    playback.kind = "communication"
+    playback.values.fills_integers = True  # C++ writes down that order, which the others would be told
+    wrapped.reducer._rebuild_buckets()
+    playback.kind, playback.values.fills_integers = "activations", False
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -29,6 +29,7 @@ if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
 
+from .command import add_recipe, parse
 from .config import LoraConfig, Recipe, load_recipe
 from .packs import packs_of
 from .planning import open_for_planning
@@ -117,15 +118,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="before the options")
+    add_recipe(parser)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu", choices=list(GPUS), default=DEFAULT_GPU)
     parser.add_argument("--shard-size", type=int, help="strategy hsdp with groups of this size")
     parser.add_argument("--max-tokens", type=int, help="of a microbatch, instead of the recipe's")
     parser.add_argument("--max-images", type=int)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     overrides = list(options.overrides)
     if options.shard_size:
         overrides += ["parallel.strategy=hsdp", f"parallel.shard_size={options.shard_size}"]

@@ -118,6 +118,18 @@ def test_the_kernel_is_called_with_its_own_layout_heads_and_window(has_gqa, wind
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_the_kernel_is_told_of_grouped_heads_alone(monkeypatch):
+    """Told of equal heads, torch 2.14's two passes over a tower's documents would be two kernels'."""
+    said = []
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, *_, **words: said.append(words) or q)
+    query, key, value = heads(20)
+    of_tower = attention.Pack(BOUNDS, 12, is_causal=False)
+    attention.varlen_attention(query, query, query, of_tower)
+    attention.varlen_attention(query, key, value, of_tower)
+    assert "enable_gqa" not in said[0] and said[0]["window_size"] == (-1, -1)
+    assert said[1].get("enable_gqa", False) is attention.KERNEL_GROUPS_HEADS
+
+
 def test_the_kernel_needs_the_longest_length():
     with pytest.raises(ValueError, match="max_seqlen"):
         attention.varlen_attention(*heads(20), attention.Pack(BOUNDS, scale=0.25))

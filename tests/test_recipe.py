@@ -1,5 +1,6 @@
 """Recipes are strict: every mistake is named, all in one message, and a resolved recipe round-trips."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from omnidata.schema import UserError
+from pipelines.command import add_recipe, parse
 from pipelines.config import load_recipe, parse_recipe, to_dict, to_yaml
 
 MINIMAL = {
@@ -29,6 +31,17 @@ def test_defaults_and_round_trip(tmp_path):
     assert recipe.optim.schedule == "cosine" and recipe.data.train[0].split == "train"
     assert parse_recipe(to_dict(recipe)) == recipe
     assert parse_recipe(yaml.safe_load(to_yaml(recipe))) == recipe
+
+
+def test_overrides_stand_before_between_and_behind_options():
+    parser = argparse.ArgumentParser()
+    add_recipe(parser)
+    parser.add_argument("--gpus", type=int, nargs="+")
+    parser.add_argument("--gpu")
+    words = ["run.seed=1", "a.yaml", "--gpus", "1", "8", "optim.lr=3e-4", "--gpu=h100", "model.config={a: 1}"]
+    options = parse(parser, words)
+    assert (options.recipe, options.gpus, options.gpu) == ("a.yaml", [1, 8], "h100")
+    assert options.overrides == ["run.seed=1", "optim.lr=3e-4", "model.config={a: 1}"]
 
 
 def test_overrides_reach_sections_lists_and_absent_keys(tmp_path):
