@@ -79,7 +79,7 @@ BENCHMARKS = (
         unit="samples/s at equal loss",
         bars=lambda report: {name: row["samples_per_s"] for name, row in report.items()},
     ),
-    Benchmark("train_processor", ("--records", "200", "--steps", "8", "--warmup", "2")),
+    Benchmark("train_processor", ("--records", "200", "--steps", "8")),
     Benchmark("families", ("--records", "120", "--families", "qwen3_vl", "--repeat", "1")),
 )
 NAMES = tuple(benchmark.name for benchmark in BENCHMARKS)

@@ -241,9 +241,14 @@ def test_qwen_gpu():
 
 @pytest.mark.slow
 def test_train_processor():
-    report = report_of("train_processor.py", "--records", "200", "--steps", "8", "--warmup", "2")
-    losses = report["loss_of_eight_samples"]
-    assert abs(losses["padded"] - losses["packed"]) < 1e-4 and report["ratio"] > 0
+    both = ("shapes", "photographs")
+    report = report_of("train_processor.py", "--corpora", *both, "--records", "200", "--steps", "8")
+    assert tuple(report) == both
+    for corpus in report.values():
+        losses = corpus.pop("loss_of_eight_samples")
+        assert abs(losses["padded"] - losses["packed"]) < 1e-4
+        assert all(contender["ours_is_faster"] > 0.5 for contender in corpus.values())
+    assert report["photographs"]["trainer"]["ours_is_faster"] > 1.5  # padding alone is more
 
 
 @pytest.mark.slow
