@@ -11,6 +11,8 @@ are alive at a time, and the gradients of hidden states and weight are ready whe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -146,18 +148,42 @@ def summed_loss(
     """
     if isinstance(lm_head, LossHead):
         return lm_head(hidden_ND, labels_N)
-    # Without any row the head is called all the same: sharded ranks meet in it.
-    total, start = hidden_ND.new_zeros((), dtype=torch.float32), 0
-    for rows, labels in zip(hidden_ND.split(chunk_rows), labels_N.split(chunk_rows), strict=True):
-        total = total + checkpoint(_head_loss, lm_head, rows, labels, scale, start, use_reentrant=False)
+    # One call, however many chunks there are, and without any row as well: sharded ranks meet in it, and
+    # would meet again in every chunk that is computed anew for the backward pass.
+    logits_of, before = lm_head.forward, vars(lm_head).get("forward")
+    lm_head.forward = functools.partial(_in_chunks, logits_of, scale=scale, chunk_rows=chunk_rows)
+    try:
+        total: torch.Tensor = lm_head(hidden_ND, labels_N)
+        return total
+    finally:
+        del lm_head.forward
+        if before is not None:
+            lm_head.forward = before
+
+
+def _in_chunks(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    scale: LogitScale | None,
+    chunk_rows: int,
+) -> torch.Tensor:
+    total, start = hidden.new_zeros((), dtype=torch.float32), 0
+    for rows, wanted in zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True):
+        total = total + checkpoint(_head_loss, logits_of, rows, wanted, scale, start, use_reentrant=False)
         start += len(rows)
     return total
 
 
 def _head_loss(
-    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, scale: LogitScale | None, start: int
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    scale: LogitScale | None,
+    start: int,
 ) -> torch.Tensor:
-    logits = lm_head(hidden).float()
+    logits = logits_of(hidden).float()
     losses = F.cross_entropy(logits if scale is None else scale(logits), labels, reduction="none")
     tally(losses, start)  # when it is computed again for the backward pass, nothing is open to add to
     return losses.sum()

@@ -11,7 +11,9 @@ GPU the row stays whole: they take the bounds themselves.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,16 +23,34 @@ from omnimodel.attention import takes_gpu_path
 from omnimodel.host_known import plain
 
 KERNELS = ("causal_conv1d", "fla")  # packages whose kernels take cu_seq_lens_q and seq_idx
+_played: set[str] = set()  # modules of classes whose kernels a rehearsal plays
 
 
 def keep_apart(decoder: nn.Module) -> list[str]:
     """Make the decoder's mixers respect ``cu_seq_lens_q``; the classes that were changed."""
+    names = {module: name for name, module in decoder.named_modules()}
     changed = []
-    for name, module in list(decoder.named_modules()):
-        if any(isinstance(child, nn.Conv1d) for child in module.children()):
-            module.__class__ = _apart(type(module))
-            changed.append(name)
+    for module in mixers_of(decoder):
+        module.__class__ = _apart(type(module))
+        changed.append(names[module])
     return changed
+
+
+def mixers_of(decoder: nn.Module) -> list[nn.Module]:
+    """Modules that hold a convolution along the row."""
+    modules = list(decoder.modules())
+    return [x for x in modules if any(isinstance(child, nn.Conv1d) for child in x.children())]
+
+
+@contextlib.contextmanager
+def with_kernels_in(modules: Iterable[str]) -> Iterator[None]:
+    """For a rehearsal: mixers of classes of these Python modules take their kernels' path."""
+    before = set(_played)
+    _played.update(modules)
+    try:
+        yield
+    finally:
+        _played.intersection_update(before)
 
 
 def _apart(kind: type[nn.Module]) -> type[nn.Module]:
@@ -45,7 +65,7 @@ def _apart(kind: type[nn.Module]) -> type[nn.Module]:
     ) -> torch.Tensor:
         if cu_seq_lens_q is None:
             return kind.forward(self, hidden_states, *args, **kwargs)
-        if has_kernels(hidden_states):
+        if has_kernels(hidden_states) or kind.__module__ in _played:
             cu_seq_lens_q = plain(cu_seq_lens_q)  # kernels read its memory
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             document = torch.bucketize(positions, cu_seq_lens_q[1:], right=True).to(torch.int32)[None]

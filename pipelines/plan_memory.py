@@ -41,10 +41,10 @@ def plan(
     config, datasets, assumed = open_for_planning(recipe)
     packs = packs_of(recipe, config, datasets)
     flops = model_flops(recipe, config, packs.full) * packs.load  # of a microbatch, on average
-    return [
-        _plan_one(recipe, config, packs, flops, gpus=number, gpu=gpu, mfu=mfu) | {"assumed": assumed}
-        for number in gpus
-    ]
+    plans = [_plan_one(recipe, config, packs, flops, gpus=number, gpu=gpu, mfu=mfu) for number in gpus]
+    for figures in plans:
+        figures["assumed"] = [*assumed, *figures["assumed"]]
+    return plans
 
 
 def _plan_one(
@@ -76,6 +76,7 @@ def _plan_one(
         "tokens_per_s": batch * packs.full.num_tokens * packs.load / seconds,
         "steps": _steps(recipe, packs),
         "device": recipe.run.device,
+        "assumed": playback.assumed,
     }
 
 

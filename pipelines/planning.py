@@ -44,6 +44,11 @@ def open_for_planning(recipe: Recipe) -> tuple[Any, list[Dataset], list[str]]:
         )
     if datasets:
         return model_config(recipe, datasets[0]), datasets, assumed
+    if path is None and _is_other_class(recipe):
+        raise UserError(
+            f"model.config changes the configuration that {missing[0]} keeps: build it first, or name a "
+            "model's folder as model.path"
+        )
     if path is None:
         return OmniLMMConfig(**(PUBLISHED | (recipe.model.config or {}))), [], assumed
     config = config_of(path)
@@ -57,5 +62,6 @@ def _is_built(path: str) -> bool:
 
 
 def _is_other_class(recipe: Recipe) -> bool:
-    """Does the recipe speak of a connector, as no recipe of OmniLMM does?"""
-    return "connector" in {*recipe.model.freeze, *recipe.optim.component_lr}
+    """Does the recipe speak of a connector or of a text model's fields, as no recipe of OmniLMM does?"""
+    named = {*recipe.model.freeze, *recipe.optim.component_lr, *(recipe.model.config or {})}
+    return not named.isdisjoint({"connector", "text_config", "vision_config"})

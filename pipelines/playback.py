@@ -49,6 +49,7 @@ class Playback(TorchDispatchMode):
         self.gpu = gpu  # whose kernels may refuse what others take
         self.values = KnownValues(self._waited, device_is_host=device_is_host)
         self.kind = "activations"  # what new memory is for
+        self.assumed: list[str] = []  # of the GPUs' machine
         self.now: Counter[str] = Counter()
         # Storage -> [kind, bytes]
         self._records: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()

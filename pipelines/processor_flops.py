@@ -5,9 +5,10 @@
     a token of a picture            2 x the connector's matrices
     a supervised token              2 x lm_head
 
-Left out: norms and activations. The figure, and so the MFU, is high for towers that attend in windows or
-tiles only, that join patches between their blocks (MiniCPM-V 4.6: 1.5 times, tiny) or pad every picture to
-one number of patches.
+Left out: norms and activations. A tower that takes pictures as tiles attends inside of them, which its
+configuration's image_size tells. The figure, and so the MFU, is high for towers that attend in windows, that
+join patches between their blocks (MiniCPM-V 4.6: 1.5 times, tiny) or pad every picture to one number of
+patches.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class ProcessorFlopCount:
     token_attention: float  # layers x width
     patch_params: float
     patch_attention: float
+    patches_of_tile: float  # that see each other; inf: all of a picture
     connector_params: float
     head_params: float
     values_per_patch: int  # pixel values of the processor's tensors
@@ -77,7 +79,8 @@ class ProcessorFlopCount:
         lengths = np.asarray(lengths, float)
         tokens = 2 * self.token_params * lengths.sum() + 2 * self.token_attention * (lengths**2).sum()
         patches = pixel_values / self.values_per_patch
-        tower = 2 * self.patch_params * patches + 4 * self.patch_attention * patches**2 / max(1, images)
+        seen = min(patches / max(1, images), self.patches_of_tile)
+        tower = 2 * self.patch_params * patches + 4 * self.patch_attention * patches * seen
         return float(
             tokens * self.passes["language_model"]
             + tower * self.passes["vision_tower"]
@@ -101,6 +104,7 @@ def count_processor_flops(model: PreTrainedModel, passes: dict[str, int]) -> Pro
         token_attention=float(width * sum(_attends(block) for block in of_decoder)),
         patch_params=_matrices(of_tower),
         patch_attention=float(first.shape[0] * len(of_tower)),
+        patches_of_tile=_patches_of_tile(parts.tower),
         connector_params=float(sum(p.numel() for p in parts.parameters("connector") if p.ndim > 1)),
         head_params=float(head.weight.numel()),
         values_per_patch=math.prod(first.shape[1:]),
@@ -119,6 +123,16 @@ def _share_of_experts(text: object) -> float:
     experts = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
     taken = getattr(text, "num_experts_per_tok", None)
     return taken / experts if experts and taken else 1.0
+
+
+def _patches_of_tile(tower: nn.Module) -> float:
+    """Of the size that its configuration names, if it does: ``image_size`` of one number or of both sides."""
+    config = getattr(tower, "config", None)
+    sides = [getattr(config, name, None) for name in ("image_size", "patch_size")]
+    if None in sides:
+        return math.inf
+    (height, width), (rows, columns) = (x if isinstance(x, list | tuple) else (x, x) for x in sides)
+    return float((height // rows) * (width // columns))
 
 
 def _attends(block: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from omnimodel.attention import as_on_gpu
 from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from omnimodel.parts import Parts
 
+from . import mixer_kernels
 from .config import Recipe
 from .data import model_inputs
 from .ema import Ema
@@ -103,11 +104,12 @@ def rehearse(
     purposely = {place: n for place, n in playback.waits.items() if place.startswith(ON_PURPOSE)}
     microbatches = -(-recipe.data.global_batch // gpus)
     seconds = roofline(recipe, playback, gpus=gpus, gpu=gpu, microbatches=microbatches)
-    flops = model_flops(recipe, config, packs.full) * microbatches
+    flops = model_flops(recipe, config, packs.full) * recipe.data.global_batch / gpus
     return {
         "gpus": gpus,
         "gpu": gpu,
         "microbatches": microbatches,
+        "idle_gpus": max(0, gpus - recipe.data.global_batch),
         "shape": shape_of(packs.full),
         "memory": {kind: size for kind, size in playback.peak.items() if size},
         "memory_gb": sum(playback.peak.values()) / 1e9,
@@ -119,6 +121,7 @@ def rehearse(
         "flops": dict(playback.flops),
         "collectives": summary(playback.collectives),
         "hangs": hangs,
+        "assumed": playback.assumed,
         "refusals": dict(playback.refusals),
         **seconds,
         "possible_mfu": flops / (seconds["step_seconds"] * GPUS[gpu]),
@@ -168,8 +171,11 @@ def play(
     model = build(recipe, config, world)  # outside: random starts read values, also on "meta"
     wrapped: nn.Module = model
     prepare(model)
-    side = as_on_gpu() if on_gpu else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), side:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if on_gpu:
+            stack.enter_context(as_on_gpu())
+            playback.assumed = stack.enter_context(mixer_kernels.played(model))
         model.to_empty(device=world.device)
         if not world.is_sharded:  # plain parameters forget on the way what they share; sharded ones do not
             cast(Any, model).tie_weights()

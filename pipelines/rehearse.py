@@ -105,6 +105,8 @@ def describe(report: dict[str, Any]) -> str:
         f"a step on {report['gpus']} x {report['gpu']}: {report['step_seconds']:.2f} s, "
         f"{report['exposed_seconds']:.2f} s of it waiting for other GPUs; MFU {report['possible_mfu']:.0%}"
     )
+    if report["idle_gpus"]:
+        lines.append(f"{report['idle_gpus']} GPUs have nothing to do: data.global_batch is less than --gpus")
     if not report["fits"]:
         lines.append("does not fit; by rehearsals of their own:")
     for words, saved in report.get("advice", {}).items():
@@ -142,6 +144,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    assumed += report.pop("assumed")
     print(
         json.dumps(report | {"assumed": assumed}) if options.json else "\n".join([*assumed, describe(report)])
     )

@@ -34,7 +34,9 @@ def qwen3_vl_4b(processor: Any) -> Any:
 def internvl3_8b(processor: Any) -> Any:
     text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 151674}
     text |= {"num_attention_heads": 28, "num_key_value_heads": 4, "model_type": "qwen2"}
-    return transformers.InternVLConfig(text_config=text, image_token_id=processor.image_token_id)
+    return transformers.InternVLConfig(
+        text_config=text, tie_word_embeddings=False, image_token_id=processor.image_token_id
+    )
 
 
 def smolvlm2_2b(processor: Any) -> Any:

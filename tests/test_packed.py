@@ -173,11 +173,10 @@ def test_mixers_along_the_row_are_refused(family, name, monkeypatch):
 
 def test_a_head_that_does_more_is_refused(family, monkeypatch):
     model = load(family("qwen3_vl"))
-    plain = type(model.lm_head).forward
     monkeypatch.setattr(
         "omnimodel.loss._head_loss",
-        lambda head, hidden, labels, scale, start: torch.nn.functional.cross_entropy(
-            plain(head, hidden) * 0.5, labels, reduction="sum"
+        lambda logits_of, hidden, labels, scale, start: torch.nn.functional.cross_entropy(
+            logits_of(hidden) * 0.5, labels, reduction="sum"
         ),
     )
     with pytest.raises(UserError, match="its own loss on a document is"):

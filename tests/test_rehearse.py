@@ -11,16 +11,18 @@ import torch
 import transformers
 from ranks import CONTEXT
 from tiny_recipe import MODEL, tiny_recipe
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from omnidata.loader.microbatch import Microbatch
 from omnimodel import OmniLMMConfig, attention
 from omnimodel.host_known import HostKnown
+from omnimodel.loss import summed_loss
 from omnimodel.modeling import OmniLMMModel
 from omnimodel.packed import class_for, config_of
 from omnimodel.resampler import Resampler
-from pipelines import kernel_limits, rehearsal
+from pipelines import kernel_limits, mixer_kernels, rehearsal
 from pipelines.config import parse_recipe
 from pipelines.data import model_inputs
 from pipelines.kernel_limits import Call, Widths, refusals
@@ -81,6 +83,18 @@ def test_a_planted_wait_is_named_with_its_line(monkeypatch):
     monkeypatch.setattr(Resampler, "forward", waiting)
     line = waiting.__code__.co_firstlineno + 1
     assert rehearsed()["waits"] == {f"tests/test_rehearse.py:{line}": 2}  # microbatches
+
+
+def test_ranks_with_more_rows_to_learn_meet_no_more_often_in_the_head(family, monkeypatch):
+    """A head of its own weight (InternVL's here) is gathered once, however many chunks its rows make."""
+    monkeypatch.setitem(summed_loss.__kwdefaults__, "chunk_rows", 16)
+    folder = family("internvl") / "model"
+    ours, config = recipe(folder, tokens=300), config_for(folder)
+    config.tie_word_embeddings = False
+    packs = packs_of(ours, config, [])
+    chunks = [-(-pack.num_supervised_tokens // 16) for pack in (packs.full, packs.text_only)]
+    assert chunks[0] < chunks[1]
+    assert rehearse(ours, config, packs, gpus=2)["hangs"] is None
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
@@ -162,6 +176,27 @@ def test_the_waits_of_a_class_are_those_that_a_gpu_showed(family, monkeypatch):
         of_grids = {line: n for (file, line), n in found.items() if file == "vision_utils.py"}
         assert of_grids == {**{"64": 1, "109": 1, "112": 2}, **dict.fromkeys(("276", "277", "278", "280"), 1)}
     assert sum(found.values()) >= 18
+
+
+def test_gated_delta_nets_are_played_as_their_kernels(family):
+    """Whether this machine has them or not; fla reads the bounds of a pack once."""
+    folder = family("minicpmv4_6") / "model"
+    ours, config = recipe(folder, tokens=700), config_for(folder)
+    report = rehearse(ours, config, packs_of(ours, config, []), gpus=2)
+    assert report["assumed"] == [mixer_kernels.ASSUMED] and report["hangs"] is None
+    [(place, number)] = report["waits"].items()
+    assert place.startswith("pipelines/mixer_kernels.py:") and number == 2  # microbatches
+
+
+def test_a_gated_delta_net_keeps_what_its_kernel_keeps():
+    tokens, heads, groups, width = 640, 4, 2, 32
+    with FakeTensorMode():
+        q, k = (torch.empty(1, tokens, groups, width, dtype=torch.bfloat16) for _ in range(2))
+        v = torch.empty(1, tokens, heads, width, dtype=torch.bfloat16, requires_grad=True)
+        g, beta = torch.empty(1, tokens, heads), torch.empty(1, tokens, heads, dtype=torch.bfloat16)
+        saved = mixer_kernels._Chunks.apply(q, k, v, g, beta, 10).grad_fn.saved_tensors
+    rows = 2 * groups * (2 * width + 4) + heads * (2 * width + 4 + 2 + 2 * 64)  # bytes of a token
+    assert sum(x.numel() * x.element_size() for x in saved) == tokens * rows
 
 
 def test_a_wait_planted_in_a_class_is_named_and_the_step_goes_on(family, monkeypatch):
