@@ -24,8 +24,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from train_setup import BILLION, TINY, make_corpus  # noqa: E402
 
+from pipelines.planning import PUBLISHED  # noqa: E402
+
 FOLDER = Path(os.environ.get("GPU_DAY_FOLDER", "gpu_day"))
 Figures = dict[str, Any]
+TOLD = FOLDER / "so_far.jsonl"  # --out, when that is known
 STARTED: list[subprocess.Popen[bytes]] = []
 # What resumes: small, because its checkpoints are written every few steps.
 SMALL = BILLION | {
@@ -33,6 +36,21 @@ SMALL = BILLION | {
     "vision_kwargs": {"img_size": 448, "depth": 6},
     **{"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6},
     **{"num_attention_heads": 12, "num_key_value_heads": 4},
+}
+
+
+# The published widths; 80 GB hold eight layers of 32 with their moments.
+WIDE = PUBLISHED | {"num_hidden_layers": 8}
+TOY_QWEN = {
+    "text_config": {
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 4096},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {
+        **{"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64},
+        "deepstack_visual_indexes": [0],
+    },
 }
 
 
@@ -113,14 +131,22 @@ def finished(path: Path, process: subprocess.Popen[bytes]) -> list[Figures]:
     return lines_of(path)
 
 
-def until_step(path: Path, process: subprocess.Popen[bytes], step: int) -> float:
-    """Seconds until the run has told ``step``."""
+def until_step(path: Path, process: subprocess.Popen[bytes], step: int, limit: float = 600.0) -> float:
+    """Seconds until the run has told ``step``, or has taken ``limit`` of them."""
     began = time.perf_counter()
-    while process.poll() is None:
+    while process.poll() is None and time.perf_counter() - began < limit:
         if any(line["step"] >= step for line in lines_of(path)):
             break
         time.sleep(0.05)
     return time.perf_counter() - began
+
+
+def tell(row: Figures) -> None:
+    """A line of its own for what a part has found so far: its time may be up before its end."""
+    line = json.dumps({"part": sys.argv[1], "so_far": True} | row)
+    with TOLD.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 # --- the parts --------------------------------------------------------------------------------------------
@@ -133,6 +159,14 @@ def data(toy: bool) -> Figures:
     records = 300 if toy else 3000
     (FOLDER / "corpus").mkdir(parents=True, exist_ok=True)
     make_corpus(FOLDER / "corpus", records=records, image_size=size, options=["--split", "val=0.05"])
+    sys.path.append(str(HERE.parent / "tests"))  # a processor of the published settings, without a network
+    import published
+
+    corpus, folder = FOLDER / "corpus", published.save("qwen3_vl_sft", FOLDER / "qwen-model")
+    command = [sys.executable, "-m", "omnidata.cli", "build-shards", str(corpus / "records.jsonl"), "--quiet"]
+    command += ["--image-root", str(corpus / "photos"), "--model", folder, "--out", str(FOLDER / "qwen")]
+    longest = "2048" if toy else "8192"  # its small vocabulary makes long texts
+    subprocess.run([*command, "--max-length", longest], check=True, stdout=sys.stderr)
     report = {"records": records, "seconds": time.perf_counter() - began}
     return report | {"gpu": "none" if toy else torch.cuda.get_device_name(), "torch": torch.__version__}
 
@@ -159,14 +193,14 @@ def resume(toy: bool) -> Figures:
         process.wait()
     figures: Figures = {"killed_after_step": due}
     again = {kind: (path, start(path, ranks=1, **threads)) for kind, (path, _) in victims.items()}
+    path = recipe("float32", SMALL, toy=toy, steps=steps)
+    change(path, {"run": {"dtype": "float32"}, "data": {"num_workers": 1 if toy else 3}})
+    process = start(path, **threads)
     for kind in kinds:
         whole, resumed = finished(*references[kind]), finished(*again[kind])
         figures[f"{kind}max_loss_difference"] = difference(whole, resumed)
         figures[f"{kind}steps"] = len(resumed)
-    bf16 = finished(*references[""])
-    path = recipe("float32", SMALL, toy=toy, steps=steps)
-    change(path, {"run": {"dtype": "float32"}, "data": {"num_workers": 1 if toy else 3}})
-    fp32 = finished(path, start(path, **threads))
+    bf16, fp32 = finished(*references[""]), finished(path, process)
     figures |= {"bf16_first_loss": bf16[0]["loss"], "fp32_first_loss": fp32[0]["loss"]}
     return figures | {"bf16_max_loss_difference": difference(bf16, fp32), "last_loss": fp32[-1]["loss"]}
 
@@ -178,28 +212,39 @@ def difference(some: list[Figures], others: list[Figures]) -> float:
     return max(abs(a["loss"] - b["loss"]) for a, b in zip(some, others, strict=True))
 
 
-def train(toy: bool) -> Figures:
-    """The 1.1B on real shards: one GPU as train.py takes it, the same compiled, and under autocast."""
-    steps = 6 if toy else 20
-    variants: dict[str, tuple[Figures, int]] = {
-        "as_it_comes": ({}, 0),
-        "autocast_ddp": ({"parallel": {"strategy": "ddp"}}, 1),
-        "compiled": ({"model": {"compile": True}}, 0),
+def shards(toy: bool) -> Figures:
+    """train.py on real shards: the 12B's widths and a Qwen3-VL-4B's, with as many layers as the GPU holds."""
+    is_large = not toy and torch.cuda.get_device_properties(0).total_memory > 100e9
+    text = {"num_hidden_layers": 36 if is_large else 18}
+    variants: dict[str, tuple[str, Figures, Figures]] = {
+        "omnilmm_12b_widths": ("corpus/data", WIDE, {}),
+        "qwen3_vl_4b_widths": ("qwen", {"text_config": text}, {"activation_checkpointing": "selective"}),
     }
+    if toy:
+        variants["qwen3_vl_4b_widths"] = ("qwen", TOY_QWEN, {})
     figures: Figures = {}
-    for name, (sections, ranks) in list(variants.items())[: 2 if toy else 3]:
-        path = recipe(f"train-{name}", BILLION, toy=toy, steps=steps)
-        change(path, sections)
+    for name, (dataset, config, model) in variants.items():
+        is_qwen = dataset == "qwen"
+        path = recipe(name, config, toy=toy and not is_qwen, steps=4 if toy else 16)
+        change(path, {"run": {"device": "cpu", "dtype": "float32"}} if toy else {"run": {}})
+        change(
+            path, {"data": {"train": [{"path": str(FOLDER / dataset)}], "max_tokens": 2048 if toy else 8192}}
+        )
+        change(path, {"model": model, "log": {"every": 1}})
         began = time.perf_counter()
-        process = start(path, ranks=ranks)
+        process = start(path)
         first = until_step(path, process, 1)
-        lines = finished(path, process)
+        until_step(path, process, 4 if toy else 16, limit=600 if toy else 65 - first)
+        if process.poll():
+            finished(path, process)  # says why
+        end_all()  # the weights that it would write are of no use
+        lines = lines_of(path)
         figures[name] = speed(lines) | {
+            "layers": text["num_hidden_layers"] if is_qwen else config.get("num_hidden_layers"),
             "seconds_to_first_step": first,
-            "seconds_of_steps": sum(line["seconds"] for line in lines),
             "seconds_in_all": time.perf_counter() - began,
         }
-        print(json.dumps({name: figures[name]}), flush=True)
+        tell({name: figures[name]})
     return figures
 
 
@@ -225,7 +270,7 @@ def memory(toy: bool) -> Figures:
         if toy:
             words = ["--toy", "--layers", "2", *words[2:]]
         figures[name] = ask("train_gpu.py", "--json", *words)
-        print(json.dumps({name: figures[name]}), flush=True)
+        tell({name: figures[name]})
     return figures
 
 
@@ -243,7 +288,11 @@ def qwen(toy: bool) -> Figures:
     """transformers' own Qwen3-VL with our attention: speed, memory, and what makes the host wait."""
     from qwen_gpu import measure
 
-    return measure(toy=toy)
+    figures: Figures = {}
+    for variant in ("frozen_tower", "all_trained", "compiled")[: 1 if toy else 3]:
+        figures |= measure(toy=toy, variants=[variant])
+        tell({variant: figures[variant]})
+    return figures
 
 
 def loader(toy: bool) -> Figures:
@@ -251,7 +300,8 @@ def loader(toy: bool) -> Figures:
     from omnidata.loader.loader import PackLoader
 
     figures: Figures = {}
-    for workers in (1,) if toy else (1, 4, 14):
+    cores = len(os.sched_getaffinity(0))
+    for workers in (1,) if toy else sorted({1, 4, max(1, cores - 2)}):
         packs = iter(
             PackLoader(
                 [{"path": str(FOLDER / "corpus" / "data"), "split": "train"}],
@@ -286,32 +336,37 @@ def trainer(toy: bool) -> Figures:
 
 
 def answers(toy: bool) -> Figures:
-    """evaluate.py on the model that ``resume`` left."""
+    """generate.py and evaluate.py on the model that ``resume`` left."""
     final = FOLDER / "whole" / "final"
-    began = time.perf_counter()
-    script = str(HERE.parent / "pipelines" / "evaluate.py")
-    words = [
+    photo = sorted((FOLDER / "corpus" / "photos").iterdir())[0]
+    limit = "8" if toy else "128"
+    asked = ["generate.py", "--model", str(final), "--image", str(photo), "--question", "What is this?"]
+    scored = [
+        "evaluate.py",
         "--model",
         str(final),
         "--data",
         str(FOLDER / "corpus" / "data"),
         "--split",
         "val",
-        "--limit",
-        "8" if toy else "128",
     ]
-    done = subprocess.run(
-        [sys.executable, script, *words, "--out", str(FOLDER / "eval.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return {"failed": done.stderr[-800:]}
-    return json.loads((FOLDER / "eval.json").read_text()) | {"seconds": time.perf_counter() - began}
+    figures: Figures = {}
+    for words in (asked, [*scored, "--limit", limit, "--out", str(FOLDER / "eval.json")]):
+        began = time.perf_counter()
+        command = [sys.executable, str(HERE.parent / "pipelines" / words[0]), *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        name = words[0].removesuffix(".py")
+        figures[f"{name}_seconds"] = time.perf_counter() - began
+        if done.returncode:
+            figures[f"{name}_failed"] = done.stderr[-800:]
+        elif words is asked:
+            figures["answer"] = done.stdout[-200:]
+        else:
+            figures |= json.loads((FOLDER / "eval.json").read_text())
+    return figures
 
 
-PARTS = {part.__name__: part for part in (data, resume, train, memory, qwen, loader, trainer, answers)}
+PARTS = {part.__name__: part for part in (data, resume, memory, shards, trainer, loader, answers, qwen)}
 
 
 def main() -> None:
@@ -321,6 +376,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
+    global TOLD
+    TOLD = options.out
     if not options.toy and not torch.cuda.is_available():
         sys.exit("this needs a CUDA device; --toy runs its code at toy sizes on the CPU")
     signal.signal(signal.SIGTERM, end_all)  # what `timeout` sends

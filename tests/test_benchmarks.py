@@ -19,6 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 PARTS = {
     "corpus.py": "build.py",
     "gpu_day.py": "gpu_day.sh",
+    "gpu_day_needs.py": "gpu_day.sh",
     "load_exact.py": "load.py",
     "load_formats.py": "load.py",
     "load_peers.py": "load.py",
@@ -293,14 +294,23 @@ def test_model_gpu():
 
 @pytest.mark.slow
 def test_gpu_day(tmp_path):
-    """Its data and its loader; the other parts are longer, and are those of the scripts above."""
+    """All of it, with every line that a GPU would run."""
     command = ["bash", str(BENCHMARKS / "gpu_day.sh"), "--toy"]
-    environment = os.environ | {"OUT": str(tmp_path), "PARTS": "loader", "PYTHON": sys.executable}
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
     environment |= {"GPU_DAY_FOLDER": str(tmp_path / "work")}
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
     lines = [json.loads(line) for line in (tmp_path / "gpu_day.jsonl").read_text().splitlines()]
-    assert [line["part"] for line in lines] == ["data", "loader"]
-    assert not any("failed" in line for line in lines), lines
+    parts = ["data", "resume", "memory", "shards", "trainer", "loader", "answers", "qwen"]
+    assert [line["part"] for line in lines if "so_far" not in line] == parts
+    assert {line["part"] for line in lines if "so_far" in line} == {"memory", "shards", "qwen"}
+    assert "failed" not in json.dumps(lines), lines
+
+
+def test_gpu_day_names_the_packages_to_carry():
+    script = str(BENCHMARKS / "gpu_day_needs.py")
+    assert subprocess.run([sys.executable, script], capture_output=True).returncode == 0
+    alone = subprocess.run([sys.executable, "-IS", script], capture_output=True, text=True)  # no packages
+    assert alone.returncode == 1 and "-d wheels" in alone.stderr and "transformers" in alone.stderr
 
 
 @pytest.mark.parametrize("name", ["model_gpu.py", "train_gpu.py"])

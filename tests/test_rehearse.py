@@ -278,6 +278,27 @@ def counted(ours, config, microbatch, world):
     return peak, counter.get_total_flops()
 
 
+def of_two(run, *arguments):
+    """What ``run(rank, port, queue, *arguments)`` of two processes put into the queue."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    queue = CONTEXT.Queue()
+    given = (port, queue, *arguments)
+    processes = [CONTEXT.Process(target=run, args=(rank, *given), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+    return results
+
+
+def as_rank(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
 # Some buckets of DDP's, which are 25 MB but for the first.
 LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 5}
 
@@ -298,8 +319,7 @@ def bytes_of(recorded):
 
 def real_rank(rank, port, queue, path, strategy):
     """One of two real ranks, watched as in a rehearsal: collectives, and the allocator's fullest moment."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    as_rank(rank, port)
     ours, config, full = of_ranks(path, strategy)
     playback = Playback()
     with start(ours) as world:
@@ -313,22 +333,30 @@ def real_rank(rank, port, queue, path, strategy):
     queue.put((playback.collectives, max(bytes_of(recorded))))
 
 
+def uneven_rank(rank, port, queue, path):
+    """One of two real ranks whose packs have other numbers of rows to learn, 16 of them a chunk."""
+    as_rank(rank, port)
+    summed_loss.__kwdefaults__["chunk_rows"] = 16
+    ours, config = recipe(device="cpu"), config_for(path)
+    config.tie_word_embeddings = False
+    packs = packs_of(recipe(path, tokens=300), config, [])
+    with start(ours) as world:
+        once, _ = real_step(ours, config, (packs.full, packs.text_only)[rank], world, Playback())
+        once(1)
+    queue.put(rank)
+
+
+@pytest.mark.slow
+def test_real_ranks_with_other_numbers_of_chunks_do_not_hang(family):
+    assert sorted(of_two(uneven_rank, family("internvl") / "model")) == [0, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", ["omnilmm", "qwen3_vl", "internvl", "smolvlm"])
 def test_collectives_are_those_of_two_real_ranks(family, name, strategy):
     path = None if name == "omnilmm" else family(name) / "model"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    queue = CONTEXT.Queue()
-    given = (port, queue, path, strategy)
-    processes = [CONTEXT.Process(target=real_rank, args=(rank, *given)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    real = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
+    real = of_two(real_rank, path, strategy)
     ours, config, full = of_ranks(path, strategy)
     with pretended_world(ours, 2) as world:
         playback = play(ours, config, [full] * 2, world)
