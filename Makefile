@@ -4,9 +4,10 @@ BIN := .venv/bin
 # The versions that both install: those that the tests last passed with (`make lock`). `LOCK=` takes the newest.
 LOCK ?= constraints.txt
 NEWEST := .venv-newest/bin
+FLOORS := .venv-floors/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test faults trials slow bench docs test-newest lock audit lint clean
+.PHONY: help demo test faults trials slow bench docs test-newest test-floors lock audit lint clean
 help:
 	@echo "make demo         set up, build shards from real photos, inspect, train a tiny model on the CPU, answer questions"
 	@echo "make test         set up and run the test suite"
@@ -16,7 +17,8 @@ help:
 	@echo "make bench        run the CPU benchmarks beside the peers that are installed; writes benchmarks/results/"
 	@echo "make docs         write what docs/ takes from the code"
 	@echo "make test-newest  run the test suite with the newest versions that pyproject.toml allows, in .venv-newest"
-	@echo "make lock         the same, then write those versions to constraints.txt for the commands above"
+	@echo "make test-floors  the same with the oldest, in .venv-floors"
+	@echo "make lock         test-newest, then write those versions to constraints.txt for the commands above"
 	@echo "make audit        ask for known holes in the versions of constraints.txt; needs the network"
 	@echo "make lint         mend and format the code"
 	@echo "make clean        remove what building and testing leave; data/ and runs/ stay"
@@ -46,6 +48,13 @@ test-newest:
 	@$(PYTHON) -m venv .venv-newest
 	@$(NEWEST)/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
 	@$(NEWEST)/python -m pytest -m "not slow"
+
+# Old versions warn of newer ones beside them: that is not ours to mend.
+test-floors:
+	@$(PYTHON) -m venv .venv-floors
+	@$(FLOORS)/python $(PIP_INSTALL) uv
+	@$(FLOORS)/uv pip install --quiet --python $(FLOORS)/python --resolution lowest-direct -e '.[test]'
+	@$(FLOORS)/python -m pytest -m "not slow" -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 # nvidia-*, cuda-* and triton are torch's own exact choice, which differs by platform.
 lock: test-newest

@@ -47,6 +47,8 @@ def measure(vocabulary: str, num_records: int) -> dict[str, float]:
 
     tokenizer = tokenizer_of(vocabulary)
     renderer = Renderer(tokenizer, max_length=None)
+    proving = Renderer(tokenizer, max_length=None)
+    proving._template.is_opaque = False
     words = prose()
     conversations = [talk(i, words) for i in range(num_records)]
     plain = [as_messages(conversation) for conversation in conversations]
@@ -56,6 +58,7 @@ def measure(vocabulary: str, num_records: int) -> dict[str, float]:
         "encode_batch": lambda batch: [e.ids for e in backend.encode_batch(texts[batch])],
         "encode_batch_fast": lambda batch: [e.ids for e in backend.encode_batch_fast(texts[batch])],
         "render_batch": lambda batch: renderer.render_batch(conversations[batch]),
+        "render_batch, each record proven": lambda batch: proving.render_batch(conversations[batch]),
         "apply_chat_template": lambda batch: [
             tokenizer.apply_chat_template(messages, return_dict=False) for messages in plain[batch]
         ],

@@ -52,7 +52,8 @@ def cli() -> None:
 
 @cli.command("build-shards")
 @build_options
-def build_shards(**flags: Any) -> int:
+@click.pass_obj
+def build_shards(is_own_process: bool, **flags: Any) -> int:
     """Build a dataset from corpora: SOURCE is a file, a glob or a URL, and may be repeated.
 
     Interrupted, it goes on when the same command is run again. Refused records are counted and kept in
@@ -74,6 +75,8 @@ def build_shards(**flags: Any) -> int:
     if flags["executor"] == "local" and not (flags["dry_run"] or flags["finalize"]):
         warm = {TOKENIZER: flags["tokenizer"]}
         start_server(worker_imports(model=flags["model"], max_slices=flags["max_slices"]), **warm)
+    if is_own_process:
+        keep_pandas_out()
     from omnidata.builder.settings import options_of, settings_of
 
     settings, options = settings_of(flags), options_of(flags)
@@ -317,15 +320,16 @@ for command in (merge, subset, export):
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: run a command and turn what it raises into a message and an exit code."""
-    if sys.argv[1:] and not {"-h", "--help", "--version"}.intersection(sys.argv):  # these make no table
+    # Help makes no table, and a build starts the server of its workers before it imports pyarrow.
+    if sys.argv[1:] and not {"-h", "--help", "--version", "build-shards"}.intersection(sys.argv):
         keep_pandas_out()
-    sys.exit(run(args))
+    sys.exit(run(args, is_own_process=True))
 
 
-def run(args: list[str] | None = None) -> int:
+def run(args: list[str] | None = None, *, is_own_process: bool = False) -> int:
     """Run a command; return its exit code instead of leaving the process."""
     try:
-        result: object = cli.main(args=args, prog_name="omnidata", standalone_mode=False)
+        result: object = cli.main(args, prog_name="omnidata", standalone_mode=False, obj=is_own_process)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()

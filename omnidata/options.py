@@ -24,9 +24,9 @@ def _all_of(options: Sequence[Callable[[Command], Command]], command: Command) -
 
 def _read_config(context: click.Context, parameter: click.Parameter, file: str | None) -> None:
     """Make the values of a YAML file the defaults of this command's flags."""
-    from omnidata.builder.settings import read_config
-
     if file:
+        from omnidata.builder.settings import read_config
+
         names = {other.name for other in context.command.params} - {"config", "source"} | {"source"}
         context.default_map = read_config(file, names=names)
 

@@ -1,4 +1,4 @@
-"""Run microbatches of a recipe on this machine, and compare with what the planner says.
+"""Run microbatches of a recipe here, and compare with what the planner says (plan_memory.py --measure).
 
 memory   peak of the GPU's allocator, or of this process on a CPU, less what was there before
 time     this machine is calibrated with microbatches of an eighth and of a half of the size: seconds are a

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,28 @@ FLOPS = dict(flop_registry)  # torch's formulas; a GPU has a kernel for what a C
 for name in ("", "_backward"):
     on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
     FLOPS[on_cpu] = FLOPS[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")]
+
+
+def _of_grouped_heads(formula: Callable[..., float], first: int) -> Callable[..., float]:
+    """The same where keys have fewer heads than queries, which torch 2.11's formulas of attention refuse.
+
+    ``first``: where the query is among the arguments.
+    """
+
+    def count(*args: object, **settings: object) -> float:
+        shapes: list[Any] = [x.shape if isinstance(x, torch.Tensor) else x for x in args]
+        heads = shapes[first][1]
+        for place in (first + 1, first + 2):
+            batch, _, length, width = shapes[place]
+            shapes[place] = torch.Size((batch, heads, length, width))
+        return formula(*shapes, **settings)
+
+    return count
+
+
+for packet, formula in FLOPS.items():
+    if "scaled_dot_product" in str(packet):
+        FLOPS[packet] = _of_grouped_heads(formula, first=int("backward" in str(packet)))
 OWN = {Path(__file__), Path(known_values.__file__), Path(host_known.__file__)}
 
 

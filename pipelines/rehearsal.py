@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -287,7 +288,9 @@ def step(
             with compute_dtype(recipe, world):
                 loss = wrapped(**feed()).loss
             enter(f"backward of microbatch {number}")
-            loss.backward()
+            with warnings.catch_warnings():  # torch 2.11, of embeddings: no input of theirs has a gradient
+                warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+                loss.backward()
             del loss
     enter("clipping")
     clip_gradients([p for p in model.parameters() if p.requires_grad], recipe.optim.clip)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 CACHED_SIZES = 1 << 15
 # What a processor raises on shapes that it cannot take; on meta also what it raises on values it cannot see.
 _REFUSALS = (ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError)
-_NOT_ON_META = (NotImplementedError, RuntimeError)
+# numpy() of a meta tensor is a TypeError in torch 2.11; one of the processor's own, black pictures get, too.
+_NOT_ON_META = (NotImplementedError, RuntimeError, TypeError)
 
 
 class ProcessorProfile:
@@ -168,7 +169,7 @@ class ProcessorProfile:
             answer = _texts(self._ask(probe, "meta"))
         except _NOT_ON_META:
             answer = None
-        except (TypeError, KeyError) as error:
+        except KeyError as error:
             raise UserError(self._unanswered(error)) from error
         try:
             seen = _texts(self._ask(probe, "cpu"))

@@ -11,6 +11,9 @@ every record. This is decided on the syntax tree, by what each expression may be
 Printing, joining and assigning are allowed; so is trimming what is RAW (a MIXED text would lose blanks of the
 template's own where the content is empty). Everything else that touches RAW or MIXED makes the template not
 opaque, as does any syntax that is not listed here: the answer errs on the side of looking again.
+
+Without it each record would be printed a second time: 33 us, a sixth of rendering it (benchmarks/render.py),
+3 % of a build that keeps pictures and a sixth of one of text.
 """
 
 from __future__ import annotations
