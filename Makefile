@@ -54,7 +54,7 @@ test-floors:
 	@$(PYTHON) -m venv .venv-floors
 	@$(FLOORS)/python $(PIP_INSTALL) uv
 	@$(FLOORS)/uv pip install --quiet --python $(FLOORS)/python --resolution lowest-direct -e '.[test]'
-	@$(FLOORS)/python -m pytest -m "not slow" -W ignore::DeprecationWarning -W ignore::FutureWarning
+	@$(FLOORS)/python -m pytest -m "not slow" -W ignore
 
 # nvidia-*, cuda-* and triton are torch's own exact choice, which differs by platform.
 lock: test-newest
