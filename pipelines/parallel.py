@@ -20,6 +20,7 @@ needs no communication.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,11 @@ def mesh_of(recipe: Recipe, strategy: str, size: int, device: torch.device) -> D
     return None
 
 
+# Are buffers sent to all ranks in each forward? They are the same everywhere. torch 2.11's name, and 2.14's.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+_OWN_BUFFERS: dict[str, Any] = {_BUFFERS: False}
+
 # --- wrapping a model -------------------------------------------------------------------------------------
 
 
@@ -176,8 +182,8 @@ def distribute(
             model,
             find_unused_parameters=is_packed(model),  # some towers have layers behind the one that is used
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
             init_sync=not world.is_pretended,
+            **_OWN_BUFFERS,
         )
         wrapped.register_comm_hook(None, _sum_bucket)
         return wrapped

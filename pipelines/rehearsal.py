@@ -180,7 +180,8 @@ def play(
         model.to_empty(device=world.device)
         if not world.is_sharded:  # plain parameters forget on the way what they share; sharded ones do not
             cast(Any, model).tie_weights()
-            wrapped = distribute(model, recipe, world, blocks=[])
+            with playback.values:  # what DDP's C++ notes for itself lies on the host, and is read there
+                wrapped = distribute(model, recipe, world, blocks=[])
         optimizer = build_optimizer(model, recipe.optim)
         if on_gpu:
             for group in optimizer.param_groups:
