@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -31,6 +32,7 @@ from omnimodel.parts import image_tower
 
 # A processor marks its pictures' tokens; models take that under one of these names.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def class_for(config: Any) -> type[PreTrainedModel]:
@@ -87,10 +89,22 @@ class _Packed:
         self.logit_scale = logit_scale(self.config)  # until the class's own loss shows that it has none
         self.mixers = mixers.keep_apart(self.get_decoder())
         self._join_pictures()
+        image_tower(self).register_forward_pre_hook(_without_bounds, with_kwargs=True)
         patches.as_products(image_tower(self))
         host_known.tell(self)
         for module in (image_tower(self), self.get_decoder()):
             host_known.leave_out(module)
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module's, but norms over a batch keep the statistics that they came with.
+
+        Those of a batch would let documents of a pack see each other.
+        """
+        super().train(mode)  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def _join_pictures(self) -> None:
         """A tower that knows its pictures' bounds takes them all in one call per layer, as with flash."""
@@ -207,6 +221,11 @@ def packed_forward(
     return CausalLMOutputWithPast(
         loss=total / max(count, 1), hidden_states=(hidden_BTD,) if return_hidden else None
     )
+
+
+def _without_bounds(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A tower is not told where documents of text begin: it knows its pictures' bounds under those names."""
+    return args, {name: value for name, value in kwargs.items() if name not in BOUNDS}
 
 
 def token_types(base: type, token_type_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:

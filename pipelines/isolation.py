@@ -6,7 +6,11 @@ and with its dtype, by a few short forwards (omnimodel.isolation).
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,17 +62,14 @@ def prove_isolation(recipe: Recipe, world: World, built: BuiltModel, dataset: Da
     ids = pixels.profile.processor.tokenizer.encode(WORDS, add_special_tokens=False)
     text, picture = _probe(pixels, ids, world, None), _probe(pixels, ids, world, ids[: len(ids) // 2])
     name = type(built.model).__name__
-    try:
-        with compute_dtype(recipe, world):
-            found = probe(built.model, text, picture)
-    except (ValueError, TypeError, NotImplementedError) as error:  # what classes raise on arguments
-        raise UserError(f"{name} cannot be trained on packs: {error}") from error
+    with refusing(name), compute_dtype(recipe, world):
+        found = probe(built.model, text, picture)
     for module in built.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the root would keep its weights gathered
     if found.problem:
         raise UserError(f"{name} cannot be trained on packs: {found.problem}")
-    with compute_dtype(recipe, world):
+    with refusing(name), compute_dtype(recipe, world):
         frozen = unreached(built.wrapped, built.model, picture)
     for parameter_name in frozen:
         built.model.get_parameter(parameter_name).requires_grad_(False)
@@ -94,6 +95,25 @@ def _probe(pixels: ProcessorPixels, ids: list[int], world: World, before: list[i
         name: to_device_and_known(torch.from_numpy(array), world.device) for name, array in tensors.items()
     }
     return Probe(there[0], there[1], there[2], images_there)
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """What a class raises when it is called as training will call it refuses it; but for a full device."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        raise UserError(f"{name} cannot be trained on packs: {error} ({_place(error)})") from error
+
+
+def _place(error: BaseException) -> str:
+    """The line of the class's code that raised it, or the last one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    of_class = [frame for frame in frames if Path(frame.filename).name.startswith("modeling_")]
+    frame = (of_class or frames)[-1]
+    return f"{type(error).__name__}, {Path(frame.filename).name}:{frame.lineno}"
 
 
 def _grey_ramp(side: int) -> torch.Tensor:

@@ -112,7 +112,7 @@ class ProcessorPixels:
         from omnidata.profiles.tensors import pixel_tensors
 
         found = pixel_tensors(self.profile, pictures, raw=self.raw)
-        return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in found.items()}
+        return {name: np.ascontiguousarray(as_numpy_has(tensor).numpy()) for name, tensor in found.items()}
 
     def position_ids(self, samples: Sequence[Sample], tensors: dict[str, np.ndarray]) -> np.ndarray | None:
         """int64 ``[4, T]``; None: 1-D, as everywhere else."""
@@ -156,3 +156,8 @@ def unpack_tensors(layout: Layout, flat: np.ndarray) -> dict[str, np.ndarray]:
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         tensors[name] = flat[first : first + num_bytes].view(dtype).reshape(shape)
     return tensors
+
+
+def as_numpy_has(tensor: Any) -> Any:
+    """bfloat16, which some processors give, as float32: numpy has no such numbers."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 2 else tensor

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 CACHED_SIZES = 1 << 15
-# What a processor raises on shapes that it cannot take; on meta also what it raises on values it cannot see.
+# What a processor raises on shapes that it cannot take; on meta also what it raises on values it cannot see
+# (NotImplementedError is a RuntimeError).
 _REFUSALS = (ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError)
-# numpy() of a meta tensor is a TypeError in torch 2.11; one of the processor's own, black pictures get, too.
-_NOT_ON_META = (NotImplementedError, RuntimeError, TypeError)
+_MISTAKES = (TypeError, KeyError, AttributeError)  # of a processor that is called otherwise
+ANSWER = "text_replacement_offsets"
 
 
 class ProcessorProfile:
@@ -67,7 +68,7 @@ class ProcessorProfile:
             out = self._ask(sizes, self.device)
         except _REFUSALS as error:
             raise RejectError("image_shape", self._words(sizes, error)) from error
-        replacements = out["text_replacement_offsets"][0]
+        replacements = out[ANSWER][0]
         if len(replacements) != len(sizes):
             raise RejectError(
                 "image_shape", f"the processor writes {len(replacements)} runs for {len(sizes)} pictures"
@@ -121,9 +122,19 @@ class ProcessorProfile:
 
     @cached_property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Ids that are marked as a picture's (``mm_token_type_ids`` 1)."""
-        ids = getattr(self.processor, "image_token_ids", None) or [self.processor.image_token_id]
-        return tuple(sorted(int(token) for token in ids))
+        """Ids that are marked as a picture's (``mm_token_type_ids`` 1).
+
+        Some processors write another token than their ``image_token`` where features go: the commonest of
+        the tokenizer's added ones in a run, if it is clearly commoner than those that are named.
+        """
+        ids = getattr(self.processor, "image_token_ids", None) or []
+        named = [int(token) for token in ids if token is not None]
+        named = named or [int(self.processor.tokenizer.convert_tokens_to_ids(self.image_token))]
+        run = self.run_ids(_texts(self._ask(((640, 480),), self.device))[0])
+        found, counts = np.unique(run[np.isin(run, self._added_ids)], return_counts=True)
+        if len(found) and counts.max() > 2 * np.isin(run, named).sum():
+            named = [int(found[counts.argmax()])]
+        return tuple(sorted(named))
 
     @cached_property
     def feature_id(self) -> int:
@@ -167,20 +178,21 @@ class ProcessorProfile:
         probe = ((64, 48), (48, 96))
         try:
             answer = _texts(self._ask(probe, "meta"))
-        except _NOT_ON_META:
-            answer = None
-        except KeyError as error:
-            raise UserError(self._unanswered(error)) from error
+        except (*_REFUSALS, *_MISTAKES):  # numpy() of a meta tensor is a TypeError in torch 2.11
+            answer = None  # of pictures without values; or of these, as black ones will show
         try:
             seen = _texts(self._ask(probe, "cpu"))
-        except (*_REFUSALS, TypeError, KeyError) as error:
+        except (*_REFUSALS, *_MISTAKES) as error:
             raise UserError(self._unanswered(error)) from error
         return "meta" if answer == seen else "cpu"
 
     def _unanswered(self, error: Exception) -> str:
+        words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if isinstance(error, KeyError) and error.args == (ANSWER,):
+            words = "it does not say which text replaces an image token"
         return (
-            f"{type(self.processor).__name__} cannot be asked what stands for a picture "
-            f"({type(error).__name__}: {error}); check --processor-arg, and transformers' version"
+            f"{type(self.processor).__name__} cannot be asked what stands for a picture ({words}); "
+            "check --processor-arg, and transformers' version"
         )
 
     # --- facts for the manifest -----------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def _of_today(arguments: dict[str, Any], image_processor: Any) -> dict[str, obje
 
 
 def _texts(out: Any) -> list[str]:
-    return [item["replacement"] for item in out["text_replacement_offsets"][0]]
+    return [item["replacement"] for item in out[ANSWER][0]]
 
 
 def _num_values(out: Any) -> int:
