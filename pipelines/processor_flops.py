@@ -5,9 +5,9 @@
     a token of a picture            2 x the connector's matrices
     a supervised token              2 x lm_head
 
-Left out: norms and activations. A tower that takes pictures as tiles attends inside of them, which its
+Left out: norms, activations, the first projection of patches. A tower that takes pictures as tiles attends inside of them, which its
 configuration's image_size tells. The figure, and so the MFU, is high for towers that attend in windows, that
-join patches between their blocks (MiniCPM-V 4.6: 1.5 times, tiny) or pad every picture to one number of
+join patches between their blocks (MiniCPM-V 4.6's matrices, tiny: 1.33 times) or pad every picture to one number of
 patches.
 """
 
