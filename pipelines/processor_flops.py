@@ -5,10 +5,10 @@
     a token of a picture            2 x the connector's matrices
     a supervised token              2 x lm_head
 
-Left out: norms, activations, the first projection of patches. A tower that takes pictures as tiles attends inside of them, which its
-configuration's image_size tells. The figure, and so the MFU, is high for towers that attend in windows, that
-join patches between their blocks (MiniCPM-V 4.6's matrices, tiny: 1.33 times) or pad every picture to one number of
-patches.
+Left out: norms, activations, the first projection of patches. A tower that takes pictures as tiles attends
+inside of them, which its configuration's image_size tells. The figure, and so the MFU, is high for towers
+that attend in windows, that join patches between their blocks (MiniCPM-V 4.6's matrices, tiny: 1.33 times)
+or pad every picture to one number of patches.
 """
 
 from __future__ import annotations
