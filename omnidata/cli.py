@@ -21,7 +21,7 @@ from omnidata.cli_copies import export, merge, print_report, subset
 from omnidata.options import build_options, cost_options, render_options
 from omnidata.printable import printable
 from omnidata.schema import UserError
-from omnidata.start import TOKENIZER, keep_pandas_out, worker_imports
+from omnidata.start import MODEL, TOKENIZER, keep_pandas_out, worker_imports
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 UNUSABLE_PATH = (
@@ -73,7 +73,7 @@ def build_shards(is_own_process: bool, **flags: Any) -> int:
     if missing:
         raise click.UsageError(f"Missing {', '.join('--' * (name != 'source') + name for name in missing)}.")
     if flags["executor"] == "local" and not (flags["dry_run"] or flags["finalize"]):
-        warm = {TOKENIZER: flags["tokenizer"]}
+        warm = {TOKENIZER: flags["tokenizer"], MODEL: flags["model"]}
         start_server(worker_imports(model=flags["model"], max_slices=flags["max_slices"]), **warm)
     if is_own_process:
         keep_pandas_out()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 # Imported by the fork server once, before the workers are forked from it.
 WORKER = ("omnidata.builder.worker", "omnidata.without_pandas", "omnidata.builder.warm")
 TOKENIZER = "OMNIDATA_WARM_TOKENIZER"  # in that server's environment: the folder of the build's tokenizer
+MODEL = "OMNIDATA_WARM_MODEL"  # the folder of its model
 
 
 class _NoPandas:

@@ -203,6 +203,24 @@ print(Renderer(prepared.load_prepared({str(tmp_path / "b")!r}))._encoder is made
     assert result.stdout.split() == ["True", "True"], result.stderr
 
 
+@pytest.mark.slow
+def test_workers_need_not_import_the_processor_that_their_server_has_loaded(tmp_path):
+    from tiny_families import save
+
+    code = f"""
+import os, sys
+from omnidata.start import MODEL
+os.environ[MODEL] = {save("qwen3_vl", tmp_path / "model")!r}
+import omnidata.builder.warm
+before = set(sys.modules)
+from omnidata.profiles.folder import load_processor
+load_processor(os.environ[MODEL])
+print(sorted(name for name in set(sys.modules) - before if name.startswith("transformers.models")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
 def test_pandas_is_kept_out_for_a_moment_only():
     pytest.importorskip("pandas")
     code = f"""{HEAVY}
