@@ -23,6 +23,7 @@ from omnimodel import mixers
 
 ASSUMED = "assumed: flash-linear-attention and causal-conv1d are installed where the GPUs are"
 CHUNK = 64
+WAITS_IN = "fla/ops/utils/index.py"  # where the real kernels wait for the GPU
 STAND_INS = ("causal_conv1d_fn", "torch_chunk_gated_delta_rule")  # names in a class's module
 
 

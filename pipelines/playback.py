@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from omnimodel import host_known
 from omnimodel.host_known import HostKnown
 
-from . import known_values
+from . import known_values, mixer_kernels
 from .kernel_limits import Call, refusals
 from .known_values import KnownValues
 
@@ -243,6 +243,8 @@ def _place_of_caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
+        if path == Path(mixer_kernels.__file__):
+            return mixer_kernels.WAITS_IN
         if path not in OWN and "torch" not in path.parts:
             return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
         frame = frame.f_back
