@@ -102,7 +102,7 @@ def row_of(family: str, corpus: Path, folder: Path, steps: int) -> dict[str, Any
         recipe = recipe_of(folder, steps)
         dataset = Dataset(folder / "data", "train")
         with start(recipe) as world:
-            built = build_model(recipe, model_config(recipe, dataset), world)
+            built = build_model(recipe, model_config(recipe.model, dataset), world)
             proven = prove_isolation(recipe, world, built, dataset)
             gradients = gradient_difference(built.model, folder)
         losses = losses_of(recipe, folder) if steps else [math.nan]

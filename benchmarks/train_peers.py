@@ -110,7 +110,7 @@ def run_trainer(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     batches = [[step[first::count] for first in range(count)] for step in steps]
     model = build_model(
         recipe,
-        model_config(recipe, Dataset(folder / "data")),
+        model_config(recipe.model, Dataset(folder / "data")),
         World(0, 1, torch.device(setup.device), "single"),
     ).model
     times = _StepTimes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omnidata import Dataset
 
-from .config import DatasetConfig, Recipe, to_yaml
+from .config import DatasetConfig, Recipe, RunConfig, to_yaml
 
 
 def _share(config: DatasetConfig) -> str:
@@ -33,7 +33,7 @@ def card(
             f"# {Path(recipe.run.dir).name}",
             "",
             f"{_kind(datasets[0])} vision-language model, trained for {step} steps. "
-            + _validation(recipe, step=step, best=best, is_mean=is_mean),
+            + _validation(recipe.run, step=step, best=best, is_mean=is_mean),
             *_which_weights(recipe, is_mean=is_mean),
             "",
             "```python",
@@ -59,12 +59,12 @@ def card(
     )
 
 
-def _validation(recipe: Recipe, *, step: int, best: tuple[float, int] | None, is_mean: bool) -> str:
+def _validation(run: RunConfig, *, step: int, best: tuple[float, int] | None, is_mean: bool) -> str:
     """Which loss is whose: ``best`` is of the weights themselves, at the step at which it was lowest."""
     if best is None:
         return "No validation data."
     told = f"Lowest validation loss {best[0]:.4f}, after step {best[1]}"
-    command = f"python pipelines/export.py {recipe.run.dir} --step best"
+    command = f"python pipelines/export.py {run.dir} --step best"
     if is_mean:
         return f"{told}, of the weights themselves; the mean's are `val_loss_ema` in `metrics.jsonl`."
     if best[1] == step:

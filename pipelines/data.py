@@ -25,7 +25,7 @@ from omnimodel import OmniLMMConfig
 from omnimodel.attention import takes_gpu_path
 from omnimodel.host_known import known
 
-from .config import DatasetConfig, Recipe
+from .config import DataConfig, DatasetConfig, ModelConfig, OptimConfig, Recipe
 from .parallel import World, to_device
 from .processor_model import processor_config, processor_mismatches
 
@@ -56,7 +56,7 @@ def _profile_name(manifest: Manifest) -> str:
     return "OmniLMM" if manifest.is_omnilmm else manifest.profile["processor"]
 
 
-def model_config(recipe: Recipe, dataset: Dataset) -> Any:
+def model_config(settings: ModelConfig, dataset: Dataset) -> Any:
     """The configuration of the model to train: OmniLMM's, or that of the class whose processor built it.
 
     An OmniLMM with random weights takes from the dataset what its recipe leaves open: the vocabulary, the ids
@@ -64,35 +64,35 @@ def model_config(recipe: Recipe, dataset: Dataset) -> Any:
     """
     manifest = dataset.manifest
     if not manifest.is_omnilmm:
-        return processor_config(recipe, dataset)
+        return processor_config(settings, dataset)
     from_data: dict[str, Any] = {"end_of_turn": manifest.end_of_turn}
     image_fit = {"image_fit": manifest.settings.get("image_fit", "squash")}
-    if recipe.model.path is not None:
-        if not (Path(recipe.model.path) / "config.json").exists():
+    if settings.path is not None:
+        if not (Path(settings.path) / "config.json").exists():
             raise UserError(
-                f"model.path {recipe.model.path} is no model folder: it has no config.json. Earlier stages "
+                f"model.path {settings.path} is no model folder: it has no config.json. Earlier stages "
                 "write RUN/final; `python -m omnimodel.weights assemble` makes the first one"
             )
         # A model that was trained with a fit keeps it, and a dataset of another one is refused.
-        says = json.loads((Path(recipe.model.path) / "config.json").read_text(encoding="utf-8"))
+        says = json.loads((Path(settings.path) / "config.json").read_text(encoding="utf-8"))
         from_data |= {} if "image_fit" in says else image_fit
-        return OmniLMMConfig.from_pretrained(recipe.model.path, **from_data)
+        return OmniLMMConfig.from_pretrained(settings.path, **from_data)
     ids = manifest.special_tokens
     from_data |= image_fit | {field: ids[name] for field, name in IMAGE_TOKEN_FIELDS.items()}
     from_data |= {
         field: ids[name] for field, name in SENTENCE_TOKEN_FIELDS.items() if ids.get(name) is not None
     }
     from_data |= {"vocab_size": manifest.vocab_size, "num_query": manifest.num_query}
-    return OmniLMMConfig(**(from_data | (recipe.model.config or {})))
+    return OmniLMMConfig(**(from_data | (settings.config or {})))
 
 
 def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: Any) -> None:
     """UserError that lists everything in which datasets, model and recipe do not fit."""
     problems = [line for dataset in datasets for line in _other_tokenizer(dataset)]
     if datasets[0].manifest.is_omnilmm:
-        problems += _omnilmm_mismatches(recipe, datasets, config)
+        problems += _omnilmm_mismatches(recipe.model, datasets, config)
     else:
-        problems += processor_mismatches(recipe, datasets, config)
+        problems += processor_mismatches(recipe.model, datasets, config)
     problems += _missing_packages(recipe)
     if problems:
         raise UserError(
@@ -113,14 +113,16 @@ def _other_tokenizer(dataset: Dataset) -> Iterator[str]:
         )
 
 
-def _omnilmm_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: OmniLMMConfig) -> Iterator[str]:
+def _omnilmm_mismatches(
+    settings: ModelConfig, datasets: Sequence[Dataset], config: OmniLMMConfig
+) -> Iterator[str]:
     for dataset in datasets:
         yield from _dataset_mismatches(dataset, datasets[0], config)
     yield from _slicing_mismatches(datasets, config)
-    if recipe.model.path is not None:
-        yield from _tokenizer_mismatches(recipe.model.path, datasets[0])
-    if recipe.model.config is not None:
-        unknown = set(recipe.model.config) - set(OmniLMMConfig().to_dict())
+    if settings.path is not None:
+        yield from _tokenizer_mismatches(settings.path, datasets[0])
+    if settings.config is not None:
+        unknown = set(settings.config) - set(OmniLMMConfig().to_dict())
         yield from (f"model.config.{key}: OmniLMMConfig has no such field" for key in sorted(unknown))
 
 
@@ -213,20 +215,19 @@ def new_token_ids(manifest: Manifest) -> list[int]:
     return sorted({token for name, token in manifest.special_tokens.items() if name not in known})
 
 
-def refuse_empty_epochs(recipe: Recipe, loader: PackLoader) -> None:
+def refuse_empty_epochs(data: DataConfig, loader: PackLoader) -> None:
     """UserError for an epoch without a single step."""
-    packs, batch = loader.plan.totals.num_packs, recipe.data.global_batch
-    if packs == 0 or (recipe.data.tail == "drop" and packs < batch):
+    packs, batch = loader.plan.totals.num_packs, data.global_batch
+    if packs == 0 or (data.tail == "drop" and packs < batch):
         raise UserError(
-            f"an epoch has {packs} packs of up to {recipe.data.max_tokens} tokens and a step takes {batch}: "
-            f"with data.tail {recipe.data.tail} there is no step to train. Lower data.global_batch to "
+            f"an epoch has {packs} packs of up to {data.max_tokens} tokens and a step takes {batch}: "
+            f"with data.tail {data.tail} there is no step to train. Lower data.global_batch to "
             f"{max(1, packs)} or less, lower data.max_tokens, or set data.tail=pad"
         )
 
 
-def refuse_short_schedule(recipe: Recipe, total_steps: int) -> None:
+def refuse_short_schedule(optim: OptimConfig, total_steps: int) -> None:
     """UserError for a schedule that does not fit into the run's steps, however those were given."""
-    optim = recipe.optim
     if optim.warmup_steps >= total_steps and optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps is {optim.warmup_steps} and the run has {total_steps} steps: the peak would "
@@ -239,11 +240,11 @@ def refuse_short_schedule(recipe: Recipe, total_steps: int) -> None:
         )
 
 
-def tail_of_epoch(recipe: Recipe, world: World, num_packs: int) -> Iterator[str]:
+def tail_of_epoch(data: DataConfig, world: World, num_packs: int) -> Iterator[str]:
     """What becomes of the packs that are too few for a step, and of ranks that are too many; in numbers."""
-    batch = recipe.data.global_batch
+    batch = data.global_batch
     left = num_packs % batch
-    if left and recipe.data.tail == "pad":
+    if left and data.tail == "pad":
         yield f"the last step of an epoch has {left} of {batch} packs; its loss is over their tokens"
     elif left:
         yield f"data.tail drop leaves out {left} of {num_packs} packs in every epoch"

@@ -91,7 +91,7 @@ class Evaluation:
         by_group = GroupCounts(loader.group_names, self.world.device)
         self.model.eval()
         for microbatch in itertools.islice(loader, num_steps * loader.microbatches_per_step):
-            with compute_dtype(self.recipe, self.world), by_group.watching(microbatch):
+            with compute_dtype(self.recipe.run, self.world), by_group.watching(microbatch):
                 loss = self.model(**model_inputs(microbatch, self.world.device)).loss
             # Every microbatch was divided by its step's number of tokens: undo that, divide by all of them.
             total += loss.item() * microbatch.num_supervised_tokens
@@ -107,7 +107,7 @@ class Evaluation:
         if self._questions is None:
             self._questions = self._read_questions()
         world = self.world
-        with compute_dtype(self.recipe, world):
+        with compute_dtype(self.recipe.run, world):
             answers = answer_share(self._prompts, self._questions, world)
         exact, f1, count = world.sum(
             [sum(answer.is_exact for answer in answers), sum(answer.f1 for answer in answers), len(answers)]

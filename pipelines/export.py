@@ -49,7 +49,7 @@ from .card import card
 from .checkpoint import RECIPE, TRAINER
 from .checkpoint_reader import CheckpointReader
 from .checksums import verify
-from .config import Recipe, load_recipe, to_yaml
+from .config import ModelConfig, Recipe, load_recipe, to_yaml
 from .data import model_config, open_datasets, slicing_config
 from .lora import is_adapter, merged, peft_config
 from .model import choose_trainable, load_model, new_model
@@ -210,9 +210,9 @@ def find_checkpoint(run: Path, step: str) -> tuple[Path, dict[str, Any]]:
 
 def restore(folder: Path, recipe: Recipe, datasets: Sequence[Dataset], *, is_mean: bool) -> nn.Module:
     """The model of a checkpoint, in this process's memory, adapters apart; its mean instead if asked."""
-    config = model_config(recipe, datasets[0])
+    config = model_config(recipe.model, datasets[0])
     # What was frozen is not in the checkpoint, but in model.path.
-    model = new_model(config) if recipe.model.path is None else load_model(recipe, config)
+    model = new_model(config) if recipe.model.path is None else load_model(recipe.model, config)
     choose_trainable(model, recipe)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict()
@@ -233,9 +233,9 @@ def restore(folder: Path, recipe: Recipe, datasets: Sequence[Dataset], *, is_mea
     return model
 
 
-def export_adapters(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def export_adapters(model: nn.Module, settings: ModelConfig, folder: Path) -> None:
     """The adapters alone, in peft's own layout."""
-    if recipe.model.lora is None:
+    if settings.lora is None:
         raise UserError("the run has no adapters (model.lora)")
     others = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n)]
     if others:
@@ -250,9 +250,9 @@ def export_adapters(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = peft_config(model, recipe.model.lora)
-    settings.base_model_name_or_path = recipe.model.path
-    settings.save_pretrained(str(folder))
+    adapters = peft_config(model, settings.lora)
+    adapters.base_model_name_or_path = settings.path
+    adapters.save_pretrained(str(folder))
 
 
 def main(arguments: list[str]) -> int:
@@ -275,7 +275,7 @@ def main(arguments: list[str]) -> int:
         model = restore(checkpoint, recipe, datasets, is_mean=options.ema)
         folder = Path(options.out or run / (checkpoint.name + "-ema" * options.ema))
         if options.adapters:
-            export_adapters(model, recipe, folder)
+            export_adapters(model, recipe.model, folder)
         else:
             state = merged(model.state_dict(), recipe.model.lora)
             dtype = options.dtype or recipe.run.dtype

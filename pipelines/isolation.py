@@ -62,14 +62,14 @@ def prove_isolation(recipe: Recipe, world: World, built: BuiltModel, dataset: Da
     ids = pixels.profile.processor.tokenizer.encode(WORDS, add_special_tokens=False)
     text, picture = _probe(pixels, ids, world, None), _probe(pixels, ids, world, ids[: len(ids) // 2])
     name = type(built.model).__name__
-    with refusing(name), compute_dtype(recipe, world):
+    with refusing(name), compute_dtype(recipe.run, world):
         found = probe(built.model, text, picture)
     for module in built.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the root would keep its weights gathered
     if found.problem:
         raise UserError(f"{name} cannot be trained on packs: {found.problem}")
-    with refusing(name), compute_dtype(recipe, world):
+    with refusing(name), compute_dtype(recipe.run, world):
         frozen = unreached(built.wrapped, built.model, picture)
     for parameter_name in frozen:
         built.model.get_parameter(parameter_name).requires_grad_(False)

@@ -120,7 +120,7 @@ def _seconds(
         for number, batch in enumerate(inputs):
             _wait(world.device)
             started = time.perf_counter()
-            with compute_dtype(recipe, world):
+            with compute_dtype(recipe.run, world):
                 loss = model(**batch).loss
             loss.backward()
             _wait(world.device)

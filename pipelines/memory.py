@@ -84,7 +84,7 @@ def check_rehearsed(recipe: Recipe) -> str:
     ranks, device = int(os.environ.get("WORLD_SIZE", "1")), device_of(recipe.run.device)
     config, datasets, _ = open_for_planning(recipe)
     peak = sum(peak_of(recipe, config, packs_of(recipe, config, datasets), gpus=ranks).values())
-    needed = peak + (overhead(recipe) if device.type == "cuda" else 0.0)
+    needed = peak + (overhead(recipe.run) if device.type == "cuda" else 0.0)
     return _judged("about", needed, _there(device, ranks), "")
 
 

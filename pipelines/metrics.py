@@ -29,7 +29,7 @@ from omnidata.loader.microbatch import Microbatch
 from omnidata.printable import clock
 from omnimodel.parts import Parts
 
-from .config import Recipe, to_dict
+from .config import DataConfig, Recipe, to_dict
 from .data import num_supervised
 from .flops import FlopCount, ProcessorFlopCount, peak_flops
 from .parallel import World
@@ -252,9 +252,8 @@ def _tracker_id(run_dir: Path) -> str:
 # --- told once, at the start ------------------------------------------------------------------------------
 
 
-def batch_arithmetic(recipe: Recipe, world: World, *, microbatches: int, total_steps: int) -> str:
+def batch_arithmetic(data: DataConfig, world: World, *, microbatches: int, total_steps: int) -> str:
     """How packs become steps, in one line."""
-    data = recipe.data
     return (
         f"{data.global_batch} packs per step = {world.size} rank(s) x {microbatches} microbatch(es) of up to "
         f"{data.max_tokens} tokens; {total_steps} steps"

@@ -23,7 +23,7 @@ from omnimodel.packed import class_for, is_packed
 from omnimodel.parts import Parts, freeze
 
 from . import lora
-from .config import Recipe
+from .config import ModelConfig, Recipe
 from .flops import FlopCount, ProcessorFlopCount, count_flops
 from .parallel import DTYPES, World, distribute
 
@@ -46,7 +46,7 @@ def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
         with torch.device("meta"):
             model = new_model(config)
     elif path is not None:
-        model = load_model(recipe, config)
+        model = load_model(recipe.model, config)
     else:
         with world.device:  # a GPU draws billions of numbers in a moment
             model = new_model(config)
@@ -79,13 +79,13 @@ def new_model(config: Any) -> PreTrainedModel:
         raise UserError(f"model.config cannot be built: {error}") from error
 
 
-def load_model(recipe: Recipe, config: Any) -> PreTrainedModel:
+def load_model(settings: ModelConfig, config: Any) -> PreTrainedModel:
     """The weights of ``model.path``, whole, float32; UserError if they are not this model's."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        return class_for(config).from_pretrained(recipe.model.path, config=config, dtype=torch.float32)
+        return class_for(config).from_pretrained(settings.path, config=config, dtype=torch.float32)
     except (ValueError, OSError) as error:
-        raise UserError(f"model.path {recipe.model.path}: {error}") from error
+        raise UserError(f"model.path {settings.path}: {error}") from error
 
 
 def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> None:

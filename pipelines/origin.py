@@ -17,7 +17,7 @@ from omnidata.loader.loader import OtherVersionError
 from omnidata.schema import UserError
 
 from .checkpoint import changed_keys
-from .config import Recipe
+from .config import ModelConfig, Recipe
 
 _SAMPLES, _SAMPLE = (
     64,
@@ -25,11 +25,11 @@ _SAMPLES, _SAMPLE = (
 )  # a file of weights is hashed by so many evenly spaced samples of so many bytes
 
 
-def origin_of(recipe: Recipe, datasets: Sequence[Dataset]) -> dict[str, Any]:
+def origin_of(settings: ModelConfig, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """Digests by name, as plain JSON."""
     manifest = datasets[0].manifest
     return {
-        "model.path": weights_digest(recipe.model.path) if recipe.model.path else None,
+        "model.path": weights_digest(settings.path) if settings.path else None,
         "tokenizer": manifest.tokenizer_fingerprint,
         "chat template": manifest.chat_template_fingerprint,
         "end of a turn": manifest.end_of_turn,

@@ -39,7 +39,7 @@ from omnidata.schema import UserError
 from omnimodel.packed import is_packed
 from omnimodel.parts import Parts
 
-from .config import Recipe
+from .config import ParallelConfig, Recipe, RunConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -115,7 +115,7 @@ def start(recipe: Recipe) -> Iterator[World]:
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
     try:
-        yield World(rank, size, device, strategy, mesh_of(recipe, strategy, size, device))
+        yield World(rank, size, device, strategy, mesh_of(recipe.parallel, strategy, size, device))
     finally:
         dist.destroy_process_group()
 
@@ -153,12 +153,12 @@ def strategy_of(recipe: Recipe, size: int) -> str:
     return strategy
 
 
-def mesh_of(recipe: Recipe, strategy: str, size: int, device: torch.device) -> DeviceMesh | None:
+def mesh_of(parallel: ParallelConfig, strategy: str, size: int, device: torch.device) -> DeviceMesh | None:
     """The ranks as FSDP and HSDP arrange them."""
     if strategy == "fsdp":
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     if strategy == "hsdp":
-        shard = recipe.parallel.shard_size
+        shard = parallel.shard_size
         if shard is None or size % shard:
             raise UserError(f"parallel.shard_size={shard} does not divide the {size} ranks")
         return init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
@@ -231,11 +231,11 @@ def _large_ends(model: PreTrainedModel) -> list[nn.Module]:
     return ends
 
 
-def compute_dtype(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
+def compute_dtype(run: RunConfig, world: World) -> contextlib.AbstractContextManager[Any]:
     """The forward pass's context: FSDP casts weights itself, the others use autocast over fp32 masters."""
-    if recipe.run.dtype == "float32" or world.is_sharded:
+    if run.dtype == "float32" or world.is_sharded:
         return contextlib.nullcontext()
-    return torch.autocast(world.device.type, DTYPES[recipe.run.dtype])
+    return torch.autocast(world.device.type, DTYPES[run.dtype])
 
 
 @contextlib.contextmanager

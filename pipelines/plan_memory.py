@@ -55,7 +55,7 @@ def _plan_one(
     with pretended_world(recipe, gpus) as world:
         playback = played(recipe, config, packs, world)
     peak = dict(sorted(playback.peak.items(), key=lambda kind: -kind[1]))
-    memory = {kind: size for kind, size in peak.items() if size} | {"overhead": overhead(recipe)}
+    memory = {kind: size for kind, size in peak.items() if size} | {"overhead": overhead(recipe.run)}
     if mfu is None:
         seconds = roofline(recipe, playback, gpus=gpus, gpu=gpu, microbatches=microbatches)["step_seconds"]
         seconds *= packs.load
@@ -70,7 +70,7 @@ def _plan_one(
         "memory": memory,
         "memory_gb": sum(memory.values()) / 1e9,
         "peak_place": playback.peak_place,
-        "fits": fits(recipe, sum(peak.values()), gpu),
+        "fits": fits(recipe.run, sum(peak.values()), gpu),
         "step_seconds": seconds,
         "step_flops": flops * batch,
         "tokens_per_s": batch * packs.full.num_tokens * packs.load / seconds,

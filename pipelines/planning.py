@@ -43,7 +43,7 @@ def open_for_planning(recipe: Recipe) -> tuple[Any, list[Dataset], list[str]]:
             [*assumed, f"assumed: OmniLMM-12B, since {path} is not there yet"],
         )
     if datasets:
-        return model_config(recipe, datasets[0]), datasets, assumed
+        return model_config(recipe.model, datasets[0]), datasets, assumed
     if path is None and _is_other_class(recipe):
         raise UserError(
             f"model.config changes the configuration that {missing[0]} keeps: build it first, or name a "
@@ -54,7 +54,7 @@ def open_for_planning(recipe: Recipe) -> tuple[Any, list[Dataset], list[str]]:
     config = config_of(path)
     if config.model_type == OmniLMMConfig.model_type:
         return OmniLMMConfig.from_pretrained(path), [], assumed
-    return processor_config(recipe, None), [], assumed
+    return processor_config(recipe.model, None), [], assumed
 
 
 def _is_built(path: str) -> bool:

@@ -20,22 +20,22 @@ from omnidata.profiles.processor import ProcessorProfile
 from omnidata.schema import UserError
 from omnimodel.packed import class_for
 
-from .config import Recipe
+from .config import ModelConfig
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-def processor_config(recipe: Recipe, dataset: Dataset | None) -> Any:
+def processor_config(settings: ModelConfig, dataset: Dataset | None) -> Any:
     """The configuration of the model to train; ``dataset`` is asked unless there is a ``model.path``.
 
     Raises:
         UserError: there is none, or ``model.config`` names what it does not have.
     """
-    if recipe.model.path is not None:
-        config = model_config(recipe.model.path)
+    if settings.path is not None:
+        config = model_config(settings.path)
         if config is None:
             raise UserError(
-                f"model.path {recipe.model.path} is no model folder: it has no config.json. Fetch the "
+                f"model.path {settings.path} is no model folder: it has no config.json. Fetch the "
                 "model with `hf download OWNER/NAME --local-dir DIR`, or take RUN/final of an earlier run"
             )
         return _known(config)
@@ -47,10 +47,10 @@ def processor_config(recipe: Recipe, dataset: Dataset | None) -> Any:
             "change: build it with --model of a model's folder, or give model.path"
         )
     tree = kept.to_dict()
-    problems = list(_unknown(recipe.model.config or {}, tree, "model.config"))
+    problems = list(_unknown(settings.config or {}, tree, "model.config"))
     if problems:
         raise UserError("\n  ".join(problems))
-    _merge(tree, recipe.model.config or {})
+    _merge(tree, settings.config or {})
     try:
         return _known(type(kept).from_dict(tree))
     except (ValueError, TypeError, KeyError) as error:
@@ -85,7 +85,7 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
 # --- do they fit? -----------------------------------------------------------------------------------------
 
 
-def processor_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: Any) -> Iterator[str]:
+def processor_mismatches(settings: ModelConfig, datasets: Sequence[Dataset], config: Any) -> Iterator[str]:
     """Everything in which datasets, model and recipe do not fit, a line each."""
     first = datasets[0]
     for dataset in datasets:
@@ -95,9 +95,9 @@ def processor_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: An
         if dropout:
             where = f"{name}.attention_dropout" if name else "attention_dropout"
             yield f"the model's {where} is {dropout}: packs need 0.0 (its config.json)"
-    if recipe.model.train_only_new_tokens:
+    if settings.train_only_new_tokens:
         yield "model.train_only_new_tokens: a processor's dataset adds no tokens"
-    yield from _other_processor(recipe.model.path, first)
+    yield from _other_processor(settings.path, first)
 
 
 def _dataset_mismatches(dataset: Dataset, first: Dataset, config: Any) -> Iterator[str]:

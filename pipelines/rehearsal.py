@@ -33,7 +33,7 @@ from omnimodel.blocks import checkpoint_blocks, transformer_blocks
 from omnimodel.parts import Parts
 
 from . import mixer_kernels
-from .config import Recipe
+from .config import Recipe, RunConfig
 from .data import model_inputs
 from .ema import Ema
 from .flops import count_flops
@@ -61,7 +61,7 @@ def pretended_world(recipe: Recipe, gpus: int) -> Iterator[World]:
         strategy = "fsdp"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        mesh = mesh_of(recipe, strategy, gpus, device)
+        mesh = mesh_of(recipe.parallel, strategy, gpus, device)
         yield World(0, gpus, device, strategy, mesh, is_pretended=True)
     finally:
         dist.destroy_process_group()
@@ -116,7 +116,7 @@ def rehearse(
         "memory_gb": sum(playback.peak.values()) / 1e9,
         "peak_place": playback.peak_place,
         "peaks_gb": {phase: size / 1e9 for phase, size in playback.peaks.items()},
-        "fits": fits(recipe, sum(playback.peak.values()), gpu),
+        "fits": fits(recipe.run, sum(playback.peak.values()), gpu),
         "waits": {place: n for place, n in playback.waits.items() if place not in purposely},
         "waits_on_purpose": purposely,
         "flops": dict(playback.flops),
@@ -129,14 +129,14 @@ def rehearse(
     }
 
 
-def fits(recipe: Recipe, peak: float, gpu: str) -> bool:
+def fits(run: RunConfig, peak: float, gpu: str) -> bool:
     """Whether a GPU holds it, with its overhead and a little room."""
-    return peak + overhead(recipe) <= 0.95 * GPU_MEMORY[gpu]
+    return peak + overhead(run) <= 0.95 * GPU_MEMORY[gpu]
 
 
-def overhead(recipe: Recipe) -> float:
+def overhead(run: RunConfig) -> float:
     """Bytes beside the peak that a rehearsal shows."""
-    return 0.0 if recipe.run.device == "cpu" else OVERHEAD
+    return 0.0 if run.device == "cpu" else OVERHEAD
 
 
 def model_flops(recipe: Recipe, config: Any, microbatch: Microbatch) -> float:
@@ -286,7 +286,7 @@ def step(
         is_last = number == len(feeds)
         with reduce_gradients(wrapped, now=is_last or recipe.parallel.sync_every_microbatch):
             enter(f"forward of microbatch {number}")
-            with compute_dtype(recipe, world):
+            with compute_dtype(recipe.run, world):
                 loss = wrapped(**feed()).loss
             enter(f"backward of microbatch {number}")
             with warnings.catch_warnings():  # torch 2.11, of embeddings: no input of theirs has a gradient

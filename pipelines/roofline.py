@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omnidata.plan.cost import GPUS
 
-from .config import Recipe
+from .config import ParallelConfig, Recipe
 from .playback import Playback
 
 # By the makers' data sheets: bytes of memory, and bytes a second of it and of one GPU's links to the others
@@ -36,7 +36,7 @@ def roofline(
         for phase, flops, moved in playback.work
     )
     compute *= COMPILED if recipe.model.compile else 1.0
-    communication = _communication(recipe, playback, gpus, gpu, microbatches) if gpus > 1 else 0.0
+    communication = _communication(recipe.parallel, playback, gpus, gpu, microbatches) if gpus > 1 else 0.0
     exposed = max(0.0, communication - compute)
     return {
         "compute_seconds": compute,
@@ -50,10 +50,12 @@ def _times(phase: str, microbatches: int) -> int:
     return max(1, microbatches - 1) if phase.endswith("of microbatch 1") else 1
 
 
-def _communication(recipe: Recipe, playback: Playback, gpus: int, gpu: str, microbatches: int) -> float:
+def _communication(
+    parallel: ParallelConfig, playback: Playback, gpus: int, gpu: str, microbatches: int
+) -> float:
     """Gathers and scatters stay in their group, reductions over all ranks send everything twice."""
     in_node, between = LINK_RATE[gpu], min(NETWORK_RATE, LINK_RATE[gpu])
-    group = recipe.parallel.shard_size if recipe.parallel.strategy == "hsdp" else gpus
+    group = parallel.shard_size if parallel.strategy == "hsdp" else gpus
     of_group, of_all = (in_node if size <= NODE else between for size in (group or gpus, gpus))
     return sum(
         _times(phase, microbatches) * (2 * size / of_all if "allreduce" in name else size / of_group)

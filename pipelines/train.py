@@ -108,7 +108,7 @@ class Training:
             "best": self.best,
             "evaluated": self.evaluated,
             "world_size": self.world.size,
-            "origin": origin_of(self.recipe, self.datasets),
+            "origin": origin_of(self.recipe.model, self.datasets),
         }
         self.checkpoints.save(self._tensors(), trainer, recipe=to_yaml(self.recipe))
 
@@ -119,7 +119,7 @@ class Training:
             return False
         tensors = self._tensors()
         trainer = self.checkpoints.load(path, tensors, recipe=self.recipe)
-        refuse_other_origin(path, trainer["origin"], origin_of(self.recipe, self.datasets))
+        refuse_other_origin(path, trainer["origin"], origin_of(self.recipe.model, self.datasets))
         restore_training_state(self.built.model, self.optimizer, tensors, rank=self.world.rank)
         if self.ema is not None and "ema" not in tensors:
             self.ema.restart()  # it was switched on after that checkpoint
@@ -143,13 +143,13 @@ def prepare(recipe: Recipe, world: World) -> Training:
     """Build everything; what does not fit is refused before the model is built."""
     run_dir = Path(recipe.run.dir)
     datasets = open_datasets([*recipe.data.train, *recipe.data.val])
-    config = model_config(recipe, datasets[0])
+    config = model_config(recipe.model, datasets[0])
     refuse_mismatches(recipe, datasets, config)
     loader = train_loader(recipe, world, config)
     epochs = map(loader.steps_per_epoch, range(recipe.optim.epochs or 0))
     total_steps = recipe.optim.steps or sum(epochs)
-    refuse_empty_epochs(recipe, loader)
-    refuse_short_schedule(recipe, total_steps)
+    refuse_empty_epochs(recipe.data, loader)
+    refuse_short_schedule(recipe.optim, total_steps)
     if world.is_main:
         print(check_fits(recipe, config, world), flush=True)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, config=recipe.checkpoint)
@@ -200,7 +200,7 @@ def loop(t: Training, log: MetricsLog, watchdog: Watchdog, stop: StopSignal) -> 
                 # (2) forward and backward; gradients add up over microbatches, then over ranks
                 now = is_last or recipe.parallel.sync_every_microbatch
                 with reduce_gradients(wrapped, now=now), naming_memory(microbatch):
-                    with compute_dtype(recipe, world), by_group.watching(microbatch):
+                    with compute_dtype(recipe.run, world), by_group.watching(microbatch):
                         part = wrapped(**model_inputs(microbatch, world.device)).loss
                     part.backward()
                 loss += part.detach()
@@ -336,10 +336,10 @@ def announce(t: Training, log: MetricsLog, *, resumed: bool) -> None:
     """What is about to happen."""
     micro = t.loader.microbatches_per_step
     log.say(parameter_table(t.built.model, t.optimizer))
-    log.say(batch_arithmetic(t.recipe, t.world, microbatches=micro, total_steps=t.total_steps))
+    log.say(batch_arithmetic(t.recipe.data, t.world, microbatches=micro, total_steps=t.total_steps))
     for line in hint(t.recipe, t.world, t.built.model.parameters(), steps=t.total_steps - t.step):
         log.say(line)
-    for line in tail_of_epoch(t.recipe, t.world, t.loader.plan.totals.num_packs):
+    for line in tail_of_epoch(t.recipe.data, t.world, t.loader.plan.totals.num_packs):
         log.say(line)
     if resumed:
         log.say(f"resumed after step {t.step}")

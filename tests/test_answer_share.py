@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def opened(recipe, world):
     """Prompts and questions: text only, with one picture, with two."""
     dataset = Dataset(recipe.data.train[0].path, "train")
-    config = model_config(recipe, dataset)
+    config = model_config(recipe.model, dataset)
     model = build_model(recipe, config, world).model
     prompts = prompts_for(model, dataset.tokenizer_dir)
     return prompts, list(questions_of(dataset, prompts, with_text_only=True))

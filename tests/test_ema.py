@@ -63,7 +63,7 @@ def at_step(run_dir, step, *, is_mean):
 def test_every_checkpoint_has_the_mean_that_the_formula_gives(run, tiny_dataset):
     recipe = load_recipe(run.with_suffix(".yaml"))
     with start(recipe) as world:
-        config = model_config(recipe, open_datasets(recipe.data.train)[0])
+        config = model_config(recipe.model, open_datasets(recipe.data.train)[0])
         mean = {n: x.clone() for n, x in build_model(recipe, config, world).model.state_dict().items()}
     for step in range(1, STEPS + 1):
         plain = at_step(run, step, is_mean=False)
@@ -90,7 +90,7 @@ def test_the_mean_is_evaluated_beside_the_weights(run, tiny_dataset):
     for name, folder in (("val_loss", "final"), ("val_loss_ema", "final-ema")):
         recipe = load_recipe(run.with_suffix(".yaml"), [f"model.path={run / folder}", "model.config=null"])
         with start(recipe) as world:
-            config = model_config(recipe, open_datasets(recipe.data.train)[0])
+            config = model_config(recipe.model, open_datasets(recipe.data.train)[0])
             loss = Evaluation(recipe, world, build_model(recipe, config, world)).run()["val_loss"]
         assert figures(run, name)[-1] == pytest.approx(loss, abs=1e-6)
     assert figures(run, "val_loss") != figures(run, "val_loss_ema")

@@ -120,7 +120,7 @@ def test_shards_are_cast_before_they_are_gathered(tiny_dataset, tmp_path, monkey
     datasets = open_datasets(recipe.data.train)
     monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
     with start(recipe) as world:
-        built = build_model(recipe, model_config(recipe, datasets[0]), world)
+        built = build_model(recipe, model_config(recipe.model, datasets[0]), world)
         export.export(built.model, recipe, datasets, world, step=0, best=None)
     assert set(gathered) == {torch.bfloat16} and len(gathered) > 50
     assert {x.dtype for x in weights(tmp_path / "run" / "final").values()} == {torch.bfloat16}

@@ -59,7 +59,7 @@ def test_a_fresh_process_gives_the_same_logits(family, tmp_path, name):
     Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(picture)
     datasets = open_datasets(recipe.data.train)
     with start(recipe) as world, torch.no_grad():
-        model = build_model(recipe, model_config(recipe, datasets[0]), world).model.eval()
+        model = build_model(recipe, model_config(recipe.model, datasets[0]), world).model.eval()
         torch.manual_seed(16)
         for parameter in model.parameters():  # as training would: it is no longer what model.path holds
             parameter += 0.01 * torch.randn_like(parameter)

@@ -53,7 +53,7 @@ def test_a_run_of_no_steps_is_refused_with_the_numbers(tiny_dataset, tmp_path):
     recipe = recipe_of(tiny_dataset, tmp_path, global_batch=1000, tail="drop")
     loader = train_loader(recipe, WORLD, OmniLMMConfig(image_size=32))
     with pytest.raises(UserError, match=rf"{loader.plan.totals.num_packs} packs .* a step takes 1000"):
-        refuse_empty_epochs(recipe, loader)
+        refuse_empty_epochs(recipe.data, loader)
     with pytest.raises(UserError, match="no step to train"):
         train(recipe)
     assert not (tmp_path / "final").exists()
@@ -66,8 +66,8 @@ def test_one_step_of_fewer_packs_than_global_batch_trains(tiny_dataset, tmp_path
 
 def test_what_becomes_of_the_tail_is_said(tiny_dataset, tmp_path):
     pad, drop = (recipe_of(tiny_dataset, tmp_path, global_batch=4, tail=tail) for tail in ("pad", "drop"))
-    assert "3 of 4 packs" in next(tail_of_epoch(pad, WORLD, 11))
-    assert "leaves out 3 of 11 packs" in next(tail_of_epoch(drop, WORLD, 11))
-    assert not list(tail_of_epoch(drop, WORLD, 12))
+    assert "3 of 4 packs" in next(tail_of_epoch(pad.data, WORLD, 11))
+    assert "leaves out 3 of 11 packs" in next(tail_of_epoch(drop.data, WORLD, 11))
+    assert not list(tail_of_epoch(drop.data, WORLD, 12))
     many = World(0, 6, torch.device("cpu"), "ddp")
-    assert "2 ranks have no pack" in next(iter(tail_of_epoch(pad, many, 12)))
+    assert "2 ranks have no pack" in next(iter(tail_of_epoch(pad.data, many, 12)))
