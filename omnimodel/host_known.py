@@ -34,7 +34,7 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 class HostKnown(torch.Tensor):
     """A tensor that lies on ``device`` when it is needed there; ``values`` are its values on the CPU."""
 
-    values: torch.Tensor
+    values: torch.Tensor  # type: ignore[assignment]  # a sparse tensor's method: this one never is
     num_writes = 0  # to values of any of them: views share memory, and below autograd no version counts it
 
     @staticmethod
@@ -49,7 +49,7 @@ class HostKnown(torch.Tensor):
         self._copy: torch.Tensor | None = None
         self._copied = -1  # num_writes at that time
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunction():
             return f"HostKnown({self.values!r}, device={self.device})"
 
@@ -69,10 +69,12 @@ class HostKnown(torch.Tensor):
         return self._copy
 
     # A Python function of torch that takes one goes on as if it were any tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch itself calls it with func in front
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         device = next(tensor.device for tensor in tensors if isinstance(tensor, HostKnown))

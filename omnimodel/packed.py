@@ -17,7 +17,7 @@ import functools
 import inspect
 import re
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ def config_of(folder: str, **changes: Any) -> Any:
 
 
 @lru_cache(maxsize=8)
-def packed_class(kind: type) -> type:
+def packed_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of ``kind``, under its name, that can also be called with a pack."""
 
     @functools.wraps(kind.forward)
@@ -73,11 +73,11 @@ def packed_class(kind: type) -> type:
     return type(kind.__name__, (_Packed, kind), names)
 
 
-class _Packed:
+class _Packed(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """What every such class adds to transformers' building, loading and saving."""
 
     connector_name = "connector"
-    original: type
+    original: type[PreTrainedModel]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         text = config.get_text_config()
@@ -100,15 +100,15 @@ class _Packed:
 
         Those of a batch would let documents of a pack see each other.
         """
-        super().train(mode)  # type: ignore[misc]
-        for module in self.modules():  # type: ignore[attr-defined]
+        super().train(mode)
+        for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
 
     def _join_pictures(self) -> None:
         """A tower that knows its pictures' bounds takes them all in one call per layer, as with flash."""
-        tower = image_tower(self)
+        tower: Any = image_tower(self)
         if any("cu_seqlens" in inspect.signature(each.forward).parameters for each in tower.modules()):
             tower.config._attn_implementation_internal = attention.TOWER_NAME
 
@@ -228,14 +228,14 @@ def _without_bounds(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {name: value for name, value in kwargs.items() if name not in BOUNDS}
 
 
-def token_types(base: type, token_type_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def token_types(base: Any, token_type_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Under the name that the class takes, if it takes them."""
     wanted = [name for name in TOKEN_TYPES if name in _arguments(base)]
     return {wanted[0]: token_type_ids} if wanted and token_type_ids is not None else {}
 
 
 @lru_cache(maxsize=16)
-def _arguments(base: type) -> frozenset[str]:
+def _arguments(base: Any) -> frozenset[str]:
     return frozenset(inspect.signature(base.forward).parameters)
 
 
@@ -255,8 +255,8 @@ def own_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     labels = inputs["shift_labels"].roll(1, dims=1)
     labels[:, 0] = loss.IGNORE_INDEX
-    ours = ("shift_labels", "position_ids", "cu_seqlens", "max_seqlen", "token_type_ids", "return_hidden")
-    ours += ("num_supervised_tokens", "num_supervised_rows")
+    ours = {"shift_labels", "position_ids", "cu_seqlens", "max_seqlen", "token_type_ids", "return_hidden"}
+    ours |= {"num_supervised_tokens", "num_supervised_rows"}
     theirs = {name: value for name, value in inputs.items() if name not in ours}
     types = token_types(type(model.base_model), inputs.get("token_type_ids"))
     return theirs | types | {"labels": labels, "attention_mask": torch.ones_like(labels), "use_cache": False}

@@ -65,7 +65,7 @@ def measure(recipe: Recipe, config: Any, datasets: Sequence[Dataset]) -> dict[st
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
     world = World(0, 1, device, "single")
     full, half, eighth = (packs_of(recipe, config, datasets, share=share) for share in (1.0, 0.5, 0.125))
-    recipe = replace(recipe, run=replace(recipe.run, device=device.type))
+    recipe = replace(recipe, run=replace(recipe.run, device="cuda" if is_cuda else "cpu"))
     predicted = play(recipe, config, [full.full], World(0, 1, torch.device("cpu"), "single"))
     if not is_cuda:
         _give_back_at_once()
@@ -130,7 +130,7 @@ def _seconds(
             optimizer.zero_grad()
             _wait(world.device)
             times = (between - started, time.perf_counter() - between)
-            best[number] = tuple(map(min, best[number], times))
+            best[number] = (min(best[number][0], times[0]), min(best[number][1], times[1]))
     return best
 
 

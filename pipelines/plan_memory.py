@@ -84,6 +84,7 @@ def _steps(recipe: Recipe, packs: Packs) -> int | None:
     """Of the whole run; None: that depends on a dataset that is not there yet."""
     if recipe.optim.steps is not None or packs.per_epoch is None:
         return recipe.optim.steps
+    assert recipe.optim.epochs is not None  # a recipe names one of the two
     return recipe.optim.epochs * -(-packs.per_epoch // recipe.data.global_batch)
 
 
@@ -130,7 +131,7 @@ def main(arguments: list[str]) -> int:
             from .measure import measure
 
             config, datasets, _ = open_for_planning(recipe)
-            figures = measure(recipe, config, datasets)
+            figures: Any = measure(recipe, config, datasets)
             text = "\n".join(f"{name:<24} {value:.4g}" for name, value in figures.items())
         else:
             plans = plan(recipe, gpus=options.gpus, gpu=options.gpu, mfu=options.mfu)

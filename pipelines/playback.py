@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Playback(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.peak_place = ""
         self.peaks: dict[str, int] = {}  # of each phase of the step: "backward of microbatch 2"
-        self.flops: Counter[str] = Counter()
+        self.flops: defaultdict[str, float] = defaultdict(float)
         self.work: list[tuple[str, float, float]] = []  # (phase, FLOPs, bytes) of every kernel
         self.collectives: list[tuple[str, int]] = []  # (name, bytes)
         self.phases: list[str] = []  # of each collective
@@ -100,11 +101,11 @@ class Playback(TorchDispatchMode):
             playback._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = watched
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*exc)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,7 +147,8 @@ class Playback(TorchDispatchMode):
     def gradient_came(self, parameter: torch.nn.Parameter) -> None:
         """A hook: the parameter's gradient is whole."""
         self.reached.add(parameter)
-        self.assign("gradients", [parameter.grad])
+        if parameter.grad is not None:
+            self.assign("gradients", [parameter.grad])
 
     def had_not(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
         """Take tensors that were there all the time out of what was counted."""
@@ -188,7 +190,7 @@ class Playback(TorchDispatchMode):
     # --- work ---------------------------------------------------------------------------------------------
 
     def _computed(self, func: Any, args: Any, kwargs: Any, result: Any, results: list[torch.Tensor]) -> None:
-        flops = 0
+        flops = 0.0
         packet = func._overloadpacket
         if "varlen_attn" in func.name():
             flops = self._attended(func, args)
@@ -240,7 +242,7 @@ def _local_tensors(tree: Any) -> list[torch.Tensor]:
 
 def _place_of_caller() -> str:
     """``pipelines/optim.py:83``: the innermost line that is not torch's own."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path == Path(mixer_kernels.__file__):

@@ -56,7 +56,7 @@ class Waits(TorchDispatchMode):
                 waits.places[place_of_caller()] += 1
             return read(tensor)
 
-        torch.Tensor.tolist = tolist
+        torch.Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
         self._making.__enter__()
         return super().__enter__()
 
