@@ -14,9 +14,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import astuple
 
-from omnidata.loader.assembler import Work
 from omnidata.loader.loader import PackLoader, Sent, State
 from omnidata.loader.microbatch import Microbatch
+from omnidata.loader.reader import Work
 from omnidata.schema import UserError
 
 

@@ -7,29 +7,20 @@ lay_out                      ids and labels end to end
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from omnidata.loader.microbatch import Parts, lay_out
 from omnidata.loader.processor_pixels import ProcessorPixels
-from omnidata.loader.reader import LESS_MEMORY, Document, LoadError, OutOfMemoryError, SampleReader
+from omnidata.loader.reader import LESS_MEMORY, Document, LoadError, OutOfMemoryError, SampleReader, Work
 from omnidata.loader.squares import Squares
 from omnidata.plan.places import Place
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample
 
 OnError = Literal["raise", "skip"]
 Reads = list[tuple[Document, Sample | LoadError]]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What to read for one microbatch."""
-
-    documents: tuple[Document, ...]
-    num_supervised: int  # what their labels must add up to
-    epoch: int
 
 
 class Assembler:

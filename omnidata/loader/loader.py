@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from omnidata.loader.assembler import Assembler, OnError, Work
+from omnidata.loader.assembler import Assembler, OnError
 from omnidata.loader.augment import Augment
 from omnidata.loader.groups import Groups
 from omnidata.loader.microbatch import Microbatch, Parts, expand
 from omnidata.loader.pixel_source import normalisation_of, open_pixels
-from omnidata.loader.reader import Document, LoadError, SampleReader
+from omnidata.loader.reader import Document, LoadError, SampleReader, Work
 from omnidata.loader.remote import Remote
 from omnidata.loader.squares import Squares
 from omnidata.loader.workers import TIMEOUT, Workers

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnidata.loader.augment import Augment
-from omnidata.loader.reader import Document
+from omnidata.loader.reader import Document, Work
 from omnidata.loader.squares import augmented
 from omnidata.schema import IGNORE_INDEX, RejectError, Sample, UserError
 
 if TYPE_CHECKING:
-    from omnidata.loader.assembler import Work
     from omnidata.profiles.processor import ProcessorProfile
 
 ALIGNMENT = 64  # bytes between tensors in shared memory

@@ -13,7 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from omnidata.files import open_regular
@@ -51,6 +51,15 @@ class Document(NamedTuple):
     image_pixels: tuple[int, ...] = ()  # values of each image's pixel tensors, of a processor's dataset
     group: int | None = None  # what it is counted under (groups.py); None: nothing is counted
     base: Place | None = None  # of a view: the base's sample, which has the images; None: they are its own
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What to read for one microbatch."""
+
+    documents: tuple[Document, ...]
+    num_supervised: int  # what their labels must add up to
+    epoch: int
 
 
 class Shards(Protocol):

@@ -6,16 +6,12 @@ stored images  ──decode, (augment), resize──▶  uint8 [N, S, S, 3]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from omnidata.loader.augment import Augment
-from omnidata.loader.reader import Document
+from omnidata.loader.reader import Document, Work
 from omnidata.schema import Sample
-
-if TYPE_CHECKING:
-    from omnidata.loader.assembler import Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,10 @@ from omnidata.loader.buffers import Borrower, Buffer, Lender, Loan
 from omnidata.loader.heap import keep_freed_memory
 from omnidata.loader.microbatch import Parts
 from omnidata.loader.processor_pixels import Layout, pack_tensors, unpack_tensors
-from omnidata.loader.reader import LESS_MEMORY, LoadError
+from omnidata.loader.reader import LESS_MEMORY, LoadError, Work
 
 if TYPE_CHECKING:
-    from omnidata.loader.assembler import Assembler, Work
+    from omnidata.loader.assembler import Assembler
 
 MAX_DEATHS = 3  # of workers, in one iteration, before it gives up
 TIMEOUT = 300.0  # seconds that the training process waits for a worker
