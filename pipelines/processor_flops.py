@@ -1,11 +1,11 @@
 """Model FLOPs of any transformers model, from its modules: matrices, blocks and widths, no family's formula.
 
     a token of the language model   2 x its matrices + attention to all before it; experts by those it takes
-    a patch of the tower            2 x its matrices + attention to its whole picture
+    a patch of the tower            2 x its matrices, the first one's too, + attention to its whole picture
     a token of a picture            2 x the connector's matrices
     a supervised token              2 x lm_head
 
-Left out: norms, activations, the first projection of patches. A tower that takes pictures as tiles attends
+Left out: norms and activations. A tower that takes pictures as tiles attends
 inside of them, which its configuration's image_size tells. The figure, and so the MFU, is high for towers
 that attend in windows, that join patches between their blocks (MiniCPM-V 4.6's matrices, tiny: 1.33 times)
 or pad every picture to one number of patches.
@@ -37,6 +37,7 @@ class ProcessorFlopCount:
     token_attention: float  # layers x width
     patch_params: float
     patch_attention: float
+    embedding_params: float  # what makes features of the pixels of a patch
     patches_of_tile: float  # that see each other; inf: all of a picture
     connector_params: float
     head_params: float
@@ -81,8 +82,10 @@ class ProcessorFlopCount:
         patches = pixel_values / self.values_per_patch
         seen = min(patches / max(1, images), self.patches_of_tile)
         tower = 2 * self.patch_params * patches + 4 * self.patch_attention * patches * seen
+        first_passes = min(2, self.passes["vision_tower"])  # pixels need no gradient
         return float(
-            tokens * self.passes["language_model"]
+            2 * self.embedding_params * patches * first_passes
+            + tokens * self.passes["language_model"]
             + tower * self.passes["vision_tower"]
             + 2 * self.connector_params * features * self.passes["connector"]
             + 2 * self.head_params * supervised * self.passes["lm_head"]
@@ -104,6 +107,7 @@ def count_processor_flops(model: PreTrainedModel, passes: dict[str, int]) -> Pro
         token_attention=float(width * sum(_attends(block) for block in of_decoder)),
         patch_params=_matrices(of_tower),
         patch_attention=float(first.shape[0] * len(of_tower)),
+        embedding_params=float(first.numel()),
         patches_of_tile=_patches_of_tile(parts.tower),
         connector_params=float(sum(p.numel() for p in parts.parameters("connector") if p.ndim > 1)),
         head_params=float(head.weight.numel()),

@@ -216,7 +216,11 @@ def test_a_trained_model_is_asked_as_it_was_trained(family, ten_records, tmp_pat
     assert "tokenize differently" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"])
+COUNTED = ("qwen2_5_vl", "qwen3_vl", "internvl", "pixtral")  # joins of patches, MiniCPM's, are counted high
+MORE_COUNTED = ("smolvlm", "llava_onevision", "lfm2_vl", "gemma3")
+
+
+@pytest.mark.parametrize("name", [*COUNTED, *(pytest.param(name, marks=SLOW) for name in MORE_COUNTED)])
 def test_flops_are_those_that_torch_counts(family, name):
     folder = family(name)
     model = load(folder).train()
