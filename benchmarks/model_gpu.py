@@ -168,7 +168,7 @@ def varlen(sizes: Sizes) -> Result:
     kind = {"device": sizes.device, "dtype": sizes.dtype}
     joined = [torch.randn(1, heads, total, 128, **kind) for heads in (32, 8, 8)]
     padded = [torch.randn(sizes.documents, heads, longest, 128, **kind) for heads in (32, 8, 8)]
-    arguments = (*joined, attention.Pack(bounds, longest))
+    arguments = (*joined, attention.Packing(bounds, longest))
     on_gpu = sizes.device == "cuda"
     attend = attention.varlen_attention if on_gpu else attention.per_document_attention
     runs: dict[str, Callable[[], torch.Tensor]] = {

@@ -60,7 +60,7 @@ def as_on_gpu() -> Iterator[None]:
         _as_on_gpu = before
 
 
-class Pack(NamedTuple):
+class Packing(NamedTuple):
     """Which tokens of a row belong together, and what a token may see of its own document."""
 
     cu_seqlens: torch.Tensor  # int32 [D + 1]: where documents start, and the end
@@ -105,7 +105,7 @@ def omnilmm_attention(
     if not (is_causal or of_tower):
         raise ValueError("attention that is not causal is not supported for packed documents without a mask")
     window = sliding_window if sliding_window and sliding_window < (max_length_q or query.shape[2]) else None
-    pack = Pack(cu_seq_lens_q, max_length_q, scaling, window, is_causal=not of_tower)
+    pack = Packing(cu_seq_lens_q, max_length_q, scaling, window, is_causal=not of_tower)
     return _choose(query)(query, key, value, pack)[None], None
 
 
@@ -134,7 +134,7 @@ def _choose(query: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @torch.compiler.disable(recursive=False)
 def per_document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Packing
 ) -> torch.Tensor:
     """One SDPA call per document. Reads ``cu_seqlens`` on the host, so only for the CPU."""
     lengths = pack.cu_seqlens.diff().tolist()
@@ -159,7 +159,9 @@ def per_document_attention(
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
-def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack) -> torch.Tensor:
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Packing
+) -> torch.Tensor:
     """One SDPA call with a ``[T, T]`` mask: any device, any dtype, exact, quadratic memory."""
     positions = torch.arange(query.shape[2], device=query.device)
     document = torch.bucketize(positions, pack.cu_seqlens[1:], right=True)
@@ -172,7 +174,9 @@ def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return output[0].transpose(0, 1)
 
 
-def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack) -> torch.Tensor:
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Packing
+) -> torch.Tensor:
     """torch's variable-length flash attention: CUDA, half precision."""
     if pack.max_seqlen is None:
         raise ValueError("cu_seqlens on a GPU needs max_seqlen: the kernel is launched from the host")
@@ -202,13 +206,13 @@ def _causal_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
 
 # --- masks ------------------------------------------------------------------------------------------------
 
-_packing: ContextVar[Pack | None] = ContextVar("packing", default=None)
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 
 @contextlib.contextmanager
 def packing(cu_seqlens: torch.Tensor, max_seqlen: int) -> Iterator[None]:
     """While a model's forward makes its masks: the row is a pack."""
-    token = _packing.set(Pack(cu_seqlens, max_seqlen))
+    token = _packing.set(Packing(cu_seqlens, max_seqlen))
     try:
         yield
     finally:

@@ -80,9 +80,9 @@ BOUNDS = torch.tensor([0, 1, 8, 20], dtype=torch.int32)
 def test_per_document_and_masked_attention_agree(window):
     query, key, value = heads(20)
     by_document = attention.per_document_attention(
-        query, key, value, attention.Pack(BOUNDS, 12, 0.25, window)
+        query, key, value, attention.Packing(BOUNDS, 12, 0.25, window)
     )
-    masked = attention.masked_attention(query, key, value, attention.Pack(BOUNDS, 12, 0.25, window))
+    masked = attention.masked_attention(query, key, value, attention.Packing(BOUNDS, 12, 0.25, window))
     torch.testing.assert_close(by_document, masked, atol=1e-6, rtol=1e-5)
     assert by_document.shape == (20, 4, 16)
 
@@ -113,8 +113,8 @@ def test_the_kernel_is_called_with_its_own_layout_heads_and_window(has_gqa, wind
     monkeypatch.setattr(attention, "varlen_attn", kernel if has_gqa else old_kernel)
     monkeypatch.setattr(attention, "KERNEL_GROUPS_HEADS", has_gqa)
     query, key, value = heads(20)
-    expected = attention.masked_attention(query, key, value, attention.Pack(BOUNDS, 12, 0.25, window))
-    actual = attention.varlen_attention(query, key, value, attention.Pack(BOUNDS, 12, 0.25, window))
+    expected = attention.masked_attention(query, key, value, attention.Packing(BOUNDS, 12, 0.25, window))
+    actual = attention.varlen_attention(query, key, value, attention.Packing(BOUNDS, 12, 0.25, window))
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_the_kernel_is_told_of_grouped_heads_alone(monkeypatch):
     said = []
     monkeypatch.setattr(attention, "varlen_attn", lambda q, *_, **words: said.append(words) or q)
     query, key, value = heads(20)
-    of_tower = attention.Pack(BOUNDS, 12, is_causal=False)
+    of_tower = attention.Packing(BOUNDS, 12, is_causal=False)
     attention.varlen_attention(query, query, query, of_tower)
     attention.varlen_attention(query, key, value, of_tower)
     assert "enable_gqa" not in said[0] and said[0]["window_size"] == (-1, -1)
@@ -132,7 +132,7 @@ def test_the_kernel_is_told_of_grouped_heads_alone(monkeypatch):
 
 def test_the_kernel_needs_the_longest_length():
     with pytest.raises(ValueError, match="max_seqlen"):
-        attention.varlen_attention(*heads(20), attention.Pack(BOUNDS, scale=0.25))
+        attention.varlen_attention(*heads(20), attention.Packing(BOUNDS, scale=0.25))
 
 
 def test_under_autocast_the_half_precision_kernel_is_chosen(monkeypatch):
@@ -157,6 +157,6 @@ def test_a_batch_of_packs_is_refused():
 def test_the_real_kernel_agrees_with_the_mask(window):
     query, key, value = (x.cuda() for x in heads(20, dtype=torch.bfloat16))
     bounds = BOUNDS.cuda()
-    expected = attention.masked_attention(query, key, value, attention.Pack(bounds, 12, 0.25, window))
-    actual = attention.varlen_attention(query, key, value, attention.Pack(bounds, 12, 0.25, window))
+    expected = attention.masked_attention(query, key, value, attention.Packing(bounds, 12, 0.25, window))
+    actual = attention.varlen_attention(query, key, value, attention.Packing(bounds, 12, 0.25, window))
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)

@@ -19,7 +19,7 @@ from omnidata.schema import shard_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class Selection:
     """Rows of one input's index, ascending."""
 
     input: int
@@ -32,7 +32,7 @@ class CopyTask:
 
     split: str
     number: int
-    pieces: tuple[Piece, ...]
+    selections: tuple[Selection, ...]
     num_bytes: int  # of its samples
 
     @property
@@ -43,7 +43,7 @@ class CopyTask:
     @property
     def num_samples(self) -> int:
         """Samples that it will hold."""
-        return sum(len(piece.rows) for piece in self.pieces)
+        return sum(len(selection.rows) for selection in self.selections)
 
     def __str__(self) -> str:
         return self.path
@@ -71,11 +71,11 @@ def cut_shards(
         owners = np.repeat(np.arange(len(mine)), [len(each) for each in mine])
         sizes = np.concatenate([sizes[each] for sizes, each in zip(nbytes, mine, strict=True)])
         for number, (start, stop) in enumerate(cuts(sizes, room, most)):
-            pieces = tuple(
-                Piece(int(owner), rows[start:stop][owners[start:stop] == owner])
+            selections = tuple(
+                Selection(int(owner), rows[start:stop][owners[start:stop] == owner])
                 for owner in np.unique(owners[start:stop])
             )
-            tasks.append(CopyTask(split, number, pieces, int(sizes[start:stop].sum())))
+            tasks.append(CopyTask(split, number, selections, int(sizes[start:stop].sum())))
     return tasks
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from omnidata.builder.worker import ShardResult, Tally, part_path
 from omnidata.copier.columns import with_columns
-from omnidata.copier.layout import CopyTask, Piece
+from omnidata.copier.layout import CopyTask, Selection
 from omnidata.copier.rows import Place, check_sample, places_of, read_rows, read_run, replaced, runs
 from omnidata.copier.views import WholeSamples
 from omnidata.dataset import Dataset
@@ -62,7 +62,7 @@ def copy_shard(job: CopyJob, task: CopyTask, report: object) -> ShardResult:
         store.remove_temps(path)
     with store.write(task.path) as file:
         copy = _ShardCopy(HashedFile(file), report)
-        tables = [copy.piece(job, task, piece) for piece in task.pieces]
+        tables = [copy.selection(job, task, selection) for selection in task.selections]
         end_archive(copy.file, copy.file.num_bytes)
     table = pa.concat_tables(tables)
     spans = list(zip(*(table[name].to_pylist() for name in ("offset", "nbytes")), strict=True))
@@ -81,10 +81,10 @@ class _ShardCopy:
         self.file, self._report = file, report
         self._num_samples, self._next_report = 0, time.monotonic() + REPORT_SECONDS
 
-    def piece(self, job: CopyJob, task: CopyTask, piece: Piece) -> pa.Table:
+    def selection(self, job: CopyJob, task: CopyTask, selection: Selection) -> pa.Table:
         """Copy the samples of one input; their rows as the new index has them."""
-        dataset = _open(job.paths[piece.input], job.digests[piece.input])
-        table, prefix = read_rows(dataset, piece.rows), job.prefixes[piece.input]
+        dataset = _open(job.paths[selection.input], job.digests[selection.input])
+        table, prefix = read_rows(dataset, selection.rows), job.prefixes[selection.input]
         if dataset.base is None:
             spans = self._samples(dataset, places_of(table), prefix)
         else:

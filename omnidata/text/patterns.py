@@ -24,7 +24,7 @@ from functools import lru_cache
 from itertools import product
 
 
-class Kind(Enum):
+class TextKind(Enum):
     """A kind of text; the module's docstring says what each is."""
 
     EMPTY = auto()
@@ -36,8 +36,8 @@ class Kind(Enum):
     TORN = auto()
 
 
-EMPTY, WHITE, BLANK, BLANKS, SOLID, LED, TORN = Kind
-Kinds = frozenset[Kind]
+EMPTY, WHITE, BLANK, BLANKS, SOLID, LED, TORN = TextKind
+Kinds = frozenset[TextKind]
 
 _ANY = Kinds({BLANK, WHITE, SOLID})  # of one character that may be any
 _IS_WHITE = {EMPTY, WHITE, BLANK, BLANKS}
@@ -74,7 +74,7 @@ def finds_no_blank_inside(pattern: str) -> bool:
         return False
 
 
-def _joined(left: Kind, right: Kind) -> Kind:
+def _joined(left: TextKind, right: TextKind) -> TextKind:
     """The kind of a text of one kind and then another."""
     if EMPTY in (left, right):
         return right if left is EMPTY else left
