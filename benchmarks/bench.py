@@ -59,6 +59,7 @@ BENCHMARKS = (
     Benchmark("start", ("--repeats", "1", "--vocabularies")),
     Benchmark("reports", ("--samples", "1500", "--repeats", "1")),
     Benchmark("render", ("--records", "64")),
+    Benchmark("render_again", ("--records", "16", "--repeats", "1")),
     Benchmark(
         "build",
         ("--samples", "64", "--photos", "8", "--repeat", "1"),

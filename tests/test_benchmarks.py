@@ -120,6 +120,12 @@ def test_start():
     assert set(report) >= {"--help", "build-shards, 8 records", "inspect", "plan", "verify"}
 
 
+@pytest.mark.slow
+def test_start_of_training():
+    report = report_of("start.py", "--repeats", "1", "--vocabularies", "--training")
+    assert set(report) >= {"build-shards --model", "train.py, 1 step", "generate.py, 1 word"}
+
+
 # --- building and loading -----------------------------------------------------------------------------------
 
 
@@ -196,6 +202,15 @@ def test_copies(mistral, tmp_path):
     arguments = ("--tokenizer", str(tmp_path / "tokenizer"), "--folder", str(tmp_path))
     printed = run_benchmark("copies.py", *arguments, "--samples", "16", "--repeats", "1")
     assert printed.count("cp") >= 2 and "photographs" in printed and "texts" in printed
+
+
+@pytest.mark.slow
+def test_render_again(tmp_path):
+    """Every view and the build beside it."""
+    report = report_of("render_again.py", "--records", "16", "--repeats", "1", "--folder", str(tmp_path))
+    assert len(report) == 7 and not list(tmp_path.iterdir())
+    assert {name.split(", ")[-1] for name in report} == {"base", "render", "build", "quick check"}
+    assert all(row["records/s of CPU"] > 0 for row in report.values())
 
 
 @pytest.mark.slow
