@@ -328,7 +328,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 TABLES = (
-    "floors, ms a sample on one core",
+    "floors, ms per sample on one core",
     "ratios",
     "ratios by CPU time",
     "mean |difference| to Pillow, of 255",

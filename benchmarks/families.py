@@ -242,7 +242,7 @@ def main() -> None:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
-        print(f"{row['family']}: {row['tokens_per_picture']:.0f} tokens a sample, ", end="")
+        print(f"{row['family']}: {row['tokens_per_picture']:.0f} tokens per sample, ", end="")
         print(f"arrays {row['share_of_arrays']:.1%} of the bytes, raw pixels {row['raw_pixels']}")
         for title in ("build_records_per_second", "load_pictures_per_second"):
             figures = ", ".join(f"{name} {rate:.1f}" for name, rate in row[title].items())

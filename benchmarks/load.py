@@ -1,4 +1,4 @@
-"""Loading: samples a second, time to the first batch, exactness of a restart, memory; beside the peers.
+"""Loading: samples per second, time to the first batch, exactness of a restart, memory; beside the peers.
 
     python benchmarks/load.py [--samples 4000] [--repeat 2] [--workers 0 1 2] [--names ours webdataset ...]
                               [--peers-python .bench/bin/python] [--folder DIR] [--json]

@@ -174,7 +174,7 @@ def plans(num_samples: int) -> dict[str, EpochPlan]:
 
 
 def measure_waiting(plan: EpochPlan) -> list[dict[str, object]]:
-    """One row for each tower, number of ranks and packs a rank."""
+    """One row for each tower, number of ranks and packs per rank."""
     windows = list(plan.windows())
     firsts = np.cumsum([0, *map(len, windows)])
     ours = pack_table(windows)
@@ -202,7 +202,7 @@ def measure_waiting(plan: EpochPlan) -> list[dict[str, object]]:
                     {
                         "tower": tower,
                         "ranks": ranks,
-                        "packs a rank": each,
+                        "packs per rank": each,
                         "slowest / mean": waiting(_costs(ours, assume)[steps], ranks),
                         "best fit": waiting(_costs(fewest, assume)[_steps(random, ranks * each)], ranks),
                         "mean pictures": float(loads.mean()),

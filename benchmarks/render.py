@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measure(vocabulary: str, num_records: int) -> dict[str, float]:
-    """Microseconds a record of each side, and their ratios."""
+    """Microseconds per record of each side, and their ratios."""
     from omnidata.render import Renderer
 
     tokenizer = tokenizer_of(vocabulary)
@@ -74,7 +74,7 @@ def measure(vocabulary: str, num_records: int) -> dict[str, float]:
     result["render_batch, first round, us"] = first["render_batch"] / num_records * 1e6
     result["render / encode_batch"] = best["render_batch"] / best["encode_batch"]
     result["apply_chat_template / render"] = best["apply_chat_template"] / best["render_batch"]
-    result["tokens a record"] = (
+    result["tokens per record"] = (
         sum(len(r.input_ids) for r in renderer.render_batch(conversations)) / num_records
     )
     return result

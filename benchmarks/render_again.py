@@ -5,7 +5,7 @@
 The base is built for OmniLMM with a throw-away tokenizer, photographs kept as they are. Then it is rendered
 for a longer limit, and for a Qwen3-VL with a small vocabulary; beside each, the same dataset is built from
 the corpus, photographs checked by their checksums alone, then decoded. One worker. Every command runs on a
-quarter of the records and on all of them: records a second, and of CPU, are of the difference, so that the
+quarter of the records and on all of them: records per second, and of CPU, are of the difference, so that the
 start, which is printed by itself, is not in them. CPU is of all processes; the smallest of repeats counts.
 """
 

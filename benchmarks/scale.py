@@ -80,8 +80,8 @@ def measure_build(corpus: Corpus, policy: str, options: argparse.Namespace) -> d
     )
     return {
         "samples": most,
-        "command, us a sample": round(own * 1e6, 1),
-        "workers, us a sample": round(theirs * 1e6, 1),
+        "command, us per sample": round(own * 1e6, 1),
+        "workers, us per sample": round(theirs * 1e6, 1),
         "command / worker, %": round(100 * own / theirs, 2),
         "workers at most": round(theirs / max(own, 1e-9)),
     }
@@ -113,8 +113,8 @@ def measure_load(dataset: Path, num_workers: int) -> dict[str, float]:
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - started
     microbatches.close()
     return {
-        "pictures a microbatch": round(pictures / COUNTED, 1),
-        "training process, us a microbatch": round(cpu / COUNTED * 1e6),
+        "pictures per microbatch": round(pictures / COUNTED, 1),
+        "training process, us per microbatch": round(cpu / COUNTED * 1e6),
         "pictures/s here": round(pictures / seconds),
         "pictures/s at most": round(pictures / cpu),
     }
@@ -149,8 +149,8 @@ def measure_files(folder: Path, tokenizer: Path, options: argparse.Namespace) ->
     return {
         "files": options.files,
         "seconds": round(seconds, 1),
-        "command, us a file": round(own * 1e6, 1),
-        "workers, us a file": round(theirs * 1e6, 1),
+        "command, us per file": round(own * 1e6, 1),
+        "workers, us per file": round(theirs * 1e6, 1),
         "a million on 16 cores, s": round(1e6 * (own + theirs / 16)),
     }
 

@@ -9,7 +9,7 @@ Two corpora:
                   benchmarks/train.py's, for this processor
 
 Three contenders, each with one core for the model and one worker for the data, the same random weights,
-AdamW, the same records, and as many samples a step on average:
+AdamW, the same records, and as many samples per step on average:
 
     ours                    packs from built shards
     trainer                 HF's Trainer as it comes: random batches, padded
@@ -18,7 +18,7 @@ AdamW, the same records, and as many samples a step on average:
 The Trainer's collator opens the pictures and calls ``apply_chat_template`` on every batch. Its labels are
 those of our dataset, put beside the ids that the processor gives: so all learn the same tokens, and the
 losses of eight samples, padded and packed, are compared before anything is timed. Tokens a second count those
-of conversations and pictures, no padding: order by length begins with the longest, so samples a second of a
+of conversations and pictures, no padding: order by length begins with the longest, so samples per second of a
 few steps would not do it justice. On a busy machine trust seconds of CPU (of the training process).
 """
 

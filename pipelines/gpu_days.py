@@ -21,7 +21,7 @@ SECONDS = 86400
 def of_run(parameters: Iterable[nn.Parameter], tokens: float, peak: float) -> float:
     """GPU-days of ``tokens``, roughly.
 
-    6 FLOPs a token and trained weight, 2 a frozen one, at 40 % of the peak.
+    6 FLOPs per token and trained weight, 2 per frozen one, at 40 % of the peak.
     """
     flops = sum((6 if p.requires_grad else 2) * p.numel() for p in parameters)
     return flops * tokens / (peak * DEFAULT_MFU * SECONDS)

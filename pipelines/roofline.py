@@ -7,7 +7,7 @@ from omnidata.plan.cost import GPUS
 from .config import ParallelConfig, Recipe
 from .playback import Playback
 
-# By the makers' data sheets: bytes of memory, and bytes a second of it and of one GPU's links to the others
+# By the makers' data sheets: bytes of memory, and bytes per second of it and of one GPU's links to the others
 # of its node (NVLink, both ways together halved; PCIe for cards that have no NVLink).
 GPU_MEMORY = {"b200": 180e9, "h200": 141e9, "h100": 80e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}
 MEMORY_RATE = {

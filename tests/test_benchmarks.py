@@ -105,7 +105,7 @@ def test_plan():
     assert report["samples"] == 40000 and report["padding"]["packs of the plan"] < 0.01
     assert set(report["waiting"]) >= {"natural", "mixture", "pictures of any size"}
     for row in report["waiting"]["natural"] + report["waiting"]["mixture"]:
-        assert row["slowest / mean"] < 1.05 < row["best fit"] or row["packs a rank"] == 4
+        assert row["slowest / mean"] < 1.05 < row["best fit"] or row["packs per rank"] == 4
         assert row["sd of steps"] < 1 and row["slowest / mean"] < row["best fit"]
 
 
@@ -134,7 +134,7 @@ def test_scale():
     sizes = ("--samples", "64", "--files", "100", "--loaders", "2", "--workers", "1")
     report = report_of("scale.py", *sizes, "--vocabulary", "Mistral", "--only", "build", "files", "load")
     assert set(report) == {"build, shrink", "build, keep", "files", "load, 2 workers"}
-    assert report["load, 2 workers"]["pictures a microbatch"] > 0
+    assert report["load, 2 workers"]["pictures per microbatch"] > 0
 
 
 def test_bench_writes_a_table_and_a_figure(tmp_path):
