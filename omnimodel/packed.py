@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -35,7 +35,7 @@ TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def class_for(config: Any) -> type[PreTrainedModel]:
+def class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that trains a model of this configuration.
 
     Raises:
@@ -79,7 +79,7 @@ class _Packed(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     connector_name = "connector"
     original: type[PreTrainedModel]
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         text = config.get_text_config()
         names = {name: getattr(config, name, None) for name in config.sub_configs} | {"": config}
         config._attn_implementation = {
@@ -239,7 +239,7 @@ def _arguments(base: Any) -> frozenset[str]:
     return frozenset(inspect.signature(base.forward).parameters)
 
 
-def logit_scale(config: Any) -> loss.LogitScale | None:
+def logit_scale(config: PreTrainedConfig) -> loss.LogitScale | None:
     """What the class does to logits after its head, as its text configuration says; None: nothing."""
     text = config.get_text_config()
     cap = getattr(text, "final_logit_softcapping", None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from omnidata import Dataset
 from omnidata.images.slices import Slicing, slicing_of
@@ -86,7 +87,7 @@ def model_config(settings: ModelConfig, dataset: Dataset) -> Any:
     return OmniLMMConfig(**(from_data | (settings.config or {})))
 
 
-def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: Any) -> None:
+def refuse_mismatches(recipe: Recipe, datasets: Sequence[Dataset], config: PreTrainedConfig) -> None:
     """UserError that lists everything in which datasets, model and recipe do not fit."""
     problems = [line for dataset in datasets for line in _other_tokenizer(dataset)]
     if datasets[0].manifest.is_omnilmm:
@@ -255,7 +256,7 @@ def tail_of_epoch(data: DataConfig, world: World, num_packs: int) -> Iterator[st
 # --- loading ----------------------------------------------------------------------------------------------
 
 
-def train_loader(recipe: Recipe, world: World, config: Any) -> PackLoader:
+def train_loader(recipe: Recipe, world: World, config: PreTrainedConfig) -> PackLoader:
     """Microbatches of this rank, for as many epochs as the recipe asks."""
     return PackLoader(
         [asdict(config) for config in recipe.data.train],
@@ -268,7 +269,7 @@ def train_loader(recipe: Recipe, world: World, config: Any) -> PackLoader:
     )
 
 
-def val_loader(recipe: Recipe, world: World, config: Any) -> PackLoader:
+def val_loader(recipe: Recipe, world: World, config: PreTrainedConfig) -> PackLoader:
     """One pass over the validation data, the same at every evaluation."""
     return PackLoader(
         [asdict(config) for config in recipe.data.val],
@@ -278,7 +279,7 @@ def val_loader(recipe: Recipe, world: World, config: Any) -> PackLoader:
     )
 
 
-def _shared_settings(recipe: Recipe, world: World, config: Any) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe, world: World, config: PreTrainedConfig) -> dict[str, Any]:
     is_omnilmm = isinstance(config, OmniLMMConfig)
     return {
         "global_batch": recipe.data.global_batch,

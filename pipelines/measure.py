@@ -13,9 +13,9 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from omnidata import Dataset
 from omnidata.loader.microbatch import Microbatch
@@ -59,7 +59,7 @@ class Calibration:
         return microbatches * self.microbatch(flops) + self.update
 
 
-def measure(recipe: Recipe, config: Any, datasets: Sequence[Dataset]) -> dict[str, float]:
+def measure(recipe: Recipe, config: PreTrainedConfig, datasets: Sequence[Dataset]) -> dict[str, float]:
     """Predicted and measured memory and seconds of one microbatch, and the seconds of a step."""
     is_cuda = torch.cuda.is_available() and recipe.run.device != "cpu"
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
@@ -94,7 +94,7 @@ def measure(recipe: Recipe, config: Any, datasets: Sequence[Dataset]) -> dict[st
     }
 
 
-def _warm_up(recipe: Recipe, config: Any, world: World, microbatch: Microbatch) -> None:
+def _warm_up(recipe: Recipe, config: PreTrainedConfig, world: World, microbatch: Microbatch) -> None:
     """Load the libraries and start the threads that the first step brings: they are no part of the plan."""
     model = build_model(recipe, config, world).model
     _seconds(recipe, model, build_optimizer(model, recipe.optim), world, [microbatch], repeats=1)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from omnidata.schema import UserError
 from omnimodel.parts import Parts
@@ -64,7 +64,7 @@ def held(recipe: Recipe, model: nn.Module, *, strategy: str, ranks: int) -> Held
     )
 
 
-def check_fits(recipe: Recipe, config: Any, world: World) -> str:
+def check_fits(recipe: Recipe, config: PreTrainedConfig, world: World) -> str:
     """What the model itself needs and what is there, in a line; UserError if the device cannot hold it."""
     with torch.device("meta"):
         model = new_model(copy.deepcopy(config))

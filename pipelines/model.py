@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from omnidata.schema import UserError
 from omnimodel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
@@ -37,7 +36,7 @@ class BuiltModel:
     flop_count: FlopCount | ProcessorFlopCount
 
 
-def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
+def build_model(recipe: Recipe, config: PreTrainedConfig, world: World) -> BuiltModel:
     """Everything between a recipe and a model whose forward can be called."""
     path = recipe.model.path
     from_meta = world.is_sharded and path is not None
@@ -71,7 +70,7 @@ def build_model(recipe: Recipe, config: Any, world: World) -> BuiltModel:
     return BuiltModel(model, wrapped, flop_count)
 
 
-def new_model(config: Any) -> PreTrainedModel:
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model with random weights, float32; UserError for a configuration that cannot be built."""
     try:  # by this way its parts are float32 as well, whatever a published config.json says of them
         return class_for(config)._from_config(config, dtype=torch.float32)
@@ -79,7 +78,7 @@ def new_model(config: Any) -> PreTrainedModel:
         raise UserError(f"model.config cannot be built: {error}") from error
 
 
-def load_model(settings: ModelConfig, config: Any) -> PreTrainedModel:
+def load_model(settings: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The weights of ``model.path``, whole, float32; UserError if they are not this model's."""
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from omnidata import Dataset
 from omnidata.loader.loader import State
@@ -48,7 +49,9 @@ class Packs:
     per_epoch: int | None = None  # packs of the first epoch
 
 
-def packs_of(recipe: Recipe, config: Any, datasets: Sequence[Dataset], *, share: float = 1.0) -> Packs:
+def packs_of(
+    recipe: Recipe, config: PreTrainedConfig, datasets: Sequence[Dataset], *, share: float = 1.0
+) -> Packs:
     """The microbatches of a recipe.
 
     Args:
@@ -71,7 +74,7 @@ def packs_of(recipe: Recipe, config: Any, datasets: Sequence[Dataset], *, share:
 # --- of datasets ------------------------------------------------------------------------------------------
 
 
-def _of_plan(recipe: Recipe, config: Any, share: float) -> Packs:
+def _of_plan(recipe: Recipe, config: PreTrainedConfig, share: float) -> Packs:
     """Plans the first epoch: seconds for millions of samples. Reads one pack."""
     loader = train_loader(recipe, World(0, 1, torch.device("cpu"), "single"), config)
     most, documents, total, count = 0.0, [], 0.0, 0

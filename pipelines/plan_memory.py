@@ -22,6 +22,8 @@ if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = Path(__file__).resolve().parent.name
 
+from transformers import PreTrainedConfig
+
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
 
@@ -48,7 +50,14 @@ def plan(
 
 
 def _plan_one(
-    recipe: Recipe, config: Any, packs: Packs, flops: float, *, gpus: int, gpu: str, mfu: float | None
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    packs: Packs,
+    flops: float,
+    *,
+    gpus: int,
+    gpu: str,
+    mfu: float | None,
 ) -> dict[str, Any]:
     batch = recipe.data.global_batch
     microbatches = -(-batch // gpus)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from omnidata import Dataset
 from omnidata.profiles.fingerprint import describe, fingerprint_of
 from omnidata.profiles.folder import load_processor, model_config
@@ -57,7 +59,7 @@ def processor_config(settings: ModelConfig, dataset: Dataset | None) -> Any:
         raise UserError(f"model.config cannot be built: {error}") from error
 
 
-def _known(config: Any) -> Any:
+def _known(config: PreTrainedConfig) -> Any:
     """The same, if transformers has a class for it."""
     try:
         class_for(config)
@@ -85,7 +87,9 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
 # --- do they fit? -----------------------------------------------------------------------------------------
 
 
-def processor_mismatches(settings: ModelConfig, datasets: Sequence[Dataset], config: Any) -> Iterator[str]:
+def processor_mismatches(
+    settings: ModelConfig, datasets: Sequence[Dataset], config: PreTrainedConfig
+) -> Iterator[str]:
     """Everything in which datasets, model and recipe do not fit, a line each."""
     first = datasets[0]
     for dataset in datasets:
@@ -100,7 +104,7 @@ def processor_mismatches(settings: ModelConfig, datasets: Sequence[Dataset], con
     yield from _other_processor(settings.path, first)
 
 
-def _dataset_mismatches(dataset: Dataset, first: Dataset, config: Any) -> Iterator[str]:
+def _dataset_mismatches(dataset: Dataset, first: Dataset, config: PreTrainedConfig) -> Iterator[str]:
     name, manifest, text = dataset.path, dataset.manifest, config.get_text_config()
     for field in ("tokenizer_fingerprint", "chat_template_fingerprint"):
         mine, other = getattr(manifest, field), getattr(first.manifest, field)

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from omnidata.loader.microbatch import Microbatch
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
@@ -67,13 +67,15 @@ def pretended_world(recipe: Recipe, gpus: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def peak_of(recipe: Recipe, config: Any, packs: Packs, *, gpus: int) -> dict[str, int]:
+def peak_of(recipe: Recipe, config: PreTrainedConfig, packs: Packs, *, gpus: int) -> dict[str, int]:
     """Bytes at a GPU's fullest moment, by what they are for."""
     with pretended_world(recipe, gpus) as world:
         return played(recipe, config, packs, world).peak
 
 
-def played(recipe: Recipe, config: Any, packs: Packs, world: World, *, gpu: str | None = None) -> Playback:
+def played(
+    recipe: Recipe, config: PreTrainedConfig, packs: Packs, world: World, *, gpu: str | None = None
+) -> Playback:
     """A step with the fullest microbatches.
 
     Compiled blocks keep less than eager ones (no float32 copies, no inputs of what the compiler can fuse) and
@@ -96,7 +98,7 @@ def _mean(some: dict[str, int], others: dict[str, int]) -> dict[str, int]:
 
 
 def rehearse(
-    recipe: Recipe, config: Any, packs: Packs, *, gpus: int, gpu: str = DEFAULT_GPU
+    recipe: Recipe, config: PreTrainedConfig, packs: Packs, *, gpus: int, gpu: str = DEFAULT_GPU
 ) -> dict[str, Any]:
     """Everything that the report shows, for rank 0 of ``gpus``; bytes, FLOPs, seconds."""
     with pretended_world(recipe, gpus) as world:
@@ -139,7 +141,7 @@ def overhead(run: RunConfig) -> float:
     return 0.0 if run.device == "cpu" else OVERHEAD
 
 
-def model_flops(recipe: Recipe, config: Any, microbatch: Microbatch) -> float:
+def model_flops(recipe: Recipe, config: PreTrainedConfig, microbatch: Microbatch) -> float:
     """FLOPs that the mathematics of one forward and backward needs, whatever is computed again."""
     with torch.device("meta"):
         model = new_model(copy.deepcopy(config))
@@ -159,7 +161,7 @@ def shape_of(microbatch: Microbatch) -> dict[str, int]:
 
 def play(
     recipe: Recipe,
-    config: Any,
+    config: PreTrainedConfig,
     microbatches: Sequence[Microbatch],
     world: World,
     *,
@@ -209,7 +211,7 @@ def play(
     return playback
 
 
-def build(recipe: Recipe, config: Any, world: World) -> PreTrainedModel:
+def build(recipe: Recipe, config: PreTrainedConfig, world: World) -> PreTrainedModel:
     """As pipelines.model does, but with no memory behind the parameters; sharded, if it will be."""
     with torch.device("meta"):
         model = new_model(copy.deepcopy(config))
@@ -331,7 +333,9 @@ def watch(model: nn.Module, playback: Playback) -> list[Any]:
 # --- do ranks wait for each other? ------------------------------------------------------------------------
 
 
-def _hangs(recipe: Recipe, config: Any, packs: Packs, world: World, played: Playback) -> str | None:
+def _hangs(
+    recipe: Recipe, config: PreTrainedConfig, packs: Packs, world: World, played: Playback
+) -> str | None:
     """Why a rank with other packs would do other collectives, or None."""
     number = len([place for place in played.peaks if place.startswith("forward")])
     others = {

@@ -26,6 +26,8 @@ if __package__ in (None, ""):  # a file run by its path (PEP 366); the folder is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = Path(__file__).resolve().parent.name
 
+from transformers import PreTrainedConfig
+
 from omnidata.plan.cost import DEFAULT_GPU, GPUS
 from omnidata.schema import UserError
 
@@ -37,7 +39,7 @@ from .rehearsal import peak_of, rehearse
 
 
 def advise(
-    recipe: Recipe, config: Any, datasets: list[Any], report: dict[str, Any]
+    recipe: Recipe, config: PreTrainedConfig, datasets: list[Any], report: dict[str, Any]
 ) -> dict[str, float | str]:
     """Change -> gigabytes that it saves by its own rehearsal, or why it is not possible."""
     savings: dict[str, float | str] = {}

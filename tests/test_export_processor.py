@@ -23,7 +23,8 @@ import sys, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 assert not any(name.startswith(("omnimodel", "pipelines", "omnidata")) for name in sys.modules)
-folder, picture, out = sys.argv[1:]
+folder, picture, threads, out = sys.argv[1:]
+torch.set_num_threads(int(threads))  # their number decides the order of sums
 processor = AutoProcessor.from_pretrained(folder)
 how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
 model = AutoModelForImageTextToText.from_pretrained(folder, **how).eval()
@@ -64,8 +65,8 @@ def test_a_fresh_process_gives_the_same_logits(family, tmp_path, name):
         for parameter in model.parameters():  # as training would: it is no longer what model.path holds
             parameter += 0.01 * torch.randn_like(parameter)
         export.export(model, recipe, datasets, world, step=1, best=None)
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "run" / "final"), str(picture)]
-    subprocess.run([*command, str(tmp_path / "fresh.pt")], check=True, cwd=tmp_path)
+    words = [tmp_path / "run" / "final", picture, torch.get_num_threads(), tmp_path / "fresh.pt"]
+    subprocess.run([sys.executable, "-c", FRESH, *map(str, words)], check=True, cwd=tmp_path)
     fresh = torch.load(tmp_path / "fresh.pt")
     plain = transformers.AutoModelForImageTextToText.from_config(
         model.config, dtype=torch.float32, attn_implementation="sdpa"
