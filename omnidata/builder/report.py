@@ -76,7 +76,7 @@ class BuildReport:
         mean = self.num_dialogue_bytes / max(1, self.num_samples)
         return [
             f"  {self.num_dialogue_bytes / 1e6:,.1f} MB of that are conversations, {mean:,.0f} bytes "
-            "a sample: `omnidata render` needs no corpus (--no-conversation leaves them out)"
+            "per sample: `omnidata render` needs no corpus (--no-conversation leaves them out)"
         ]
 
     def _base_lines(self) -> list[str]:
